@@ -1,0 +1,41 @@
+# Everything a newcomer needs; CI calls the same targets. Only Python 3.10 or newer is assumed.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= demo-output
+
+.PHONY: demo test check bench model clean
+
+demo: $(VENV)/.installed  ## segment the bundled shards with the bundled model
+	$(BIN)/clipseg-ray segment pipeline/demo/shards $(OUT) --model pipeline/demo/model \
+	    --prompt "a red circle" --prompt "a blue square" --prompt star \
+	    --contact-sheet $(OUT)/contact-sheet.png
+
+test: $(VENV)/.installed-dev  ## all tests
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.installed-dev  ## format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed-dev  ## transformers and ours side by side; an hour at full size
+	$(BIN)/python -m benchmarks.encode_once
+
+model: $(VENV)/.installed  ## train and measure the bundled model again; about an hour on 2 cores
+	$(BIN)/python -m pipeline.demo.train
+	$(BIN)/python -m pipeline.demo.evaluate
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(OUT) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

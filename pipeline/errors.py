@@ -1,0 +1,92 @@
+"""Every error the pipeline raises, and every reason an image or a shard can fail for.
+
+PipelineError
+├── UsageError          the command, input, output or model cannot be used: exit code 2
+│   └── CheckpointError     a model folder that is incomplete, malformed or unsafe
+├── StorageError        reading or writing storage failed
+│   ├── NotFoundError       the object is not there
+│   ├── ChangedError        overwritten since it was listed, or while it was read
+│   ├── CredentialsError    refused for who we are: stops the job at once
+│   └── TransientError      may work when tried again
+├── RowError            one image, or the rest of one shard: a row of the errors table
+└── JobError            the job is not complete, or its account does not close: exit code 1
+"""
+
+from __future__ import annotations
+
+# Where in the flow a row failed: the `stage` column of the errors table.
+STAGES = ("read", "decode", "segment", "write")
+
+# Why it failed: the closed list of the `reason` column.
+REASONS = {
+    # shards
+    "shard_missing": "the shard is not there (any more)",
+    "shard_unreadable": "the storage failed while the shard was read",
+    "shard_changed": "the shard was overwritten since it was listed, or while it was read",
+    "shard_empty": "the shard has no bytes at all, or nothing but zeros",
+    "shard_corrupt": "the archive or Parquet structure is damaged; rows before the damage are kept",
+    "shard_truncated": "the shard ends early; rows before the end are kept",
+    "column_missing": "the Parquet shard has no such column, or one of another type",
+    # rows
+    "no_image": "the sample has no image, or the image column is null",
+    "file_missing": "the image file is not there (any more)",
+    "file_unreadable": "the storage failed while the image file was read",
+    "image_empty": "zero bytes",
+    "not_an_image": "text, HTML, JSON or unknown bytes",
+    "unsupported_format": "an image format that is not on the allow-list (HEIC, SVG, PSD, ...)",
+    "image_corrupt": "an image that breaks off or fails its checksums",
+    "too_many_pixels": "more pixels than --max-pixels; never decoded",
+    "extreme_aspect": "one side is more than 1,000 times the other; never decoded",
+    "member_unsupported": "a tar member that is not a plain file (a link, or sparse)",
+    "member_too_large": "a tar member, file or cell larger than the reader's bound",
+    "model_failed": "the model could not process the image",
+}
+
+
+class PipelineError(Exception):
+    """The root of the tree above."""
+
+
+class UsageError(PipelineError, ValueError):
+    """What the user asked for cannot be done as asked; the message says what, where, what to do."""
+
+
+class CheckpointError(UsageError):
+    """A checkpoint that cannot be used; the message names the file or tensor."""
+
+
+class StorageError(PipelineError):
+    """Storage failed; the message names the URI."""
+
+
+class NotFoundError(StorageError):
+    """Nothing is stored under this URI."""
+
+
+class ChangedError(StorageError):
+    """The object was overwritten since it was listed, or while it was being read."""
+
+
+class CredentialsError(StorageError):
+    """The storage refused us: missing, wrong or expired credentials, or no permission."""
+
+
+class TransientError(StorageError):
+    """A fault that may pass: throttling, a reset connection, a cut body."""
+
+
+class RowError(PipelineError):
+    """One image, or the rest of one shard, cannot be used.
+
+    `stage` is one of STAGES, `reason` one of REASONS, `detail` a short free text (at most 500
+    characters are kept), `retryable` whether the same bytes may work another time.
+    """
+
+    def __init__(self, stage: str, reason: str, detail: str = "", *, retryable: bool = False):
+        super().__init__(f"{stage}: {reason}: {detail}")
+        self.stage, self.reason, self.detail = stage, reason, detail[:500]
+        self.retryable = retryable
+
+
+class JobError(PipelineError):
+    """The job ended without a complete result; the message says what is missing."""

@@ -1,0 +1,120 @@
+"""The columns of every table: what stages hand to each other, and what readers of the output see.
+
+Sizes are (height, width) in pixels. Boxes are COCO's (x, y, width, height). RLE is COCO's
+compressed run-length encoding, so that pycocotools decodes the column as it is.
+"""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+# Raised whenever a column changes its name, type or meaning.
+SCHEMA_VERSION = 1
+
+# What the read stage hands on. One record per image (or image that could not be read) in the order
+# of the shard, then exactly one end record per shard: row -1, `total` the number of records before
+# it, and a reason when the shard could not be read to its end. No nulls, so that the numpy form of
+# a batch keeps its types: -1 and "" stand for "none".
+RECORDS = pa.schema(
+    [
+        ("shard", pa.string()),  # name of the shard: its path relative to the input
+        ("row", pa.int64()),  # index in the shard, from 0; -1 on the end record
+        ("key", pa.string()),  # the row's own name: data only, never part of a path
+        ("member", pa.string()),  # where the bytes lie: tar member, file, or path named by Parquet
+        ("image", pa.large_binary()),  # encoded bytes; empty when there is a reason
+        ("total", pa.int64()),  # on the end record: records in this shard; -1 elsewhere
+        ("stage", pa.string()),  # "" or where it failed
+        ("reason", pa.string()),  # "" or one of errors.REASONS
+        ("detail", pa.string()),
+        ("retryable", pa.bool_()),
+    ]
+)
+
+# What a record keeps on its whole way, whatever is done with its image.
+_RECORD = [f for f in RECORDS if f.name != "image"]
+
+# What is known of an image once it is decoded; zeros and "" for a record that failed.
+_DECODED = [
+    ("height", pa.int32()),  # of the upright image
+    ("width", pa.int32()),
+    ("format", pa.string()),  # JPEG, PNG, ...
+    ("mode", pa.string()),  # Pillow's mode before conversion: RGB, L, CMYK, I;16, ...
+    ("orientation", pa.int8()),  # the EXIF orientation that was applied; 1 when none
+    ("size_bytes", pa.int64()),  # of the encoded image
+]
+
+# What the prepare stage hands on: `pixels` is the resized image, H x W x 3 uint8 as the model's
+# processor says, row-major; empty when there is a reason.
+PIXELS = pa.schema([*_RECORD, *_DECODED, ("pixels", pa.large_binary())])
+
+# What the segment stage hands on: one row per record and run of prompts. `logits` is float32,
+# (prompts of the run) x logits_height x logits_width, row-major, starting at `first_prompt`.
+LOGITS = pa.schema(
+    [
+        *_RECORD,
+        *_DECODED,
+        ("first_prompt", pa.int32()),
+        ("logits_height", pa.int32()),
+        ("logits_width", pa.int32()),
+        ("logits", pa.large_binary()),
+    ]
+)
+
+# What the last stages hand on, one row per shard and batch: finished rows and how many they are.
+_COUNTS = [
+    ("shard", pa.string()),
+    ("images", pa.int64()),  # records that came out well
+    ("masks", pa.int64()),
+    ("errors", pa.int64()),  # records that failed; a shard's own failure is not among them
+    ("total", pa.int64()),  # records of the shard, where its end record was seen; -1 elsewhere
+]
+FRAGMENTS = pa.schema([*_COUNTS, ("tables", pa.large_binary())])  # packed by write.pack_tables
+ACCOUNTS = pa.schema([*_COUNTS, ("fragment", pa.string())])  # where the tables were written
+
+RLE = pa.struct([("size", pa.list_(pa.int32())), ("counts", pa.string())])
+
+
+def _table(*fields: tuple[str, pa.DataType] | pa.Field) -> pa.Schema:
+    """A schema of non-null fields, except where a pa.Field says otherwise."""
+    return pa.schema(
+        [f if isinstance(f, pa.Field) else pa.field(*f, nullable=False) for f in fields]
+    )
+
+
+_ID = (("shard", pa.string()), ("row", pa.int64()), ("key", pa.string()))
+
+IMAGES = _table(*_ID, ("member", pa.string()), *_DECODED)
+
+MASKS = _table(
+    *_ID,
+    ("prompt_id", pa.int32()),  # index in the run's list of prompts
+    ("prompt", pa.string()),
+    ("height", pa.int32()),
+    ("width", pa.int32()),
+    ("rle", RLE),
+    ("bbox", pa.list_(pa.float32(), 4)),  # x, y, width, height; zeros when the mask is empty
+    ("area", pa.int64()),  # pixels of the mask
+    ("score_max", pa.float32()),  # largest probability in the image
+    pa.field("score_mean", pa.float32()),  # mean probability inside the mask; null when it is empty
+    ("threshold", pa.float32()),
+)
+
+PROBABILITIES = _table(
+    *_ID,
+    ("prompt_id", pa.int32()),
+    ("prompt", pa.string()),
+    ("size", pa.list_(pa.int32(), 2)),  # (height, width) of the map
+    ("map", pa.binary()),  # row-major uint8, round(255 * probability)
+)
+
+ERRORS = _table(
+    ("shard", pa.string()),
+    pa.field("row", pa.int64()),  # null when the shard itself failed
+    pa.field("key", pa.string()),
+    ("stage", pa.string()),
+    ("reason", pa.string()),
+    ("detail", pa.string()),
+    ("retryable", pa.bool_()),
+)
+
+TABLES = {"masks": MASKS, "images": IMAGES, "errors": ERRORS, "probabilities": PROBABILITIES}
