@@ -1,0 +1,231 @@
+"""CLIP's two towers, as CLIPSeg and the CLIP models share them (Radford et al. 2021).
+
+Parameter names are those of the hub's checkpoints. Where outputs could differ, this follows
+transformers' modeling_clip.py and modeling_clipseg.py, which the tests compare with.
+
+Shapes: B batch, L tokens, D width of the tower, E projection, N heads, (r, c) the grid of patches.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.model.config import CLIPConfig, TextConfig, VisionConfig
+
+
+class QuickGELU(nn.Module):
+    """The sigmoid approximation of GELU that CLIP was trained with."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU}
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, (B, L, D) -> (B, L, D)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = (
+            proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, N, L, D/N)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out_proj(x.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """Two linear layers with an activation between, (..., D) -> (..., D)."""
+
+    def __init__(self, width: int, hidden: int, activation: str):
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"hidden_act {activation!r} is not one of {', '.join(ACTIVATIONS)}")
+        self.activation = ACTIVATIONS[activation]()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block, (B, L, D) -> (B, L, D)."""
+
+    def __init__(self, config: TextConfig | VisionConfig):
+        super().__init__()
+        width, eps = config.hidden_size, config.layer_norm_eps
+        self.layer_norm1 = nn.LayerNorm(width, eps=eps)
+        self.self_attn = Attention(width, config.num_attention_heads)
+        self.layer_norm2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = MLP(width, config.intermediate_size, config.hidden_act)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x), mask)
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class Encoder(nn.Module):
+    """The blocks of a tower; it exists for the checkpoint's parameter names."""
+
+    def __init__(self, config: TextConfig | VisionConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+
+
+class TextEmbeddings(nn.Module):
+    """Token plus position embeddings, (B, L) ids -> (B, L, D)."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        length, longest = input_ids.shape[1], self.position_embedding.num_embeddings
+        if length > longest:
+            raise ValueError(f"{length} tokens; this text tower takes at most {longest}")
+        return self.token_embedding(input_ids) + self.position_embedding.weight[:length]
+
+
+class TextTower(nn.Module):
+    """Causal transformer over tokens."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.eos_token_id = config.eos_token_id
+        self.embeddings = TextEmbeddings(config)
+        self.encoder = Encoder(config)
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Token states (B, L, D) of int64 ids (B, L); the mask (B, L) is 0 on padding."""
+        x = self.embeddings(input_ids)
+        mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+        if attention_mask is not None:
+            mask = mask & attention_mask[:, None, None, :].bool()  # (B, 1, L, L)
+            # Left padding leaves rows that see nothing, and their softmax would be NaN.
+            mask = mask | ~mask.any(-1, keepdim=True)
+        for block in self.encoder.layers:
+            x = block(x, mask)
+        return self.final_layer_norm(x)
+
+    def pool(self, states: Tensor, input_ids: Tensor) -> Tensor:
+        """The state of the end-of-text token, (B, D).
+
+        Checkpoints whose config has the legacy eos_token_id 2 take the largest id, which is
+        end-of-text in CLIP's vocabulary; the others the first token with the configured id.
+        """
+        ids = input_ids if self.eos_token_id == 2 else (input_ids == self.eos_token_id).int()
+        return states[torch.arange(len(states), device=states.device), ids.argmax(-1)]
+
+
+class VisionEmbeddings(nn.Module):
+    """Class token and patches plus positions, (B, 3, H, W) -> (B, 1 + r c, D)."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.patch_size, self.image_size = config.patch_size, config.image_size
+        self.class_embedding = nn.Parameter(torch.zeros(config.hidden_size))
+        self.patch_embedding = nn.Conv2d(
+            config.num_channels, config.hidden_size, self.patch_size, self.patch_size, bias=False
+        )
+        positions = (config.image_size // config.patch_size) ** 2 + 1
+        self.position_embedding = nn.Embedding(positions, config.hidden_size)
+
+    def forward(self, pixels: Tensor, interpolate: bool) -> Tensor:
+        height, width = pixels.shape[2:]
+        if not interpolate and (height, width) != (self.image_size, self.image_size):
+            raise ValueError(
+                f"image is {height} x {width} pixels; without interpolated positions this model "
+                f"takes {self.image_size} x {self.image_size}"
+            )
+        patches = self.patch_embedding(pixels.to(self.patch_embedding.weight.dtype))
+        rows, cols = patches.shape[2:]
+        patches = patches.flatten(2).transpose(1, 2)  # (B, r c, D)
+        cls = self.class_embedding.expand(len(patches), 1, -1)
+        table = self.position_embedding.weight
+        if rows * cols != len(table) - 1 or height != width:
+            table = interpolate_positions(table, rows, cols)
+        return torch.cat([cls, patches], dim=1) + table
+
+
+def interpolate_positions(table: Tensor, rows: int, cols: int) -> Tensor:
+    """Resize a square position table (1 + s s, D) to another grid, (1 + rows cols, D).
+
+    Bicubic without antialias, as in transformers' `interpolate_pos_encoding`.
+    """
+    side = int((len(table) - 1) ** 0.5)
+    grid = table[1:].unflatten(0, (side, side)).permute(2, 0, 1)[None]  # (1, D, s, s)
+    grid = F.interpolate(grid, size=(rows, cols), mode="bicubic", align_corners=False)
+    return torch.cat([table[:1], grid[0].flatten(1).T])
+
+
+class VisionTower(nn.Module):
+    """Vision transformer over patches.
+
+    `interpolate` lets it take images of any size, as CLIPSeg does; without it an image of another
+    size than the checkpoint's is a ValueError, as in CLIP.
+    """
+
+    def __init__(self, config: VisionConfig, *, interpolate: bool = False):
+        super().__init__()
+        self.interpolate = interpolate
+        self.embeddings = VisionEmbeddings(config)
+        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.encoder = Encoder(config)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Patch states (B, 1 + r c, D) of normalised pixels (B, 3, H, W), class token first."""
+        return self.activations(pixels, (len(self.encoder.layers) - 1,))[0]
+
+    def activations(self, pixels: Tensor, layers: tuple[int, ...]) -> list[Tensor]:
+        """Outputs (B, 1 + r c, D) of the given blocks, 0-based and increasing.
+
+        Blocks behind the last one asked for are not run.
+        """
+        x = self.pre_layrnorm(self.embeddings(pixels, self.interpolate))
+        out = []
+        for i, block in enumerate(self.encoder.layers[: layers[-1] + 1]):
+            x = block(x)
+            if i in layers:
+                out.append(x)
+        return out
+
+    def pool(self, states: Tensor) -> Tensor:
+        """The normalised class token, (B, D)."""
+        return self.post_layernorm(states[:, 0])
+
+
+class CLIP(nn.Module):
+    """Both towers, projected into one space."""
+
+    def __init__(self, config: CLIPConfig, *, interpolate: bool = False):
+        super().__init__()
+        self.text_model = TextTower(config.text_config)
+        self.vision_model = VisionTower(config.vision_config, interpolate=interpolate)
+        dim = config.projection_dim
+        self.visual_projection = nn.Linear(config.vision_config.hidden_size, dim, bias=False)
+        self.text_projection = nn.Linear(config.text_config.hidden_size, dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Projected text embeddings (B, E), not normalised, of int64 ids (B, L)."""
+        states = self.text_model(input_ids, attention_mask)
+        return self.text_projection(self.text_model.pool(states, input_ids))
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """Projected image embeddings (B, E), not normalised, of pixels (B, 3, H, W)."""
+        return self.visual_projection(self.vision_model.pool(self.vision_model(pixels)))
