@@ -83,9 +83,12 @@ class RowError(PipelineError):
     """
 
     def __init__(self, stage: str, reason: str, detail: str = "", *, retryable: bool = False):
-        super().__init__(f"{stage}: {reason}: {detail}")
+        super().__init__(stage, reason, detail)  # as pickle will call it
         self.stage, self.reason, self.detail = stage, reason, detail[:500]
         self.retryable = retryable
+
+    def __str__(self) -> str:
+        return f"{self.stage}: {self.reason}: {self.detail}"
 
 
 class JobError(PipelineError):

@@ -1,0 +1,76 @@
+"""Fixtures shared by the tests: a real S3 server on loopback, and folders on either storage."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Says where it listens, and ends when its standard input does: also when the tests are killed.
+_SERVE_S3 = """
+import os, sys
+from moto.server import ThreadedMotoServer
+server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+server.start()
+print("http://%s:%d" % server.get_host_and_port(), flush=True)
+sys.stdin.read()
+os._exit(0)
+"""
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[Any]:
+    """A boto3 client of a moto server; the AWS environment points at it for the session."""
+    import boto3
+
+    # A process of its own: it shares no lock with the tests, and its warnings are not theirs.
+    # Listings come in pages of 50, so that a page's end is met.
+    env = {**os.environ, "MOTO_S3_DEFAULT_MAX_KEYS": "50"}
+    command = [sys.executable, "-W", "ignore", "-c", _SERVE_S3]
+    server = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=env,
+    )
+    assert server.stdin is not None
+    assert server.stdout is not None
+    endpoint = server.stdout.readline().strip()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
+            patch.delenv(name, raising=False)
+        patch.setenv("AWS_ENDPOINT_URL", endpoint)
+        patch.setenv("AWS_ACCESS_KEY_ID", "test-key")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test-secret")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        client = boto3.client("s3")
+        yield client
+        client.close()
+    server.stdin.close()
+    server.stdout.close()
+    server.wait(30)
+
+
+@pytest.fixture
+def bucket(s3: Any) -> str:
+    """A fresh bucket: "s3://name"."""
+    name = f"test-{uuid.uuid4().hex}"
+    s3.create_bucket(Bucket=name)
+    return f"s3://{name}"
+
+
+@pytest.fixture(params=["local", "s3"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URI of an empty folder, once on local disk and once on S3."""
+    if request.param == "local":
+        return str(tmp_path / "data")
+    return f"{request.getfixturevalue('bucket')}/data"
