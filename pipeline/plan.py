@@ -1,0 +1,212 @@
+"""From what the user names (file, folder, glob, braces) to the plan: a sorted list of shards.
+
+Only listings are read, and the schema of one Parquet file; objects need no request each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from itertools import product
+
+from pipeline import storage
+from pipeline.errors import ChangedError, NotFoundError, RowError, UsageError
+from pipeline.read_parquet import find_image_column, list_columns, read_schema
+from pipeline.shard import Shard, file_format, printable, stem
+from pipeline.storage import Stored
+
+GROUP_FILES = 256  # loose images per shard; part of a run's identity, so never an option
+_MAX_BRACES = 1_000_000  # names that one pattern may stand for
+_SCHEMA_TRIES = 8  # Parquet files looked at for a readable schema
+
+_MAGIC = re.compile(r"[*?\[{]")
+_Named = list[tuple[str, Stored]]  # (path relative to the root, file)
+
+
+def plan_shards(source: str, *, image_column: str | None = None) -> list[Shard]:
+    """The shards of an input, sorted by name.
+
+    `source`: a tar or Parquet file, a folder, a glob, or braces such as `{0000..0099}.tar`, local
+    or `s3://`. Shards named by braces stay in the plan when they are missing, so that they are
+    reported. `image_column`: the Parquet column with the images; found by name when None.
+    Raises UsageError where nothing can be read, StorageError where storage fails.
+    """
+    source = storage.check_uri(source)
+    root, files = _find_files(source)
+    named = _keep_inputs(root, files)
+    if not named:
+        raise UsageError(_nothing_found(source, files))
+    by_format: dict[str, _Named] = {"tar": [], "parquet": [], "images": []}
+    for name, file in named:
+        by_format[file_format(name)].append((name, file))
+    column = _find_column([file for _, file in by_format["parquet"]], image_column)
+    shards = [_whole_file(name, file) for name, file in by_format["tar"]]
+    shards += [_whole_file(name, file, column) for name, file in by_format["parquet"]]
+    shards += _group_images(root, by_format["images"])
+    return sorted(shards, key=lambda shard: shard.name)
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Every name a pattern stands for: `{0000..0099}` (zeros kept), `{a,b}`, several in a row."""
+    pieces = re.split(r"\{([^{}]*)\}", pattern)
+    choices = [
+        [piece] if index % 2 == 0 else _brace_choices(piece) for index, piece in enumerate(pieces)
+    ]
+    count = 1
+    for choice in choices:
+        count *= len(choice)
+    if count > _MAX_BRACES:
+        raise UsageError(f"{pattern}: stands for {count:,} names; at most {_MAX_BRACES:,}")
+    return list(dict.fromkeys("".join(parts) for parts in product(*choices)))
+
+
+def _brace_choices(inner: str) -> list[str]:
+    if match := re.fullmatch(r"(\d+)\.\.(\d+)", inner):
+        first, last = match.groups()
+        width = max(map(len, match.groups())) if "0" in (first[0], last[0]) else 0
+        start, stop = int(first), int(last)
+        if abs(stop - start) >= _MAX_BRACES:
+            raise UsageError(f"{{{inner}}}: stands for more than {_MAX_BRACES:,} names")
+        step = 1 if start <= stop else -1
+        return [f"{number:0{width}d}" for number in range(start, stop + step, step)]
+    return inner.split(",") if "," in inner else [f"{{{inner}}}"]
+
+
+# ------------------------------------------------------------------------------ find files
+
+
+def _find_files(source: str) -> tuple[str, list[Stored]]:
+    """The folder that names are relative to, and the files below it that `source` stands for."""
+    magic = _MAGIC.search(source)
+    if magic and not storage.exists(source):
+        root = storage.parent(source[: magic.start()] + "x")
+        files = _match_braces(source) if "{" in source else storage.glob_files(source)
+    elif file_format(source) and storage.is_file(source):
+        return storage.parent(source), [storage.stat_file(source)]
+    else:
+        root, files = source, storage.list_files(source)
+    start = len(root.rstrip("/")) + 1
+    return root, [file for file in files if not _is_scratch(file.uri[start:])]
+
+
+def _match_braces(source: str) -> list[Stored]:
+    """Files named by braces; those that are not there keep their place, with size 0, version ""."""
+    found: dict[str, Stored] = {}
+    listed: dict[str, dict[str, Stored]] = {}
+    for uri in expand_braces(source):
+        if re.search(r"[*?\[]", uri):
+            found.update((file.uri, file) for file in storage.glob_files(uri))
+        elif file_format(uri):
+            folder = storage.parent(uri)
+            if folder not in listed:
+                files = storage.list_files(folder, recursive=False)
+                listed[folder] = {file.uri: file for file in files}
+            missing = Stored(uri=uri, size_bytes=0, version="")
+            found[uri] = listed[folder].get(uri, missing)
+        else:
+            files = storage.list_files(uri)
+            if not files:
+                raise UsageError(f"{uri}: nothing is there; it is named by {source}")
+            found.update((file.uri, file) for file in files)
+    return list(found.values()) if any(file.version for file in found.values()) else []
+
+
+# ---------------------------------------------------------------------------- choose inputs
+
+
+def _keep_inputs(root: str, files: list[Stored]) -> _Named:
+    """Tars, Parquet and images by name, without metadata that stands beside a shard.
+
+    img2dataset writes 00000.parquet beside 00000.tar or the folder 00000/.
+    """
+    start = len(root.rstrip("/")) + 1
+    named = sorted(((file.uri[start:], file) for file in files), key=lambda pair: pair[0])
+    named = [pair for pair in named if file_format(pair[0])]
+    owners: set[str] = set()
+    for name, _ in named:
+        if file_format(name) == "tar":
+            owners.add(stem(name))
+        elif file_format(name) == "images":
+            parts = name.split("/")[:-1]
+            owners.update("/".join(parts[:depth]) for depth in range(1, len(parts) + 1))
+    return [(n, f) for n, f in named if file_format(n) != "parquet" or stem(n) not in owners]
+
+
+def _is_scratch(name: str) -> bool:
+    """Hidden, or beginning with "_" (_SUCCESS, _staging/); cameras write images named _MG_1.JPG."""
+    *folders, last = name.split("/")
+    if any(part.startswith((".", "_")) for part in folders) or last.startswith("."):
+        return True
+    return last.startswith("_") and file_format(last) != "images"
+
+
+def _find_column(files: list[Stored], wanted: str | None) -> str:
+    """The image column, by the schema of the first Parquet file that can be opened."""
+    for file in [file for file in files if file.version][:_SCHEMA_TRIES]:
+        try:
+            schema = read_schema(file.uri)
+        except (RowError, NotFoundError, ChangedError):
+            continue  # reported when the shard is read
+        if found := find_image_column(schema, wanted):
+            return found
+        what = f"no column {wanted!r} with image bytes" if wanted else "no column of image bytes"
+        raise UsageError(
+            f"{file.uri}: {what}: name one with --image-column; it has {list_columns(schema)}"
+        )
+    return wanted or ""
+
+
+def _nothing_found(source: str, files: list[Stored]) -> str:
+    wanted = "tar, Parquet or image files"
+    if files:
+        kinds = Counter(os.path.splitext(file.uri)[1] or "no suffix" for file in files)
+        seen = ", ".join(kind for kind, _ in kinds.most_common(5))
+        return f"{source}: no {wanted} among its {len(files):,} files ({seen}): name their folder"
+    if storage.exists(source):
+        if storage.is_file(source):
+            return f"{source}: not a tar, Parquet or image file by its name: rename it"
+        return f"{source}: the folder is empty: name one that holds {wanted}"
+    magic = _MAGIC.search(source)
+    nearest = storage.parent(source[: magic.start()] + "x" if magic else source)
+    while not storage.exists(nearest) and storage.parent(nearest) != nearest:
+        nearest = storage.parent(nearest)
+    what = "matches nothing" if magic else "no such file or folder"
+    return f"{source}: {what}: the nearest folder that exists is {nearest}"
+
+
+# ------------------------------------------------------------------------------ make shards
+
+
+def _whole_file(name: str, file: Stored, column: str = "") -> Shard:
+    return Shard(
+        name=printable(name),
+        uri=file.uri,
+        format=file_format(name),
+        size_bytes=file.size_bytes,
+        version=file.version,
+        column=column,
+    )
+
+
+def _group_images(root: str, named: _Named) -> Iterator[Shard]:
+    """Groups of at most GROUP_FILES within a folder: a new file never moves those of another."""
+    folders: dict[str, _Named] = defaultdict(list)
+    for name, file in named:
+        folders[name.rpartition("/")[0]].append((name, file))
+    for folder, members in folders.items():
+        for index, start in enumerate(range(0, len(members), GROUP_FILES)):
+            group = members[start : start + GROUP_FILES]
+            lines = [f"{name}\0{file.size_bytes}\0{file.version}\n" for name, file in group]
+            digest = hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape"))
+            group_name = f"images-{index:05d}"
+            yield Shard(
+                name=printable(f"{folder}/{group_name}" if folder else group_name),
+                uri=root,
+                format="images",
+                size_bytes=sum(file.size_bytes for _, file in group),
+                version=digest.hexdigest(),
+                files=tuple(name for name, _ in group),
+            )

@@ -1,0 +1,146 @@
+"""Shards -> records of encoded bytes: what the first Ray tasks of every job run.
+
+Nothing is decoded here. A row that cannot be read is a record with a reason; what ends a shard
+early is a reason on its end record; refused credentials are raised, since they end the job.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline import storage
+from pipeline.errors import (
+    ChangedError,
+    CredentialsError,
+    NotFoundError,
+    RowError,
+    StorageError,
+    TransientError,
+)
+from pipeline.plan import plan_shards
+from pipeline.read_parquet import read_parquet
+from pipeline.read_tar import read_tar
+from pipeline.schema import RECORDS
+from pipeline.shard import IMAGE_LIMIT_BYTES, Sample, Shard, printable, shard_from_row, shard_to_row
+
+__all__ = ["Shard", "plan_shards", "read_batches", "read_shard", "shard_from_row", "shard_to_row"]
+
+BATCH_ROWS = 64
+BATCH_BYTES = 32 * 2**20  # of encoded images; a larger image is a batch of its own
+_FILES_AT_ONCE = 8  # loose images: hides the latency of one request per file
+
+
+def read_batches(shards: pa.Table) -> Iterator[pa.Table]:
+    """For Ray Data's map_batches: rows of `shard_to_row` in, tables of schema.RECORDS out.
+
+    A table holds records of one shard, at most BATCH_ROWS of them and BATCH_BYTES of images.
+    """
+    for row in shards.to_pylist():
+        batch: list[dict[str, Any]] = []
+        size_bytes = 0
+        for record in read_shard(shard_from_row(row)):
+            size_bytes += len(record["image"])
+            if batch and (len(batch) == BATCH_ROWS or size_bytes > BATCH_BYTES):
+                yield pa.Table.from_pylist(batch, schema=RECORDS)
+                batch, size_bytes = [], len(record["image"])
+            batch.append(record)
+        yield pa.Table.from_pylist(batch, schema=RECORDS)
+
+
+def read_shard(shard: Shard) -> Iterator[dict[str, Any]]:
+    """The records of one shard (columns of schema.RECORDS) in order, then its end record.
+
+    Data never raises: damage becomes a reason. CredentialsError does.
+    """
+    total = 0
+    failure: RowError | None = None
+    try:
+        for sample in _read_samples(shard):
+            yield {
+                "shard": shard.name,
+                "row": total,
+                "total": -1,
+                **sample._asdict(),
+                "detail": sample.detail[:500],
+                "stage": "read" if sample.reason else "",
+            }
+            total += 1
+    except CredentialsError:
+        raise
+    except StorageError as error:
+        failure = _shard_failure(error)
+    except RowError as error:
+        failure = error
+    yield {
+        "shard": shard.name,
+        "row": -1,
+        "key": "",
+        "member": "",
+        "image": b"",
+        "total": total,
+        "stage": failure.stage if failure else "",
+        "reason": failure.reason if failure else "",
+        "detail": failure.detail if failure else "",
+        "retryable": failure.retryable if failure else False,
+    }
+
+
+def _read_samples(shard: Shard) -> Iterator[Sample]:
+    if shard.format == "images":
+        yield from read_images(shard.uri, shard.files)
+        return
+    if not shard.version:
+        raise NotFoundError(f"{shard.uri}: not there when the input was listed")
+    with storage.open_read(shard.uri, version=shard.version) as file:
+        if shard.format == "tar":
+            yield from read_tar(file)
+        else:
+            yield from read_parquet(file, shard.column)
+
+
+def _shard_failure(error: StorageError) -> RowError:
+    detail = printable(str(error))
+    if isinstance(error, NotFoundError):
+        return RowError("read", "shard_missing", detail)
+    if isinstance(error, ChangedError):
+        return RowError("read", "shard_changed", detail, retryable=True)
+    retryable = isinstance(error, TransientError)
+    return RowError("read", "shard_unreadable", detail, retryable=retryable)
+
+
+def read_images(root: str, files: tuple[str, ...]) -> Iterator[Sample]:
+    """One sample per loose image file, in order; the key is its path without the extension."""
+    pending: deque[Future[Sample]] = deque()
+    with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+        for path in files:
+            pending.append(pool.submit(_read_image, root, path))
+            if len(pending) > _FILES_AT_ONCE:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def _read_image(root: str, path: str) -> Sample:
+    key = printable(path.rpartition(".")[0])
+    found = Sample(key, printable(path))
+    try:
+        image = storage.read_bytes(storage.join(root, path), limit_bytes=IMAGE_LIMIT_BYTES + 1)
+    except CredentialsError:
+        raise
+    except NotFoundError as error:
+        return found._replace(reason="file_missing", detail=printable(str(error)))
+    except StorageError as error:
+        return found._replace(
+            reason="file_unreadable",
+            detail=printable(str(error)),
+            retryable=isinstance(error, TransientError),
+        )
+    if len(image) > IMAGE_LIMIT_BYTES:
+        detail = f"more than {IMAGE_LIMIT_BYTES:,} bytes"
+        return found._replace(reason="member_too_large", detail=detail)
+    return found._replace(image=image)

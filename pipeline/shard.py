@@ -1,0 +1,92 @@
+"""What a shard is, what a reader finds in it, and which names are inputs at all."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+PARQUET_SUFFIXES = (".parquet", ".pq")
+_DECODED = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
+_REFUSED = ("heic", "heif", "jp2", "svg", "psd")  # reported by decoding rather than passed over
+IMAGE_EXTENSIONS = frozenset(_DECODED + _REFUSED)
+# Larger members, files and cells are reported without being read into memory.
+IMAGE_LIMIT_BYTES = 512 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One input object, or a fixed group of loose image files: the unit of work."""
+
+    name: str
+    """The `shard` column: the path relative to the input's root, unique in a plan."""
+    uri: str
+    """What to open; for loose images the root folder."""
+    format: str
+    """tar, parquet or images."""
+    size_bytes: int
+    version: str
+    """S3: the ETag; local: size and time; loose images: a hash over all of them; "" if missing."""
+    files: tuple[str, ...] = ()
+    """Loose images: paths relative to `uri`, in the order of their rows."""
+    column: str = ""
+    """Parquet: the image column found when planning; "" leaves it to the reader."""
+
+
+class Sample(NamedTuple):
+    """One image as a reader found it, or the reason why there is none."""
+
+    key: str
+    member: str
+    image: bytes = b""
+    reason: str = ""
+    detail: str = ""
+    retryable: bool = False
+
+
+def shard_to_row(shard: Shard) -> dict[str, Any]:
+    """A shard as a row that Arrow accepts; paths as bytes, for names that are not UTF-8."""
+    return {
+        **vars(shard),
+        "uri": _to_bytes(shard.uri),
+        "files": [_to_bytes(path) for path in shard.files],
+    }
+
+
+def shard_from_row(row: dict[str, Any]) -> Shard:
+    """The shard of `shard_to_row`; columns of other names are left out."""
+    values = {name: row[name] for name in Shard.__dataclass_fields__}
+    values["uri"] = _from_bytes(row["uri"])
+    values["files"] = tuple(_from_bytes(path) for path in row["files"])
+    return Shard(**values)
+
+
+def file_format(path: str) -> str:
+    """tar, parquet, images, or "" for what is not an input, told by the name alone."""
+    name = path.rpartition("/")[2].lower()
+    if name.endswith(TAR_SUFFIXES):
+        return "tar"
+    if name.endswith(PARQUET_SUFFIXES):
+        return "parquet"
+    return "images" if name.rpartition(".")[2] in IMAGE_EXTENSIONS and "." in name else ""
+
+
+def printable(name: str | bytes) -> str:
+    """The name as valid UTF-8: bytes that are not are escaped (`\\xff`)."""
+    if isinstance(name, str):
+        name = _to_bytes(name)
+    return name.decode("utf-8", "backslashreplace")
+
+
+def stem(path: str) -> str:
+    """The path without its input suffix: img2dataset's shard id."""
+    return re.sub(r"\.(tar\.gz|[^./]+)$", "", path, flags=re.IGNORECASE)
+
+
+def _to_bytes(name: str) -> bytes:
+    return name.encode("utf-8", "surrogateescape")
+
+
+def _from_bytes(name: bytes) -> str:
+    return name.decode("utf-8", "surrogateescape")

@@ -1,0 +1,340 @@
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import storage
+from pipeline.errors import CredentialsError
+from pipeline.plan import plan_shards
+from pipeline.read import BATCH_BYTES, read_batches, read_shard
+from pipeline.schema import RECORDS
+from pipeline.shard import Shard, shard_to_row
+from tests.shards import hugging_face_column, make_parquet, make_tar, write_img2dataset
+
+Records = list[dict[str, Any]]
+SAMPLES = [(f"{index}.jpg", b"image %d" % index) for index in range(5)]
+
+
+def read_whole(shard: Shard) -> Records:
+    """The records of a shard without its end record, which must tell of no failure."""
+    *records, end = read_shard(shard)
+    assert [record["row"] for record in records] == list(range(len(records)))
+    assert (end["row"], end["total"], end["reason"]) == (-1, len(records), "")
+    return records
+
+
+def read_failed(shard: Shard, kept: int = 0) -> dict[str, Any]:
+    """The end record of a shard that fails after `kept` rows."""
+    *records, end = read_shard(shard)
+    assert [record["reason"] for record in records] == [""] * kept
+    assert (end["row"], end["total"], end["stage"], end["image"]) == (-1, kept, "read", b"")
+    return end
+
+
+def write_one(folder: str, name: str, data: bytes) -> Shard:
+    storage.write_bytes(storage.join(folder, name), data)
+    [shard] = plan_shards(storage.join(folder, name))
+    return shard
+
+
+def write_parquet(folder: str, columns: Any, **options: Any) -> Shard:
+    return write_one(folder, "x.parquet", make_parquet(columns, **options))
+
+
+# ---------------------------------------------------------------------------- every format
+
+
+def test_records_have_the_columns_of_the_schema(folder: str):
+    shard = write_one(folder, "x.tar", make_tar([*SAMPLES, ("x.txt", b"")]))
+    records = list(read_shard(shard))
+    pa.Table.from_pylist(records, schema=RECORDS)
+    assert all(set(record) == set(RECORDS.names) for record in records)
+    assert records[3] == {
+        "shard": "x.tar",
+        "row": 3,
+        "key": "3",
+        "member": "3.jpg",
+        "image": b"image 3",
+        "total": -1,
+        "stage": "",
+        "reason": "",
+        "detail": "",
+        "retryable": False,
+    }
+    assert records[5]["reason"] == "no_image"
+    assert records[5]["stage"] == "read"
+    assert (records[6]["row"], records[6]["total"]) == (-1, 6)
+
+
+@pytest.mark.parametrize("form", ["webdataset", "files", "parquet"])
+def test_the_forms_of_img2dataset_give_the_same_images(folder: str, form: str):
+    write_img2dataset(folder, form, [b"one", None, b"three"])
+    [shard] = plan_shards(folder)
+    records = read_whole(shard)
+    good = [(r["key"].rpartition("/")[2], r["image"]) for r in records if not r["reason"]]
+    assert good == [("000000000", b"one"), ("000000002", b"three")]
+    if form == "parquet":
+        assert (records[1]["key"], records[1]["reason"]) == ("000000001", "no_image")
+
+
+@pytest.mark.parametrize("name", ["x.tar", "x.parquet"])
+def test_a_shard_that_is_gone_is_missing(folder: str, name: str):
+    data = make_tar(SAMPLES) if name == "x.tar" else make_parquet({"jpg": [b"x"]})
+    shard = write_one(folder, f"in/{name}", data)
+    storage.delete_folder(f"{folder}/in")
+    end = read_failed(shard)
+    assert (end["reason"], end["retryable"]) == ("shard_missing", False)
+    assert read_failed(replace(shard, version=""))["reason"] == "shard_missing"
+
+
+@pytest.mark.parametrize("name", ["x.tar", "x.parquet"])
+def test_a_shard_overwritten_since_the_plan_has_changed(folder: str, name: str):
+    data = [make_tar(SAMPLES[:n]) if name == "x.tar" else None for n in (1, 2)]
+    data = [d or make_parquet({"jpg": [b"x" * n]}) for n, d in enumerate(data)]
+    shard = write_one(folder, name, data[0])
+    storage.write_bytes(shard.uri, data[1])
+    end = read_failed(shard)
+    assert (end["reason"], end["retryable"]) == ("shard_changed", True)
+
+
+@pytest.mark.parametrize("name", ["x.tar", "x.parquet"])
+def test_a_shard_overwritten_while_it_is_read_has_changed(folder: str, name: str):
+    images = [os.urandom(2**20) for _ in range(24)]
+    if name == "x.tar":
+        data = make_tar((f"{index}.jpg", image) for index, image in enumerate(images))
+    else:
+        data = make_parquet({"jpg": images}, row_group_size=2)
+    shard = write_one(folder, name, data)
+    records = read_shard(shard)
+    assert next(records)["image"] == images[0]
+    if storage.is_s3(shard.uri):
+        storage.write_bytes(shard.uri, data[:-1])
+    else:
+        Path(shard.uri).write_bytes(data[:-1])
+    *more, end = records
+    assert [record["image"] for record in more] == images[1 : end["total"]]
+    assert end["reason"] == "shard_changed"
+
+
+@pytest.fixture
+def dead_endpoint(s3: Any, monkeypatch: pytest.MonkeyPatch):
+    """S3 refuses connections: a bound port that nobody listens on."""
+    storage._s3_of_process.cache_clear()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{taken.getsockname()[1]}")
+        yield
+    storage._s3_of_process.cache_clear()
+
+
+def test_a_storage_that_fails_leaves_a_shard_to_be_retried(dead_endpoint: None):
+    shard = Shard(name="x", uri="s3://bucket/x.tar", format="tar", size_bytes=1, version="1")
+    end = read_failed(shard)
+    assert (end["reason"], end["retryable"]) == ("shard_unreadable", True)
+    images = replace(shard, uri="s3://bucket", format="images", files=("a.jpg", "b.jpg"))
+    records = read_whole(images)
+    assert [(r["reason"], r["retryable"]) for r in records] == [("file_unreadable", True)] * 2
+
+
+def test_missing_credentials_stop_the_reader(
+    s3: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    storage._s3_of_process.cache_clear()
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    shard = Shard(name="x", uri="s3://bucket/x.tar", format="tar", size_bytes=1, version="1")
+    images = replace(shard, uri="s3://bucket", format="images", files=("a.jpg", "b.jpg"))
+    for refused in (shard, replace(shard, format="parquet"), images):
+        with pytest.raises(CredentialsError):
+            list(read_shard(refused))
+    storage._s3_of_process.cache_clear()
+
+
+# ------------------------------------------------------------------------------- Parquet
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        [b"one", None, b"", b"four"],
+        pa.array([b"one", None, b"", b"four"], pa.large_binary()),
+        pa.array([b"one", None, b"", b"four"], pa.binary_view()),
+        hugging_face_column(
+            [{"bytes": b"one", "path": "1"}, None, {"bytes": b"", "path": None}, {"bytes": b"four"}]
+        ),
+    ],
+)
+def test_parquet_cells_of_every_type(folder: str, column: Any):
+    records = read_whole(write_parquet(folder, {"image": column, "key": ["a", "b", "c", "d"]}))
+    assert [(r["key"], r["image"], r["reason"]) for r in records] == [
+        ("a", b"one", ""),
+        ("b", b"", "no_image"),
+        ("c", b"", ""),
+        ("d", b"four", ""),
+    ]
+
+
+def test_a_cell_with_only_a_path_says_so(folder: str):
+    column = hugging_face_column([{"bytes": None, "path": "a/1.jpg"}])
+    [record] = read_whole(write_parquet(folder, {"image": column}))
+    assert (record["reason"], record["member"]) == ("no_image", "a/1.jpg")
+    assert "only a path" in record["detail"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "keys"),
+    [
+        ({"id": [7, 8], "__key__": ["a", None], "url": ["u", "v"]}, ["a", "1"]),
+        ({"id": [7, 8], "key": [0.5, 1.5]}, ["7", "8"]),
+        ({"url": ["u", "v"]}, ["0", "1"]),
+        ({"key": pa.array([b"caf\xe9", b"ok"]).view(pa.string())}, ["caf\\xe9", "ok"]),
+    ],
+)
+def test_the_key_of_a_parquet_row(folder: str, columns: dict[str, Any], keys: list[str]):
+    shard = write_parquet(folder, {**columns, "image": [b"x", b"y"]}, row_group_size=1)
+    assert [record["key"] for record in read_whole(shard)] == keys
+
+
+def test_the_path_of_a_hugging_face_cell_is_its_key(folder: str):
+    cells = [{"bytes": b"x", "path": "dogs/1.jpg"}, {"bytes": b"y", "path": None}]
+    shard = write_parquet(folder, {"image": hugging_face_column(cells)})
+    assert [record["key"] for record in read_whole(shard)] == ["dogs/1.jpg", "1"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda data: b"", "shard_empty"),
+        (lambda data: b"no Parquet at all", "shard_corrupt"),
+        (lambda data: data[:-20], "shard_corrupt"),
+        (lambda data: data[: len(data) // 2], "shard_corrupt"),
+        (lambda data: bytes(len(data)), "shard_corrupt"),
+        (lambda data: make_parquet({"caption": ["x"]}), "column_missing"),
+        (lambda data: make_parquet({"jpg": ["a path"]}), "column_missing"),
+        (lambda data: make_parquet({"image": [b"another column"]}), "column_missing"),
+    ],
+)
+def test_a_damaged_parquet_shard(folder: str, change: Callable[[bytes], bytes], reason: str):
+    good = make_parquet({"jpg": [b"x" * 1000]})
+    storage.write_bytes(f"{folder}/0.parquet", good)
+    storage.write_bytes(f"{folder}/1.parquet", change(good))
+    shards = plan_shards(folder)
+    assert len(read_whole(shards[0])) == 1
+    end = read_failed(shards[1])
+    assert (end["reason"], end["retryable"]) == (reason, False)
+    if reason == "column_missing":
+        assert "'jpg'" in end["detail"]
+
+
+def test_damage_in_the_middle_of_parquet_keeps_the_rows_before(folder: str):
+    images = [os.urandom(10_000) for _ in range(40)]
+    options = {"row_group_size": 10, "compression": "none", "write_page_checksum": True}
+    data = bytearray(make_parquet({"jpg": images}, **options))
+    data[data.index(images[25]) + 5000] ^= 1
+    end = read_failed(write_one(folder, "x.parquet", bytes(data)), kept=20)
+    assert end["reason"] == "shard_corrupt"
+    assert "CRC" in end["detail"]
+
+
+def test_parquet_of_polars_is_read(tmp_path: Path):
+    import polars
+
+    frame = polars.DataFrame({"key": ["a", "b"], "image": [b"x", b"y"]})
+    frame.write_parquet(tmp_path / "x.parquet")
+    [shard] = plan_shards(str(tmp_path))
+    assert [(r["key"], r["image"]) for r in read_whole(shard)] == [("a", b"x"), ("b", b"y")]
+
+
+# -------------------------------------------------------------------------- loose images
+
+
+def test_loose_images_are_read_in_order(folder: str):
+    for index in range(20):
+        storage.write_bytes(f"{folder}/a.b/{index:02d}.x.jpg", b"image %d" % index)
+    [shard] = plan_shards(folder)
+    records = read_whole(shard)
+    assert [record["image"] for record in records] == [b"image %d" % i for i in range(20)]
+    assert (records[3]["key"], records[3]["member"]) == ("a.b/03.x", "a.b/03.x.jpg")
+
+
+def test_a_loose_image_that_is_gone_or_empty_is_a_row(folder: str):
+    for name in ("a.jpg", "b.jpg", "c.jpg"):
+        storage.write_bytes(f"{folder}/{name}", b"" if name == "c.jpg" else b"image")
+    [shard] = plan_shards(folder)
+    records = read_whole(replace(shard, files=("a.jpg", "b2.jpg", "c.jpg")))
+    assert [(r["image"], r["reason"], r["stage"]) for r in records] == [
+        (b"image", "", ""),
+        (b"", "file_missing", "read"),
+        (b"", "", ""),
+    ]
+
+
+def test_a_loose_image_that_cannot_be_read_is_a_row(tmp_path: Path):
+    (tmp_path / "a.jpg").write_bytes(b"image")
+    os.symlink("b.jpg", tmp_path / "b.jpg")  # a link to itself
+    os.symlink("nowhere", tmp_path / "c.jpg")
+    [shard] = plan_shards(str(tmp_path))
+    reasons = [record["reason"] for record in read_whole(shard)]
+    assert reasons == ["", "file_unreadable", "file_missing"]
+
+
+# ------------------------------------------------------------------------------- batches
+
+
+def to_table(shards: list[Shard]) -> pa.Table:
+    return pa.Table.from_pylist([shard_to_row(shard) for shard in shards])
+
+
+def test_batches_are_bounded_in_rows_and_lose_none(folder: str):
+    for count in (0, 1, 63, 64, 65, 150):
+        members = [(f"{index}.jpg", b"%d" % index) for index in range(count)]
+        data = make_tar(members or [("folder/.hidden", b"")])
+        storage.write_bytes(f"{folder}/{count:03d}.tar", data)
+    tables = list(read_batches(to_table(plan_shards(folder))))
+    assert [table.num_rows for table in tables] == [1, 2, 64, 64, 1, 64, 2, 64, 64, 23]
+    assert all(table.schema == RECORDS for table in tables)
+    table = pa.concat_tables(tables)
+    totals = table.filter(pa.compute.equal(table["row"], -1))["total"].to_pylist()
+    assert totals == [0, 1, 63, 64, 65, 150]
+
+
+def test_batches_are_bounded_in_bytes(tmp_path: Path):
+    large = BATCH_BYTES // 2
+    sizes = [large, large, 1, large + 1, large, 2 * large + 1, 1]
+    members = [(f"{index}.jpg", bytes(size)) for index, size in enumerate(sizes)]
+    shard = write_one(str(tmp_path), "x.tar", make_tar(members))
+    tables = list(read_batches(to_table([shard])))
+    assert [table["row"].to_pylist() for table in tables] == [[0, 1], [2, 3], [4], [5], [6, -1]]
+
+
+def test_parquet_is_read_in_bounded_memory(tmp_path: Path):
+    """A row group of 128 MB is streamed by its pages of 4 MB."""
+    image = os.urandom(2**20)
+    table = pa.table({"image": [image] * 128})
+    pq.write_table(table, tmp_path / "x.parquet", use_dictionary=False, write_batch_size=4)
+    del table
+    [shard] = plan_shards(str(tmp_path))
+    before = pa.total_allocated_bytes()
+    peak = 0
+    for batch in read_batches(to_table([shard])):
+        peak = max(peak, pa.total_allocated_bytes() - before)
+        assert batch.num_rows <= 33
+    assert peak < 100 * 2**20
+
+
+def test_names_that_are_not_utf8_pass_through_arrow(tmp_path: Path):
+    (tmp_path / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"image")
+    (tmp_path / os.fsdecode(b"caf\xe9.tar")).write_bytes(make_tar(SAMPLES[:1]))
+    tables = list(read_batches(to_table(plan_shards(str(tmp_path)))))
+    assert [table["shard"][0].as_py() for table in tables] == ["caf\\xe9.tar", "images-00000"]
+    assert tables[1]["key"].to_pylist() == ["caf\\xe9", ""]
+    assert tables[1]["image"][0].as_py() == b"image"
