@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.model.config import CLIPConfig, TextConfig, VisionConfig
+from pipeline.model.config import CLIPConfig, CLIPSegConfig, TextConfig, VisionConfig
 
 
 class QuickGELU(nn.Module):
@@ -212,7 +212,7 @@ class VisionTower(nn.Module):
 class CLIP(nn.Module):
     """Both towers, projected into one space."""
 
-    def __init__(self, config: CLIPConfig, *, interpolate: bool = False):
+    def __init__(self, config: CLIPConfig | CLIPSegConfig, *, interpolate: bool = False):
         super().__init__()
         self.text_model = TextTower(config.text_config)
         self.vision_model = VisionTower(config.vision_config, interpolate=interpolate)

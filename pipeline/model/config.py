@@ -56,7 +56,7 @@ class CLIPConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> CLIPConfig:
         """Read a config.json's content. Raises ValueError or TypeError for values no model has."""
-        return cls(**_own_fields(cls, values))
+        return cls(**_towers(values), **_fields(cls, values))
 
     def to_dict(self) -> dict[str, Any]:
         """The content of a config.json."""
@@ -64,9 +64,13 @@ class CLIPConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CLIPSegConfig(CLIPConfig):
+class CLIPSegConfig:
     """CLIP, and the decoder that turns its activations and a prompt into a mask."""
 
+    text_config: TextConfig = field(default_factory=TextConfig)
+    vision_config: VisionConfig = field(default_factory=VisionConfig)
+    projection_dim: int = 512
+    logit_scale_init_value: float = 2.6592
     extract_layers: tuple[int, ...] = (3, 6, 9)  # 0-based outputs of vision blocks
     reduce_dim: int = 64
     decoder_num_attention_heads: int = 4
@@ -80,37 +84,44 @@ class CLIPSegConfig(CLIPConfig):
             raise ValueError(f"extract_layers {list(layers)}: each must be in 0..{depth - 1}")
         if any(a >= b for a, b in itertools.pairwise(layers)):
             raise ValueError(f"extract_layers {list(layers)}: must increase")
+        _check_heads(self.reduce_dim, self.decoder_num_attention_heads)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> CLIPSegConfig:
+        """Read a config.json's content. Raises ValueError or TypeError for values no model has."""
+        return cls(**_towers(values), **_fields(cls, values))
 
     def to_dict(self) -> dict[str, Any]:
+        """The content of a config.json."""
         name = "CLIPSegForImageSegmentation"
         return {"model_type": "clipseg", "architectures": [name], **dataclasses.asdict(self)}
 
 
-def _own_fields(cls: type, values: dict[str, Any]) -> dict[str, Any]:
-    """The entries of `values` that `cls` has a field for, checked and with towers built."""
-    out: dict[str, Any] = {}
+def _towers(values: dict[str, Any]) -> dict[str, Any]:
+    """Both towers of a config.json."""
+    out = {}
     for name, tower in (("text_config", TextConfig), ("vision_config", VisionConfig)):
-        # Configs written before 2023 repeat a tower as `text_config_dict`, which then decides.
-        nested = values.get(f"{name}_dict") or values.get(name) or {}
+        nested = values.get(name) or {}
         if not isinstance(nested, dict):
             raise TypeError(f"{name} is {type(nested).__name__}, not an object")
-        out[name] = tower(**_checked(tower, nested))
-    return out | {k: v for k, v in _checked(cls, values).items() if k not in out}
+        out[name] = tower(**_fields(tower, nested))
+        _check_heads(out[name].hidden_size, out[name].num_attention_heads)
+    return out
 
 
-def _checked(cls: type, values: dict[str, Any]) -> dict[str, Any]:
-    """The fields of `cls` in `values`, each of its default's type, sizes positive."""
+def _fields(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    """What `values` says of the fields of `cls`, each of its default's type, sizes positive."""
     out: dict[str, Any] = {}
     for f in dataclasses.fields(cls):
-        value = values.get(f.name)
+        value: Any = values.get(f.name)
         if value is None or f.default is dataclasses.MISSING:
             continue
-        kind = type(f.default)
-        if kind is float and isinstance(value, int):
+        kind: type = type(f.default)
+        if kind is float and type(value) is int:
             value = float(value)
         if kind is tuple and isinstance(value, list):
             value = tuple(value)
-        if type(value) is not kind and f.default is not None:
+        if type(value) is not kind:
             raise TypeError(f"{f.name} is {value!r}, not of type {kind.__name__}")
         sized = kind is int and not f.name.endswith(("_token_id", "conditional_layer"))
         if sized and value <= 0:
@@ -118,9 +129,9 @@ def _checked(cls: type, values: dict[str, Any]) -> dict[str, Any]:
         if kind is tuple and not all(type(v) is int for v in value):
             raise TypeError(f"{f.name} is {list(value)}; it must hold integers")
         out[f.name] = value
-    heads, width = (
-        out.get(name, getattr(cls, name, 1)) for name in ("num_attention_heads", "hidden_size")
-    )
-    if width % heads:
-        raise ValueError(f"hidden_size {width} is not a multiple of num_attention_heads {heads}")
     return out
+
+
+def _check_heads(width: int, heads: int) -> None:
+    if width % heads:
+        raise ValueError(f"a width of {width} is not a multiple of {heads} attention heads")

@@ -1,0 +1,13 @@
+"""The models in torch alone: what a checkpoint folder holds, and what it computes.
+
+A module imports only from modules above it:
+
+    fetch       a folder, a hub id or an s3:// URI -> a local checkpoint folder
+    config      what config.json says, as dataclasses
+    weights     tensors of the folder -> a module, strictly
+    check       config.json held against the tensors, before anything is built
+    preprocess  images -> pixels at the model's size
+    tokenizer   texts -> token ids
+    clip        the two towers, and CLIP
+    clipseg     the decoder, and CLIPSeg
+"""
