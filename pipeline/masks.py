@@ -1,0 +1,211 @@
+"""Logits on the model's grid <-> masks at the image's size <-> COCO RLE, boxes, areas and scores.
+
+A mask is where sigmoid(bilinear(logits)) > threshold. It is decided on the logits, against the
+threshold's own logit: the same pixels up to float ties, without a sigmoid per pixel. Bilinear
+interpolation never exceeds the cells it lies between, so only pixels that touch a cell above the
+threshold are computed, and an empty mask costs one look at the grid.
+
+Shapes: P prompts, h and w the model's grid, H and W the image. Sizes are (height, width). Run on
+one torch thread per worker: the tensors are small.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pycocotools import mask as coco
+
+from pipeline.errors import RowError
+
+# Pixels interpolated at a time: floats that stay in a core's cache.
+_BAND_PX = 1 << 16
+
+
+def masks_of_image(
+    logits: torch.Tensor | np.ndarray,
+    *,
+    size: tuple[int, int],
+    threshold: float,
+    mask_size: str = "image",
+) -> list[dict[str, Any]]:
+    """The masks of one image, in the order of its prompts.
+
+    logits: (P, h, w) float32; size: of the upright image; threshold: a probability, 0..1;
+    mask_size: "image" for masks at `size`, "model" for masks on the model's own grid.
+
+    Each dict has columns of schema.MASKS: rle {size: [H, W], counts: str}; bbox [x, y, width,
+    height]; area in pixels; score_max, the largest probability on the model's grid, known for
+    empty masks too; score_mean, the mean probability inside the mask at its own size, None when it
+    is empty. Raises RowError(stage="segment") when a logit is not finite.
+    """
+    grids = np.asarray(logits, np.float32)
+    if not np.isfinite(grids).all():
+        raise RowError("segment", "model_failed", "the model's logits are not finite")
+    target = size if mask_size == "image" else (grids.shape[1], grids.shape[2])
+    rows = []
+    for grid in grids:
+        columns, start, score_mean = _masked_columns(grid, target, threshold)
+        rle = _encode(columns, start, target)
+        rows.append(
+            {
+                "rle": {"size": list(target), "counts": rle["counts"].decode("ascii")},
+                "bbox": coco.toBbox(rle).tolist(),
+                "area": int(coco.area(rle)),
+                "score_max": float(torch.sigmoid(torch.tensor(grid.max()))),
+                "score_mean": score_mean,
+            }
+        )
+    return rows
+
+
+def mask_from_logits(
+    logits: torch.Tensor | np.ndarray, size: tuple[int, int] | None, threshold: float
+) -> np.ndarray:
+    """Where the probability exceeds the threshold: (H, W) uint8, 0 or 1, column-major.
+
+    logits: (h, w) float32, finite; size: (H, W), or None for the grid's own. At threshold 0 every
+    pixel is in the mask, at 1 none.
+    """
+    grid = np.asarray(logits, np.float32)
+    height, width = size or grid.shape
+    columns, start, _ = _masked_columns(grid, (height, width), threshold)
+    mask = np.zeros((width, height), np.uint8)
+    mask[start : start + len(columns)] = columns
+    return mask.T
+
+
+def probability_map(logits: torch.Tensor | np.ndarray, side: int) -> np.ndarray:
+    """An 8-bit map to keep, so that thresholds can be changed without the model.
+
+    logits: (h, w) float32. Returns (h', w') uint8 = round(255 * probability), its longer side
+    `side` cells, or the model's own grid where that is smaller. Logits are averaged over the cells
+    that fall together: averaged probabilities agree less with the masks (mean IoU .987 against
+    .990 at 88 of 352 cells and threshold 0.1, .958 against .974 at 0.8).
+    """
+    grid = torch.as_tensor(logits, dtype=torch.float32)
+    height, width = grid.shape
+    scale = min(1.0, side / max(height, width))
+    target = (max(1, round(height * scale)), max(1, round(width * scale)))
+    small = F.interpolate(grid[None, None], size=target, mode="area")[0, 0]
+    return torch.round(torch.sigmoid(small) * 255).to(torch.uint8).numpy()
+
+
+def mask_from_probabilities(
+    probabilities: np.ndarray, size: tuple[int, int] | None, threshold: float
+) -> np.ndarray:
+    """The mask that `mask_from_logits` would give, from a map kept by `probability_map`.
+
+    probabilities: (h', w') uint8. Returns (H, W) uint8, column-major. It interpolates logits, as
+    the mask itself did; 0 and 255 stand for half a step from the end. From the full grid the mean
+    IoU with the direct mask is .999, from half of it .994 or more, from a quarter .973 or more.
+    """
+    values = torch.as_tensor(probabilities).to(torch.float32)
+    logits = torch.logit(values.clamp(0.5, 254.5) / 255)
+    return mask_from_logits(logits.numpy(), size, threshold)
+
+
+def _masked_columns(
+    grid: np.ndarray, size: tuple[int, int], threshold: float
+) -> tuple[np.ndarray, int, float | None]:
+    """The columns of the mask from its first to its last, or a few more: (n, H) bool, one row per
+    column of the image; the index of the first; the mean probability inside the mask or None."""
+    height, width = size
+    level = _logit(threshold)
+    above = grid > level
+    if not above.any():
+        return np.zeros((0, height), np.bool_), 0, None
+    rows = _Axis.between(grid.shape[0], height).touching(np.flatnonzero(above.any(1)))
+    cols = _Axis.between(grid.shape[1], width).touching(np.flatnonzero(above.any(0)))
+    mask = np.zeros((len(cols.low), height), np.bool_)
+    window = mask[:, rows.start : rows.start + len(rows.low)]
+    # Down the columns first, on the narrow grid; then across, a band of columns at a time.
+    tall = np.ascontiguousarray(rows.lerp(grid).T)
+    length = max(1, _BAND_PX // max(1, tall.shape[1]))
+    area, total = 0, 0.0
+    for i in range(0, len(mask), length):
+        wide = cols[i : i + length].lerp(tall)
+        inside = np.greater(wide, level, out=window[i : i + length])
+        probabilities = torch.from_numpy(wide[inside]).sigmoid_()
+        area, total = area + len(probabilities), total + float(probabilities.sum())
+    return mask, cols.start, total / area if area else None
+
+
+def _encode(columns: np.ndarray, start: int, size: tuple[int, int]) -> dict[str, Any]:
+    """COCO's compressed RLE of a mask that is empty but for some columns: equal to
+    coco.encode(mask), without a walk over the rest of the image. Counts are ASCII bytes."""
+    height, width = size
+    flat = np.zeros(columns.size + 2, np.bool_)
+    flat[1:-1] = columns.reshape(-1)
+    changes = np.flatnonzero(flat[1:] != flat[:-1]) + start * height
+    counts = np.diff(changes, prepend=0, append=height * width)
+    if len(counts) > 1 and counts[-1] == 0:
+        counts = counts[:-1]
+    return coco.frPyObjects({"size": [height, width], "counts": counts.tolist()}, height, width)
+
+
+def _logit(probability: float) -> float:
+    if probability <= 0:
+        return -math.inf
+    return math.log(probability / (1 - probability)) if probability < 1 else math.inf
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Axis:
+    """Bilinear interpolation along one axis: output `start + i` lies between the cells low[i] and
+    high[i] of the grid, weight[i] of the way (int64, int64, float32; all of one length)."""
+
+    start: int
+    low: np.ndarray
+    high: np.ndarray
+    weight: np.ndarray
+
+    @staticmethod
+    @lru_cache(maxsize=256)
+    def between(cells: int, outputs: int) -> _Axis:
+        """The whole axis, exactly as F.interpolate(mode="bilinear", align_corners=False) has it.
+
+        The weights are asked of it, as their last bits depend on how torch was compiled: the three
+        channels of the probe mark the cells 0, 1, 2, 0, 1, 2, ..., so that the two neighbours of an
+        output never share a channel, nor does the cell before them.
+        """
+        probe = (torch.arange(cells) % 3 == torch.arange(3)[:, None]).to(torch.float32)
+        resized = F.interpolate(probe[None, :, :, None], size=(outputs, 1), mode="bilinear")
+        shares = resized[0, :, :, 0].numpy()
+        output = np.arange(outputs)
+        position = (output + 0.5) * (cells / outputs) - 0.5
+        # Where the position is a whole number but for rounding, torch may see it on either side.
+        early, late = (
+            np.clip(np.floor(position + shift), 0, cells - 1).astype(np.int64)
+            for shift in (-1e-3, 1e-3)
+        )
+        low = np.where(shares[early % 3, output] > 0, early, late)
+        high = np.minimum(low + 1, cells - 1)
+        weight = np.where(high > low, shares[high % 3, output], np.float32(0))
+        return _Axis(start=0, low=low, high=high, weight=weight)
+
+    def __getitem__(self, part: slice) -> _Axis:
+        return _Axis(
+            start=self.start + (part.start or 0),
+            low=self.low[part],
+            high=self.high[part],
+            weight=self.weight[part],
+        )
+
+    def touching(self, cells: np.ndarray) -> _Axis:
+        """The outputs that depend on a cell between the first and the last of `cells` (sorted)."""
+        outputs = np.flatnonzero((self.high >= cells[0]) & (self.low <= cells[-1]))
+        return self[outputs[0] : outputs[-1] + 1] if len(outputs) else self[:0]
+
+    def lerp(self, grid: np.ndarray) -> np.ndarray:
+        """(cells, K) -> (outputs, K) float32."""
+        low, between = grid[self.low], grid[self.high]
+        between -= low
+        between *= self.weight[:, None]
+        between += low
+        return between
