@@ -116,7 +116,7 @@ def _fields(cls: type, values: dict[str, Any]) -> dict[str, Any]:
         value: Any = values.get(f.name)
         if value is None or f.default is dataclasses.MISSING:
             continue
-        kind: type = type(f.default)
+        kind: Any = type(f.default)
         if kind is float and type(value) is int:
             value = float(value)
         if kind is tuple and isinstance(value, list):

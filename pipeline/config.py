@@ -1,0 +1,121 @@
+"""What a job is asked to do: one frozen dataclass per job, checked when it is made.
+
+The command line is derived from these classes: a default, its help and its check stand here and
+nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from pipeline.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentConfig:
+    """Segment every image of INPUT with every prompt, and write the masks as Parquet tables."""
+
+    input: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="INPUT")]
+    """WebDataset tars, Parquet with image bytes, or a folder of images; local or s3://.
+    Globs (*.tar) and braces ({0000..0099}.tar) name several."""
+
+    output: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUTPUT")]
+    """Folder for the tables, local or s3://. The same command again completes it."""
+
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """What to segment, in words; give it once for each prompt."""
+
+    prompts: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """Text file with one prompt a line, after those of --prompt."""
+
+    model: str = "CIDAS/clipseg-rd64-refined"
+    """Checkpoint: a local folder, an s3:// folder, or a hub id, with @revision if wanted."""
+
+    threshold: float = 0.5
+    """A pixel belongs to the mask when its probability is above this; 0 to 1."""
+
+    mask_size: Literal["image", "model"] = "image"
+    """Masks at the image's own size, or on the model's grid."""
+
+    keep_probabilities: Literal["none", "88", "176", "352"] = "none"
+    """Also keep 8-bit probability maps of this size, so that thresholds can be changed later."""
+
+    image_column: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """Parquet column that holds the images; found by itself where it has a usual name."""
+
+    max_pixels: int = 50_000_000
+    """Images with more pixels are not decoded but become rows of the errors table."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs; auto takes the GPUs of the cluster if it has any."""
+
+    actors: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Workers that hold the model: by default one per GPU, or one per eight CPUs."""
+
+    batch_size: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Images the model takes at once: by default 64 on a GPU, 16 on a CPU."""
+
+    contact_sheet: Annotated[str | None, tyro.conf.arg(metavar="PNG")] = None
+    """Afterwards draw a few images with their masks into this PNG file."""
+
+    quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """No progress display, only the last line."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threshold <= 1:
+            raise UsageError(f"--threshold {self.threshold}: must be between 0 and 1")
+        for name in ("actors", "batch_size", "max_pixels"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        if not self.prompt and self.prompts is None:
+            raise UsageError(
+                'nothing to segment: give at least one --prompt "..." or --prompts FILE'
+            )
+        if any(not p.strip() for p in self.prompt):
+            raise UsageError("--prompt: an empty prompt; say what to segment")
+
+    def all_prompts(self) -> list[str]:
+        """Every prompt in the order of its prompt_id. Raises UsageError for a file without any."""
+        prompts = [*self.prompt, *(_read_prompts(self.prompts) if self.prompts else [])]
+        repeated = next((p for p, n in Counter(prompts).items() if n > 1), None)
+        if repeated is not None:
+            raise UsageError(f"the prompt {repeated!r} is given twice")
+        return prompts
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides the results of a run: another value of any of these is another run."""
+        return {
+            "job": "segment",
+            "input": self.input,
+            "prompts": self.all_prompts(),
+            "threshold": self.threshold,
+            "mask_size": self.mask_size,
+            "keep_probabilities": self.keep_probabilities,
+            "image_column": self.image_column,
+            "max_pixels": self.max_pixels,
+        }
+
+    def tables(self) -> list[str]:
+        """The tables that the job writes."""
+        kept = [] if self.keep_probabilities == "none" else ["probabilities"]
+        return ["images", "masks", "errors", *kept]
+
+
+def _read_prompts(file: str) -> list[str]:
+    """The lines of a prompts file that are not blank."""
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UsageError(f"--prompts {file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--prompts {file}: not a UTF-8 text file") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UsageError(f"--prompts {file}: no prompts in it; write one a line")
+    return prompts

@@ -1,0 +1,176 @@
+"""The one module here that knows Ray: connect to it, share its CPUs, keep the account of a job.
+
+Ray Data streams the rows; the stages are in the job's file. What comes out at the end of the
+stream are account rows, which the driver adds up here: when the account of a shard closes, a Ray
+task puts the shard's fragments together.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+import ray.data
+
+from pipeline.account import Run, close_run
+from pipeline.errors import JobError, PipelineError, UsageError
+from pipeline.progress import ProgressDisplay
+from pipeline.shard import Shard, shard_to_row
+from pipeline.write import finish_shard
+
+# Shards whose parts are being put together at the same time.
+FINISHING_AT_ONCE = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shares:
+    """How the CPUs and GPUs of the cluster are shared among the stages.
+
+    Read, decode and write tasks take `task_cpus` each, so that one of every kind fits beside the
+    actors even on one CPU; without that a streaming job waits for itself for ever.
+    """
+
+    device: str
+    """"cpu" or "cuda"."""
+    task: dict[str, Any]
+    """Arguments of map_batches for tasks."""
+    actor: dict[str, Any]
+    """Arguments of map_batches for the actors that hold the model."""
+    threads: int | None
+    """CPU threads of an actor's model; None leaves them to torch."""
+
+
+@contextmanager
+def ray_session() -> Iterator[None]:
+    """Attach to the cluster that RAY_ADDRESS names, or start Ray on this machine.
+
+    What a stage raises comes out as the PipelineError it was, or as a JobError.
+    """
+    if not ray.is_initialized():
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        dashboard = None if os.environ.get("RAY_ADDRESS") else False
+        try:
+            ray.init(include_dashboard=dashboard, logging_level=logging.ERROR, log_to_driver=False)
+        except (ConnectionError, RuntimeError) as error:
+            raise JobError(f"Ray cannot be reached or started: {error}") from error
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    try:
+        yield
+    except ray.exceptions.RayError as error:
+        raise _as_pipeline_error(error) from error
+
+
+def share_cluster(*, device: str, actors: int | None, batch_size: int | None) -> Shares:
+    """Divide the cluster. Raises UsageError if GPUs are asked for that it does not have."""
+    resources = ray.cluster_resources()
+    cpus, gpus = resources.get("CPU", 0.0), int(resources.get("GPU", 0))
+    if device == "auto":
+        device = "cuda" if gpus else "cpu"
+    task = min(1.0, cpus / 8)
+    if device == "cuda":
+        actors = actors or gpus
+        if not 0 < actors <= gpus:
+            raise UsageError(f"--device cuda: {actors or 1} GPUs wanted, the cluster has {gpus}")
+        share = {"num_gpus": 1, "num_cpus": min(task, cpus / 2 / actors)}
+        threads = None
+    else:
+        actors = actors or max(1, int(cpus // 8))
+        if actors > 4 * cpus:
+            raise UsageError(f"--actors {actors}: the cluster has {cpus:g} CPUs, 4 fit on each")
+        share = {"num_cpus": cpus / 2 / actors}
+        threads = max(1, round(cpus / actors))
+    return Shares(
+        device=device,
+        task={"num_cpus": task, "batch_format": "pyarrow"},
+        actor=share
+        | {
+            "batch_format": "pyarrow",
+            "compute": ray.data.ActorPoolStrategy(size=actors),
+            "batch_size": batch_size or (64 if device == "cuda" else 16),
+        },
+        threads=threads,
+    )
+
+
+def dataset_of(shards: list[Shard]) -> ray.data.Dataset:
+    """One row per shard, one block per row, so that every shard is a read task of its own."""
+    rows = [shard_to_row(shard) for shard in shards]
+    return ray.data.from_items(rows, override_num_blocks=len(rows))
+
+
+@dataclass
+class _Open:
+    """What has come out of a shard so far."""
+
+    records: int = 0
+    images: int = 0
+    masks: int = 0
+    total: int = -1
+    fragments: list[str] = field(default_factory=list)
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.records += row["images"] + row["errors"]
+        self.images += row["images"]
+        self.masks += row["masks"]
+        self.total = max(self.total, row["total"])
+        self.fragments.append(row["fragment"])
+
+    def closes(self, prompts: int) -> bool:
+        return self.total == self.records and self.masks == self.images * prompts
+
+
+def finish(accounts: ray.data.Dataset, run: Run, *, prompts: int, quiet: bool) -> dict[str, int]:
+    """Run the stream to its end, finish each shard when its account closes, and close the run.
+
+    Returns the counts over all shards. Raises JobError when a shard or a row is missing.
+    """
+    started = time.monotonic()
+    shards = {shard.name: shard for shard in run.todo}
+    task = ray.remote(num_cpus=0, max_retries=3)(finish_shard)
+    open_shards: dict[str, _Open] = {}
+    finishing: list[Any] = []
+    receipts: list[dict[str, Any]] = []
+
+    def collect(at_most: int) -> None:
+        """Take in finished shards until at most so many are still being put together."""
+        nonlocal finishing
+        while len(finishing) > at_most:
+            ready, finishing = ray.wait(finishing)
+            for receipt in ray.get(ready):
+                receipts.append(receipt)
+                progress.shard(shards[receipt["shard"]].size_bytes)
+
+    total_bytes = sum(shard.size_bytes for shard in run.todo)
+    with ProgressDisplay(total_bytes, len(run.todo), quiet=quiet) as progress:
+        for row in accounts.iter_rows() if run.todo else ():
+            account = open_shards.setdefault(row["shard"], _Open())
+            account.add(row)
+            progress.rows(row["images"], row["errors"])
+            if account.closes(prompts):
+                shard = shards[row["shard"]]
+                ref = task.remote(run.output, shard, account.fragments, account.total, prompts)
+                finishing.append(ref)
+                del open_shards[row["shard"]]
+                collect(FINISHING_AT_ONCE)
+        collect(0)
+    return close_run(run, receipts, time.monotonic() - started)
+
+
+def _as_pipeline_error(error: BaseException) -> PipelineError:
+    """The PipelineError inside what Ray raised, or a JobError with its last line."""
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, PipelineError):
+            return inner
+        inner = getattr(inner, "cause", None) or inner.__cause__
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return JobError(f"a worker failed: {lines[-1].strip() if lines else type(error).__name__}")

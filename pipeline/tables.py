@@ -1,0 +1,99 @@
+"""What the model gave -> rows of the output's tables, gathered by shard.
+
+The stage between the model and the writer: every record becomes one row of `images` or one row of
+`errors`, and every (image, prompt) one row of `masks`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline import schema
+from pipeline.config import SegmentConfig
+from pipeline.masks import masks_of_image, probability_map
+from pipeline.write import pack_tables
+
+
+class MakeTables:
+    """schema.LOGITS -> schema.FRAGMENTS: masks as the config wants them, counted and packed."""
+
+    def __init__(self, config: SegmentConfig):
+        self.prompts = config.all_prompts()
+        self.threshold, self.mask_size = config.threshold, config.mask_size
+        kept = config.keep_probabilities
+        self.probability_side = 0 if kept == "none" else int(kept)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        shards = pc.unique(batch["shard"]).to_pylist()
+        rows = [self._fragment(s, batch.filter(pc.equal(batch["shard"], s))) for s in shards]
+        return pa.Table.from_pylist(rows, schema=schema.FRAGMENTS)
+
+    def _fragment(self, shard: str, batch: pa.Table) -> dict[str, Any]:
+        """One row of FRAGMENTS from the records of one shard."""
+        failed = batch.filter(pc.not_equal(batch["reason"], ""))
+        good = batch.filter(pc.greater(pc.binary_length(batch["logits"]), 0))
+        # An image whose prompts came in several runs is counted with its first.
+        images = good.filter(pc.equal(good["first_prompt"], 0))
+        ends = batch.filter(pc.equal(batch["row"], -1))
+        tables = {
+            "images": images.select(schema.IMAGES.names).cast(schema.IMAGES),
+            "errors": _errors(failed),
+            **self._per_prompt(good),
+        }
+        return {
+            "shard": shard,
+            "images": len(images),
+            "masks": len(tables["masks"]),
+            "errors": len(failed.filter(pc.greater_equal(failed["row"], 0))),
+            "total": ends["total"][0].as_py() if len(ends) else -1,
+            "tables": pack_tables({name: t for name, t in tables.items() if len(t)}),
+        }
+
+    def _per_prompt(self, good: pa.Table) -> dict[str, pa.Table]:
+        """Masks, and probability maps if wanted."""
+        masks: list[dict[str, Any]] = []
+        maps: list[dict[str, Any]] = []
+        for record, logits in _logits(good):
+            found = masks_of_image(
+                logits,
+                size=(record["height"], record["width"]),
+                threshold=self.threshold,
+                mask_size=self.mask_size,
+            )
+            for i, mask in enumerate(found):
+                row = record | {
+                    "prompt_id": record["first_prompt"] + i,
+                    "prompt": self.prompts[record["first_prompt"] + i],
+                }
+                masks.append(row | mask | {"threshold": self.threshold})
+                if self.probability_side:
+                    kept = probability_map(logits[i], self.probability_side)
+                    maps.append(row | {"size": list(kept.shape), "map": kept.tobytes()})
+        tables = {"masks": pa.Table.from_pylist(masks, schema=schema.MASKS)}
+        if self.probability_side:
+            tables["probabilities"] = pa.Table.from_pylist(maps, schema=schema.PROBABILITIES)
+        return tables
+
+
+def _logits(good: pa.Table) -> Iterable[tuple[dict[str, Any], np.ndarray]]:
+    """Each record with its logits (P, h, w) float32."""
+    names = ["shard", "row", "key", "height", "width", "first_prompt"]
+    shapes = zip(good["logits_height"], good["logits_width"], good["logits"], strict=True)
+    for record, (h, w, data) in zip(good.select(names).to_pylist(), shapes, strict=True):
+        logits = np.frombuffer(data.as_buffer(), np.float32)
+        yield record, logits.reshape(-1, h.as_py(), w.as_py())
+
+
+def _errors(failed: pa.Table) -> pa.Table:
+    """Rows of the errors table; a shard's own failure has neither row nor key."""
+    of_shard = pc.equal(failed["row"], -1)
+    for name in ("row", "key"):
+        null = pa.scalar(None, failed.schema.field(name).type)
+        index = failed.schema.get_field_index(name)
+        failed = failed.set_column(index, name, pc.if_else(of_shard, null, failed[name]))
+    return failed.select(schema.ERRORS.names).cast(schema.ERRORS)

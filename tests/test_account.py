@@ -1,0 +1,106 @@
+"""Which runs an output takes, which shards are left, and when the account closes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from test_write import SHARD, images, masks, part, write
+
+from pipeline.account import close_run, open_run
+from pipeline.config import SegmentConfig
+from pipeline.errors import JobError, UsageError
+from pipeline.write import finish_shard
+
+MODEL = {"weights_hash": "abc"}
+OTHER = replace(SHARD, name="c.tar", version="v1")
+
+
+def config(output: Path, **values: Any) -> SegmentConfig:
+    return SegmentConfig(input="in", output=str(output), **{"prompt": ("x", "y"), **values})
+
+
+def finish(output: Path, shard=SHARD, rows: int = 2) -> dict[str, Any]:
+    numbers = range(rows)
+    names = write(output, {"images": images(*numbers), "masks": masks(*numbers)})
+    return finish_shard(str(output), shard, names, rows, 2)
+
+
+def test_every_table_can_be_read_from_the_start(tmp_path: Path) -> None:
+    run = open_run(config(tmp_path, keep_probabilities="88"), [SHARD], MODEL)
+    assert run.todo == [SHARD]
+    for table in ("images", "masks", "errors", "probabilities"):
+        (file,) = (tmp_path / table).glob("*.parquet")
+        assert pq.read_metadata(file).num_rows == 0
+
+
+def test_the_record_of_a_run_tells_everything(tmp_path: Path) -> None:
+    run = open_run(config(tmp_path), [SHARD], MODEL)
+    counts = close_run(run, [finish(tmp_path)], 2.0)
+    assert counts == {
+        "shards": 1,
+        "shards_failed": 0,
+        "rows_in": 2,
+        "images": 2,
+        "errors": 0,
+        "masks": 4,
+    }
+    record = json.loads((tmp_path / "_run.json").read_text())
+    assert (record["status"], record["counts"]) == ("complete", counts)
+    assert record["config"]["prompt"] == ["x", "y"]
+    assert record["fingerprint"]["weights_hash"] == "abc"
+    assert record["throughput"] == {"seconds": 2.0, "images": 2, "images_per_s": 1.0}
+    assert set(record["versions"]) >= {"clipseg_ray", "torch", "ray", "python"}
+    assert (tmp_path / "_SUCCESS").exists()
+    assert not (tmp_path / "_staging").exists()
+
+
+def test_a_finished_shard_is_not_done_again(tmp_path: Path) -> None:
+    open_run(config(tmp_path), [SHARD, OTHER], MODEL)
+    finish(tmp_path)
+    run = open_run(config(tmp_path, batch_size=3, actors=2, quiet=True), [SHARD, OTHER], MODEL)
+    assert run.todo == [OTHER]
+    receipt = finish(tmp_path, OTHER, rows=0)
+    assert close_run(run, [receipt], 1.0)["images"] == 2
+
+
+def test_a_shard_that_changed_is_done_again(tmp_path: Path) -> None:
+    open_run(config(tmp_path), [SHARD], MODEL)
+    finish(tmp_path)
+    changed = replace(SHARD, version="v2")
+    run = open_run(config(tmp_path), [changed], MODEL)
+    assert run.todo == [changed]
+    assert not part(tmp_path, "masks").exists()  # old rows never stand beside new ones
+    assert close_run(run, [finish(tmp_path, changed, rows=3)], 1.0)["images"] == 3
+
+
+def test_another_run_is_refused_with_the_difference(tmp_path: Path) -> None:
+    open_run(config(tmp_path), [SHARD], MODEL)
+    with pytest.raises(UsageError, match=r"threshold was 0\.5, now 0\.4"):
+        open_run(config(tmp_path, threshold=0.4), [SHARD], MODEL)
+    with pytest.raises(UsageError, match='weights_hash was "abc", now "abd"'):
+        open_run(config(tmp_path), [SHARD], {"weights_hash": "abd"})
+
+
+def test_files_of_somebody_else_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(UsageError, match="not from a run"):
+        open_run(config(tmp_path), [SHARD], MODEL)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_damaged_record_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "_run.json").write_text("{")
+    with pytest.raises(UsageError, match="not readable"):
+        open_run(config(tmp_path), [SHARD], MODEL)
+
+
+def test_a_run_without_all_its_shards_is_not_closed(tmp_path: Path) -> None:
+    run = open_run(config(tmp_path), [SHARD, OTHER], MODEL)
+    with pytest.raises(JobError, match=r"1 shards were not finished \(c\.tar"):
+        close_run(run, [finish(tmp_path)], 1.0)
+    assert not (tmp_path / "_SUCCESS").exists()

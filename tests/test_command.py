@@ -1,0 +1,96 @@
+"""The command line: what is mistyped ends in one clear line and exit code 2."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.command import run_command
+from pipeline.config import SegmentConfig
+from pipeline.errors import JobError
+
+
+def run(*argv: str) -> tuple[int, SegmentConfig | None]:
+    """The exit code, and the config if the job was reached."""
+    reached: list[SegmentConfig] = []
+
+    def job(config: SegmentConfig) -> None:
+        config.all_prompts()
+        reached.append(config)
+
+    code = run_command(SegmentConfig, job, "clipseg-ray segment", argv)
+    return code, reached[0] if reached else None
+
+
+def test_arguments_become_the_config() -> None:
+    code, config = run("in", "out", "--prompt", "a cat", "--prompt", "a dog", "--threshold", "0.25")
+    assert code == 0
+    assert config is not None
+    assert (config.input, config.output, config.threshold) == ("in", "out", 0.25)
+    assert config.all_prompts() == ["a cat", "a dog"]
+
+
+def test_prompts_of_the_file_follow_those_of_the_line(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("ein Hund\n\n  ネコ  \n", encoding="utf-8")
+    config = run("in", "out", "--prompt", "a cat", "--prompts", str(file))[1]
+    assert config is not None
+    assert config.all_prompts() == ["a cat", "ein Hund", "ネコ"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        ([], "Missing from clipseg-ray segment: INPUT OUTPUT"),
+        (["in"], "OUTPUT"),
+        (["in", "out"], 'give at least one --prompt "..."'),
+        (["in", "out", "--prompt", " "], "empty prompt"),
+        (["in", "out", "--prompt", "x", "--prompt", "x"], "the prompt 'x' is given twice"),
+        (["in", "out", "--prompt", "x", "--promt", "y"], "--promt"),
+        (["in", "out", "--prompt", "x", "--threshold", "1.01"], "between 0 and 1"),
+        (["in", "out", "--prompt", "x", "--threshold", "nan"], "between 0 and 1"),
+        (["in", "out", "--prompt", "x", "--threshold", "half"], "half"),
+        (["in", "out", "--prompt", "x", "--mask-size", "huge"], "'image', 'model'"),
+        (["in", "out", "--prompt", "x", "--actors", "0"], "--actors 0: must be at least 1"),
+        (["in", "out", "--prompts", "no/such/file"], "no/such/file: No such file"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_code_2(
+    argv: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*argv) == (2, None)
+    said = capsys.readouterr().err
+    assert said.startswith("clipseg-ray segment: error: ")
+    assert says in said
+    assert said.count("\n") == 1
+
+
+def test_prompt_files_without_prompts_are_refused(tmp_path: Path, capsys) -> None:
+    (tmp_path / "blank").write_text("\n \n")
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
+    for name, says in (("blank", "no prompts in it"), ("bytes", "not a UTF-8 text file")):
+        assert run("in", "out", "--prompts", str(tmp_path / name))[0] == 2
+        assert says in capsys.readouterr().err
+
+
+def test_a_failed_job_is_one_line_and_code_1(capsys: pytest.CaptureFixture[str]) -> None:
+    def job(config: SegmentConfig) -> None:
+        raise JobError("3 shards\nwere not finished")
+
+    assert run_command(SegmentConfig, job, "job", ["in", "out", "--prompt", "x"]) == 1
+    assert capsys.readouterr().err == "job: error: 3 shards were not finished\n"
+
+
+def test_the_entry_point_names_its_commands() -> None:
+    def clipseg_ray(*argv: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "jobs", *argv]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert "segment" in clipseg_ray("--help").stdout
+    assert clipseg_ray("--version").stdout.startswith("clipseg-ray ")
+    wrong = clipseg_ray("segmnt")
+    assert wrong.returncode == 2
+    assert wrong.stderr == "clipseg-ray: error: no command 'segmnt'; known: segment\n"

@@ -1,0 +1,370 @@
+"""The segment job on a real local Ray: every input form, from disk and from S3, read by others."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import duckdb
+import numpy as np
+import polars
+import pyarrow as pa
+import pytest
+import ray
+import skimage.data
+import torch
+import torch.nn.functional as F
+import transformers
+from PIL import Image
+from pycocotools import mask as coco
+from shards import hugging_face_column, make_parquet, make_tar, write_img2dataset
+
+from jobs import segment
+from pipeline import storage
+from pipeline.masks import mask_from_probabilities
+
+PROMPTS = ["a cat", "red circle", "猫"]
+THRESHOLD = 0.48
+PIXELS = {
+    "do_resize": True,
+    "size": {"height": 64, "width": 64},
+    "resample": 2,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_std": [0.229, 0.224, 0.225],
+    "image_processor_type": "ViTImageProcessor",
+}
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random CLIPSeg in the hub's file layout."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model = checkpoints.small_clipseg()
+    model.decoder.film_mul.weight.data *= 10  # masks that differ from prompt to prompt
+    checkpoints.save(model, folder)
+    checkpoints.write_vocabulary(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(PIXELS))
+    return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def local_ray(s3: Any) -> Iterator[None]:
+    """One Ray for all tests here; it starts after S3, whose endpoint its workers inherit."""
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@functools.cache
+def photos() -> list[bytes]:
+    """Real photographs of different sizes as JPEG, and one as PNG."""
+    names = ("astronaut", "chelsea", "coffee", "rocket")
+    pictures = [Image.fromarray(getattr(skimage.data, name)()) for name in names]
+    pictures = [
+        picture.resize((w // 2, h // 2)) for p in pictures for picture in [p] for w, h in [p.size]
+    ]
+    out = []
+    for i, picture in enumerate(pictures):
+        file = io.BytesIO()
+        picture.save(file, "PNG" if i == 3 else "JPEG")
+        out.append(file.getvalue())
+    return out
+
+
+def run(source: str, output: str, checkpoint: Path, *options: str) -> int:
+    """The job's command line, quiet; the exit code."""
+    prompts = [argument for prompt in PROMPTS for argument in ("--prompt", prompt)]
+    common = ["--model", str(checkpoint), "--threshold", str(THRESHOLD), "--quiet"]
+    return segment.main([source, output, *prompts, *common, *options])
+
+
+def table(output: str, name: str) -> list[dict[str, Any]]:
+    """All rows of a table, through storage, sorted."""
+    rows: list[dict[str, Any]] = []
+    for file in storage.list_files(storage.join(output, name)):
+        data = storage.read_bytes(file.uri)
+        rows += pa.parquet.read_table(io.BytesIO(data)).to_pylist()
+    return sorted(rows, key=lambda r: (r["shard"], r["row"] or 0, r.get("prompt_id", 0)))
+
+
+@functools.cache
+def reference(checkpoint: Path, image: bytes) -> list[tuple[np.ndarray, float]]:
+    """What transformers gives, one call per prompt: the probabilities (H, W) at the image's own
+    size, and the largest one on the model's grid."""
+    model = transformers.CLIPSegForImageSegmentation.from_pretrained(checkpoint).eval()
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(checkpoint)
+    processor = transformers.ViTImageProcessorPil(**PIXELS)
+    picture = Image.open(io.BytesIO(image)).convert("RGB")
+    pixels = processor(picture, return_tensors="pt").pixel_values
+    out = []
+    with torch.inference_mode():
+        for prompt in PROMPTS:
+            ids = tokenizer([prompt], padding="max_length", max_length=16, return_tensors="pt")
+            logits = model(pixel_values=pixels, **ids).logits.reshape(1, 1, 64, 64)
+            size = (picture.height, picture.width)
+            resized = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+            out.append((torch.sigmoid(resized)[0, 0].numpy(), torch.sigmoid(logits).max().item()))
+    return out
+
+
+def assert_masks_equal_the_reference(
+    rows: list[dict[str, Any]], checkpoint: Path, image: bytes
+) -> None:
+    """The masks of one image, decoded by pycocotools, pixel for pixel up to ties."""
+    assert [row["prompt"] for row in rows] == PROMPTS
+    areas = set()
+    for row, (probability, largest) in zip(rows, reference(checkpoint, image), strict=True):
+        mask = coco.decode(row["rle"])
+        assert mask.shape == probability.shape == (row["height"], row["width"])
+        differs = mask != (probability > THRESHOLD)
+        assert np.abs(probability[differs] - THRESHOLD).max(initial=0) < 1e-5
+        assert row["area"] == mask.sum()
+        assert row["score_max"] == pytest.approx(largest, abs=1e-4)
+        if row["area"]:
+            ys, xs = np.nonzero(mask)
+            box = [xs.min(), ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1]
+            assert list(row["bbox"]) == box
+            assert row["score_mean"] == pytest.approx(probability[mask == 1].mean(), abs=1e-4)
+        areas.add(row["area"])
+    assert len(areas) > 1  # masks that say something
+
+
+def write_tar(folder: str, name: str = "00000.tar") -> str:
+    members = [(f"x/{i}.{'png' if i == 3 else 'jpg'}", image) for i, image in enumerate(photos())]
+    storage.write_bytes(f"{folder}/{name}", make_tar(members))
+    return folder
+
+
+def write_parquet(folder: str) -> str:
+    storage.write_bytes(
+        f"{folder}/part-0.parquet", make_parquet({"image": pa.array(photos(), pa.binary())})
+    )
+    return folder
+
+
+def write_hugging_face(folder: str) -> str:
+    cells = [{"bytes": image, "path": f"{i}.jpg"} for i, image in enumerate(photos())]
+    column = {"image": hugging_face_column(cells), "label": list(range(4))}
+    storage.write_bytes(f"{folder}/train-00000-of-00001.parquet", make_parquet(column))
+    return folder
+
+
+def write_folders(folder: str) -> str:
+    for i, image in enumerate(photos()):
+        name = f"{i}.{'png' if i == 3 else 'JPG'}"
+        storage.write_bytes(f"{folder}/{'ab'[i % 2]}/{name}", image)
+    storage.write_bytes(f"{folder}/a/notes.txt", b"not an image")
+    return folder
+
+
+def write_numbered(folder: str) -> str:
+    write_tar(folder, "part-0007.tar")
+    return folder + "/part-{0007..0007}.tar"
+
+
+def write_globbed(folder: str) -> str:
+    write_tar(folder, "deep/er/00000.tar")
+    return folder + "/deep/*/*.tar"
+
+
+FORMS: dict[str, Callable[[str], str]] = {
+    "tar": write_tar,
+    "braces": write_numbered,
+    "glob": write_globbed,
+    "parquet": write_parquet,
+    "hugging_face": write_hugging_face,
+    "folders": write_folders,
+    **{
+        f"img2dataset_{form}": lambda folder, form=form: (
+            write_img2dataset(folder, form, photos()),
+            folder,
+        )[1]
+        for form in ("webdataset", "files", "parquet")
+    },
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_input_form_gives_the_reference_masks(
+    form: str, folder: str, checkpoint: Path
+) -> None:
+    source, output = FORMS[form](f"{folder}/in"), f"{folder}/out"
+    assert run(source, output, checkpoint) == 0
+    images, masks = table(output, "images"), table(output, "masks")
+    assert len(images) == 4
+    assert table(output, "errors") == []
+    known = {len(photo): photo for photo in photos()}
+    for image in images:
+        of_image = [m for m in masks if (m["shard"], m["row"]) == (image["shard"], image["row"])]
+        assert {(m["key"], m["height"], m["width"]) for m in of_image} == {
+            (image["key"], image["height"], image["width"])
+        }
+        assert_masks_equal_the_reference(of_image, checkpoint, known[image["size_bytes"]])
+    record = json.loads(storage.read_bytes(f"{output}/_run.json"))
+    counts = {"shards": 1 if form != "folders" else 2, "shards_failed": 0, "rows_in": 4}
+    assert record["counts"] == counts | {"images": 4, "errors": 0, "masks": 12}
+    assert storage.exists(f"{output}/_SUCCESS")
+
+
+def test_other_readers_read_the_tables(tmp_path: Path, checkpoint: Path) -> None:
+    output = tmp_path / "out"
+    source = write_tar(str(tmp_path / "in"))
+    assert run(source, str(output), checkpoint, "--keep-probabilities", "88") == 0
+    rows = duckdb.sql(
+        f"""SELECT m.key, m.prompt, m.area, m.rle.counts, i.format
+            FROM '{output}/masks/*.parquet' m JOIN '{output}/images/*.parquet' i
+            USING (shard, "row") ORDER BY m."row", m.prompt_id"""
+    ).fetchall()
+    assert [row[:2] for row in rows] == [(f"x/{i}", p) for i in range(4) for p in PROMPTS]
+    assert [row[4] for row in rows[::3]] == ["JPEG", "JPEG", "JPEG", "PNG"]
+    frame = polars.read_parquet(output / "masks" / "*.parquet").sort("row", "prompt_id")
+    assert frame["area"].to_list() == [row[2] for row in rows]
+    assert frame["rle"].struct.field("counts").to_list() == [row[3] for row in rows]
+    assert frame["bbox"].dtype == polars.Array(polars.Float32, 4)
+    errors = f"SELECT count(*) FROM '{output}/errors/*.parquet'"
+    assert duckdb.sql(errors).fetchone() == (0,)
+    maps = polars.read_parquet(output / "probabilities" / "*.parquet").sort("row", "prompt_id")
+    for kept, row in zip(maps.iter_rows(named=True), frame.iter_rows(named=True), strict=True):
+        size = kept["size"]
+        grid = np.frombuffer(kept["map"], np.uint8).reshape(size)
+        again = mask_from_probabilities(grid, (row["height"], row["width"]), THRESHOLD)
+        mask = coco.decode(row["rle"])
+        union = (again | mask).sum()
+        assert union == 0 or (again & mask).sum() / union > 0.97
+
+
+def test_masks_on_the_models_grid(tmp_path: Path, checkpoint: Path) -> None:
+    source, output = write_tar(str(tmp_path / "in")), str(tmp_path / "out")
+    assert run(source, output, checkpoint, "--mask-size", "model") == 0
+    for row in table(output, "masks"):
+        assert row["rle"]["size"] == [64, 64]
+        assert (row["height"], row["width"]) != (64, 64)
+
+
+def test_what_fails_is_a_row_of_errors_and_never_stops_the_job(
+    tmp_path: Path, checkpoint: Path
+) -> None:
+    good = photos()
+    members = [("a.jpg", good[0]), ("b.jpg", b"<html>"), ("c.jpg", good[1][:900]), ("d.txt", b"")]
+    whole = make_tar([*members, ("e.jpg", good[2])])
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "bad.tar").write_bytes(whole)
+    (folder / "cut.tar").write_bytes(make_tar([("a.jpg", good[0]), ("b.jpg", good[1])])[:-9000])
+    (folder / "empty.tar").write_bytes(b"")
+    output = str(tmp_path / "out")
+    assert run(str(folder), output, checkpoint, "--batch-size", "2") == 0
+    errors = [(e["shard"], e["row"], e["key"], e["reason"]) for e in table(output, "errors")]
+    assert sorted(errors, key=str) == [
+        ("bad.tar", 1, "b", "not_an_image"),
+        ("bad.tar", 2, "c", "image_corrupt"),
+        ("bad.tar", 3, "d", "no_image"),
+        ("cut.tar", None, None, "shard_truncated"),
+        ("empty.tar", None, None, "shard_empty"),
+    ]
+    images = [(i["shard"], i["row"]) for i in table(output, "images")]
+    assert images == [("bad.tar", 0), ("bad.tar", 4), ("cut.tar", 0)]
+    counts = json.loads((tmp_path / "out" / "_run.json").read_text())["counts"]
+    assert counts == {
+        "shards": 3,
+        "shards_failed": 2,
+        "rows_in": 6,
+        "images": 3,
+        "errors": 3,
+        "masks": 9,
+    }
+
+
+def test_many_prompts_come_in_runs_and_come_out_whole(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """5,000 prompts make more logits per image than one block of the stream may hold."""
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(f"a cat {i}" for i in range(5000)))
+    (tmp_path / "in").mkdir()
+    tar = make_tar([("a.jpg", photos()[0]), ("b.jpg", b""), ("c.jpg", photos()[1])])
+    (tmp_path / "in" / "0.tar").write_bytes(tar)
+    assert run(str(tmp_path / "in"), str(tmp_path / "out"), checkpoint, "--prompts", str(file)) == 0
+    masks = table(str(tmp_path / "out"), "masks")
+    ids = [(m["row"], m["prompt_id"]) for m in masks]
+    assert ids == [(row, i) for row in (0, 2) for i in range(5003)]
+
+
+def test_the_same_command_completes_a_run(tmp_path: Path, checkpoint: Path) -> None:
+    folder, output = tmp_path / "in", str(tmp_path / "out")
+    write_tar(str(folder), "0.tar")
+    assert run(str(folder), output, checkpoint) == 0
+    (part,) = (tmp_path / "out" / "masks").glob("0-tar*")
+    before = part.stat().st_mtime_ns
+    write_tar(str(folder), "1.tar")
+    assert run(str(folder), output, checkpoint) == 0
+    assert part.stat().st_mtime_ns == before  # neither read nor written again
+    assert [i["shard"] for i in table(output, "images")] == ["0.tar"] * 4 + ["1.tar"] * 4
+    assert run(str(folder), output, checkpoint) == 0  # nothing left to do
+
+
+def test_wrong_usage_is_told_before_anything_starts(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tar, output = write_tar(str(tmp_path / "in")), str(tmp_path / "out")
+    (tmp_path / "nothing").mkdir()
+    column = write_parquet(str(tmp_path / "parquet"))
+    assert run(tar, output, checkpoint) == 0
+    capsys.readouterr()
+    cases = [
+        (["no/such/folder", "x"], "no/such/folder"),
+        ([str(tmp_path / "nothing"), "x"], "nothing"),
+        ([tar, "x", "--model", "no/such/model"], "no/such/model"),
+        ([tar, "x", "--model", str(tmp_path / "in")], "config.json"),
+        ([column, "x", "--image-column", "picture"], "picture"),
+        ([tar, output, "--threshold", "0.9"], "holds another run (threshold was 0.48, now 0.9)"),
+        ([tar, str(tmp_path)], "not from a run"),
+        ([tar, "s3://key:secret@bucket/x"], "must not hold credentials"),
+    ]
+    for arguments, says in cases:
+        assert run(arguments[0], arguments[1], checkpoint, *arguments[2:]) == 2, arguments
+        said = capsys.readouterr().err
+        assert says in said
+        assert "secret" not in said
+        assert said.count("\n") == 1
+    assert not Path("x").exists()
+
+
+def test_gpus_are_never_replaced_in_silence(tmp_path: Path, checkpoint: Path, capsys) -> None:
+    source = write_tar(str(tmp_path / "in"))
+    assert run(source, str(tmp_path / "out"), checkpoint, "--device", "cuda") == 2
+    assert "the cluster has 0" in capsys.readouterr().err
+
+
+def test_one_cpu_of_a_running_cluster_is_enough(tmp_path: Path, checkpoint: Path) -> None:
+    """Attached through RAY_ADDRESS, on one CPU: no stage waits for another's CPU for ever."""
+    source, output = write_tar(str(tmp_path / "in")), str(tmp_path / "out")
+    cluster = ray.cluster_utils.Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
+    )
+    try:
+        command = [sys.executable, "-m", "jobs.segment", source, output, "--model", checkpoint]
+        done = subprocess.run(
+            [*map(str, command), "--prompt", "a cat"],
+            env={**os.environ, "RAY_ADDRESS": cluster.address},
+            capture_output=True,
+            text=True,
+            timeout=180,
+            check=False,
+        )
+    finally:
+        cluster.shutdown()
+    assert done.returncode == 0, done.stderr
+    assert len(table(output, "masks")) == 4
+    assert "4 images" in done.stdout
