@@ -29,17 +29,15 @@ from pipeline.write import WriteFragments
 
 def segment(config: SegmentConfig) -> None:
     """Read shards -> decode and resize -> segment -> masks at image size -> Parquet tables."""
-    shards = plan_shards(config.input, image_column=config.image_column)
+    shards = plan_shards(config.input, image_column=config.images.image_column)
     prompted = encode_prompts(config.model, config.all_prompts())
-    run = open_run(config, shards, prompted.fingerprint())
+    run = open_run(config, shards, model=prompted.fingerprint(), tables=config.tables())
     with ray_session():
-        shares = share_cluster(
-            device=config.device, actors=config.actors, batch_size=config.batch_size
-        )
+        shares = share_cluster(config.workers)
         accounts = (
             dataset_of(run.todo)
             .map_batches(read_batches, batch_size=1, **shares.task)
-            .map_batches(PrepareImages(prompted.processor, config.max_pixels), **shares.task)
+            .map_batches(PrepareImages(prompted.processor, config.images.max_pixels), **shares.task)
             .map_batches(
                 SegmentImages,
                 fn_constructor_args=(prompted, shares.device, shares.threads),
@@ -48,10 +46,11 @@ def segment(config: SegmentConfig) -> None:
             .map_batches(MakeTables(config), batch_size=None, **shares.task)
             .map_batches(WriteFragments(run.output), batch_size=None, **shares.task)
         )
-        counts = finish(accounts, run, prompts=len(prompted.prompts), quiet=config.quiet)
+        counts = finish(accounts, run, quiet=config.workers.quiet)
     print(summary(run, counts))
     if config.contact_sheet:
-        write_contact_sheet(config.contact_sheet, run.output, shards, config.max_pixels)
+        max_pixels = config.images.max_pixels
+        write_contact_sheet(config.contact_sheet, run.output, shards, max_pixels)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,6 +13,8 @@ from __future__ import annotations
 import datetime
 import json
 import platform
+from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -20,7 +22,7 @@ from typing import Any, ClassVar, Protocol
 
 from pipeline import __version__, storage
 from pipeline.errors import JobError, NotFoundError, UsageError
-from pipeline.schema import SCHEMA_VERSION
+from pipeline.schema import SCHEMA_VERSION, Table
 from pipeline.shard import Shard
 from pipeline.write import RECEIPTS, STAGING, receipt_name, stem, write_empty_parts
 
@@ -41,10 +43,6 @@ class JobConfig(Protocol):
         """What of the configuration decides the results."""
         ...
 
-    def tables(self) -> list[str]:
-        """The tables that the job writes."""
-        ...
-
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -57,17 +55,19 @@ class Run:
     """Shards without a receipt."""
     done: list[str]
     """Names of the receipts that were there already."""
-    tables: list[str]
-    """Names of the tables that the job writes."""
+    tables: dict[str, Table]
+    """The tables of the job beside `errors`."""
 
 
-def open_run(config: JobConfig, plan: list[Shard], model: dict[str, Any]) -> Run:
+def open_run(
+    config: JobConfig, plan: list[Shard], *, model: dict[str, Any], tables: dict[str, Table]
+) -> Run:
     """Start a run in the config's output, or continue the one that is there.
 
     What the config and `model` say decides the results and is the run's fingerprint. Raises
     UsageError if the output holds another run, or files that are no run's.
     """
-    output, tables = storage.check_uri(config.output), config.tables()
+    output = storage.check_uri(config.output)
     fingerprint = {**config.fingerprint(), **model, "schema_version": SCHEMA_VERSION}
     fingerprint = json.loads(json.dumps(fingerprint))  # as it will be read back
     record = {
@@ -111,9 +111,9 @@ def close_run(run: Run, receipts: list[dict[str, Any]], seconds: float) -> dict[
         raise JobError(f"{len(missing)} shards were not finished ({some}, ...); run it again")
     with ThreadPoolExecutor(32) as pool:
         earlier = list(pool.map(lambda name: _read_receipt(run.output, name), run.done))
-    counts = count(earlier + receipts)
-    if counts["rows_in"] != counts["images"] + counts["errors"]:
-        raise JobError(f"rows in {counts['rows_in']} != images + errors in {counts}")
+    counts = count(earlier + receipts, run.tables)
+    if counts["rows_in"] != counts["rows_ok"] + counts["rows_error"]:
+        raise JobError(f"rows in and rows out differ: {counts}")
     images = sum(r["rows_in"] for r in receipts)
     last = {"seconds": round(seconds, 2), "images": images, "images_per_s": images / seconds}
     record = run.record | {"status": "complete", "finished_at": now()}
@@ -124,26 +124,29 @@ def close_run(run: Run, receipts: list[dict[str, Any]], seconds: float) -> dict[
     return counts
 
 
-def count(receipts: list[dict[str, Any]]) -> dict[str, int]:
-    """The sums over receipts: shards, rows in, images, errors, masks and shards cut short."""
+def count(receipts: list[dict[str, Any]], tables: Iterable[str]) -> dict[str, int]:
+    """Sums over receipts: shards, shards cut short, rows in, ok and error, and rows of tables."""
+    rows: Counter[str] = Counter()
+    for receipt in receipts:
+        rows.update({part["table"]: part["rows"] for part in receipt["parts"]})
     return {
         "shards": len(receipts),
         "shards_failed": sum(r["shard_error"] is not None for r in receipts),
         "rows_in": sum(r["rows_in"] for r in receipts),
-        "images": sum(r["rows_ok"] for r in receipts),
-        "errors": sum(r["rows_error"] for r in receipts),
-        "masks": sum(r["masks"] for r in receipts),
+        "rows_ok": sum(r["rows_ok"] for r in receipts),
+        "rows_error": sum(r["rows_error"] for r in receipts),
+        **{name: rows[name] for name in tables},
     }
 
 
 def summary(run: Run, counts: dict[str, int]) -> str:
     """What a finished run tells its user: how much came out, and where it lies."""
-    numbers = {name: f"{value:,}" for name, value in counts.items()}
+    out = ", ".join(f"{counts[name]:,} {name}" for name in run.tables)
     lines = [
-        "{rows_in} images in {shards} shards: {images} images and {masks} masks out, {errors} "
-        "errors, {shards_failed} shards not read to their end".format(**numbers)
+        f"{counts['rows_in']:,} images in {counts['shards']:,} shards: {out}, "
+        f"{counts['rows_error']:,} errors, {counts['shards_failed']:,} shards not read to their end"
     ]
-    lines += [f"  {storage.join(run.output, table)}/*.parquet" for table in run.tables]
+    lines += [f"  {storage.join(run.output, name)}/*.parquet" for name in (*run.tables, "errors")]
     return "\n".join(lines)
 
 

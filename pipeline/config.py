@@ -7,24 +7,62 @@ nowhere else.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
 from pipeline.errors import UsageError
+from pipeline.schema import IMAGES, MASKS, PROBABILITIES, Table
+
+Input = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="INPUT")]
+Output = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUTPUT")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageOptions:
+    """How images are found and decoded."""
+
+    image_column: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """Parquet column that holds the images; found by itself where it has a usual name."""
+
+    max_pixels: int = 50_000_000
+    """Images with more pixels are not decoded but become rows of the errors table."""
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "max_pixels")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerOptions:
+    """Where the work is done; none of these changes a result."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs; auto takes the GPUs of the cluster if it has any."""
+
+    actors: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Workers that hold the model: by default one per GPU, or one per eight CPUs."""
+
+    batch_size: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Images the model takes at once: by default 64 on a GPU, 16 on a CPU."""
+
+    quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """No progress display, only the last line."""
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "actors", "batch_size")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentConfig:
     """Segment every image of INPUT with every prompt, and write the masks as Parquet tables."""
 
-    input: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="INPUT")]
+    input: Input
     """WebDataset tars, Parquet with image bytes, or a folder of images; local or s3://.
     Globs (*.tar) and braces ({0000..0099}.tar) name several."""
 
-    output: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUTPUT")]
+    output: Output
     """Folder for the tables, local or s3://. The same command again completes it."""
 
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -45,34 +83,15 @@ class SegmentConfig:
     keep_probabilities: Literal["none", "88", "176", "352"] = "none"
     """Also keep 8-bit probability maps of this size, so that thresholds can be changed later."""
 
-    image_column: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """Parquet column that holds the images; found by itself where it has a usual name."""
-
-    max_pixels: int = 50_000_000
-    """Images with more pixels are not decoded but become rows of the errors table."""
-
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the model runs; auto takes the GPUs of the cluster if it has any."""
-
-    actors: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Workers that hold the model: by default one per GPU, or one per eight CPUs."""
-
-    batch_size: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Images the model takes at once: by default 64 on a GPU, 16 on a CPU."""
-
     contact_sheet: Annotated[str | None, tyro.conf.arg(metavar="PNG")] = None
     """Afterwards draw a few images with their masks into this PNG file."""
 
-    quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """No progress display, only the last line."""
+    images: tyro.conf.OmitArgPrefixes[ImageOptions] = field(default_factory=ImageOptions)
+    workers: tyro.conf.OmitArgPrefixes[WorkerOptions] = field(default_factory=WorkerOptions)
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold <= 1:
             raise UsageError(f"--threshold {self.threshold}: must be between 0 and 1")
-        for name in ("actors", "batch_size", "max_pixels"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least 1")
         if not self.prompt and self.prompts is None:
             raise UsageError(
                 'nothing to segment: give at least one --prompt "..." or --prompts FILE'
@@ -97,14 +116,24 @@ class SegmentConfig:
             "threshold": self.threshold,
             "mask_size": self.mask_size,
             "keep_probabilities": self.keep_probabilities,
-            "image_column": self.image_column,
-            "max_pixels": self.max_pixels,
+            **asdict(self.images),
         }
 
-    def tables(self) -> list[str]:
-        """The tables that the job writes."""
-        kept = [] if self.keep_probabilities == "none" else ["probabilities"]
-        return ["images", "masks", "errors", *kept]
+    def tables(self) -> dict[str, Table]:
+        """The tables that the job writes beside `errors`."""
+        prompts = len(self.all_prompts())
+        tables = {"images": Table(IMAGES, 1), "masks": Table(MASKS, prompts)}
+        if self.keep_probabilities != "none":
+            tables["probabilities"] = Table(PROBABILITIES, prompts)
+        return tables
+
+
+def _check_positive(options: object, *names: str) -> None:
+    """Raise UsageError for a number that is given and below 1."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least 1")
 
 
 def _read_prompts(file: str) -> list[str]:

@@ -19,6 +19,7 @@ import ray
 import ray.data
 
 from pipeline.account import Run, close_run
+from pipeline.config import WorkerOptions
 from pipeline.errors import JobError, PipelineError, UsageError
 from pipeline.progress import ProgressDisplay
 from pipeline.shard import Shard, shard_to_row
@@ -69,10 +70,11 @@ def ray_session() -> Iterator[None]:
         raise _as_pipeline_error(error) from error
 
 
-def share_cluster(*, device: str, actors: int | None, batch_size: int | None) -> Shares:
+def share_cluster(options: WorkerOptions) -> Shares:
     """Divide the cluster. Raises UsageError if GPUs are asked for that it does not have."""
     resources = ray.cluster_resources()
     cpus, gpus = resources.get("CPU", 0.0), int(resources.get("GPU", 0))
+    device, actors = options.device, options.actors
     if device == "auto":
         device = "cuda" if gpus else "cpu"
     task = min(1.0, cpus / 8)
@@ -95,7 +97,7 @@ def share_cluster(*, device: str, actors: int | None, batch_size: int | None) ->
         | {
             "batch_format": "pyarrow",
             "compute": ray.data.ActorPoolStrategy(size=actors),
-            "batch_size": batch_size or (64 if device == "cuda" else 16),
+            "batch_size": options.batch_size or (64 if device == "cuda" else 16),
         },
         threads=threads,
     )
@@ -113,22 +115,23 @@ class _Open:
 
     records: int = 0
     images: int = 0
-    masks: int = 0
+    outputs: int = 0
     total: int = -1
     fragments: list[str] = field(default_factory=list)
 
     def add(self, row: dict[str, Any]) -> None:
         self.records += row["images"] + row["errors"]
         self.images += row["images"]
-        self.masks += row["masks"]
+        self.outputs += row["outputs"]
         self.total = max(self.total, row["total"])
         self.fragments.append(row["fragment"])
 
-    def closes(self, prompts: int) -> bool:
-        return self.total == self.records and self.masks == self.images * prompts
+    def closes(self, outputs_per_image: int) -> bool:
+        """Whether all records are there, and all that belongs to each image."""
+        return self.total == self.records and self.outputs == self.images * outputs_per_image
 
 
-def finish(accounts: ray.data.Dataset, run: Run, *, prompts: int, quiet: bool) -> dict[str, int]:
+def finish(accounts: ray.data.Dataset, run: Run, *, quiet: bool) -> dict[str, int]:
     """Run the stream to its end, finish each shard when its account closes, and close the run.
 
     Returns the counts over all shards. Raises JobError when a shard or a row is missing.
@@ -149,15 +152,16 @@ def finish(accounts: ray.data.Dataset, run: Run, *, prompts: int, quiet: bool) -
                 receipts.append(receipt)
                 progress.shard(shards[receipt["shard"]].size_bytes)
 
+    outputs = sum(table.rows_per_image for table in run.tables.values()) - 1  # images themselves
     total_bytes = sum(shard.size_bytes for shard in run.todo)
     with ProgressDisplay(total_bytes, len(run.todo), quiet=quiet) as progress:
         for row in accounts.iter_rows() if run.todo else ():
             account = open_shards.setdefault(row["shard"], _Open())
             account.add(row)
             progress.rows(row["images"], row["errors"])
-            if account.closes(prompts):
+            if account.closes(outputs):
                 shard = shards[row["shard"]]
-                ref = task.remote(run.output, shard, account.fragments, account.total, prompts)
+                ref = task.remote(run.output, shard, account.fragments, account.total, run.tables)
                 finishing.append(ref)
                 del open_shards[row["shard"]]
                 collect(FINISHING_AT_ONCE)

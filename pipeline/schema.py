@@ -6,6 +6,8 @@ compressed run-length encoding, so that pycocotools decodes the column as it is.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pyarrow as pa
 
 # Raised whenever a column changes its name, type or meaning.
@@ -64,7 +66,7 @@ LOGITS = pa.schema(
 _COUNTS = [
     ("shard", pa.string()),
     ("images", pa.int64()),  # records that came out well
-    ("masks", pa.int64()),
+    ("outputs", pa.int64()),  # rows of the other tables
     ("errors", pa.int64()),  # records that failed; a shard's own failure is not among them
     ("total", pa.int64()),  # records of the shard, where its end record was seen; -1 elsewhere
 ]
@@ -117,4 +119,9 @@ ERRORS = _table(
     ("retryable", pa.bool_()),
 )
 
-TABLES = {"masks": MASKS, "images": IMAGES, "errors": ERRORS, "probabilities": PROBABILITIES}
+
+class Table(NamedTuple):
+    """A table that a job writes, beside `errors`."""
+
+    schema: pa.Schema
+    rows_per_image: int

@@ -6,7 +6,7 @@ The stage between the model and the writer: every record becomes one row of `ima
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -29,30 +29,13 @@ class MakeTables:
         self.probability_side = 0 if kept == "none" else int(kept)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        shards = pc.unique(batch["shard"]).to_pylist()
-        rows = [self._fragment(s, batch.filter(pc.equal(batch["shard"], s))) for s in shards]
-        return pa.Table.from_pylist(rows, schema=schema.FRAGMENTS)
+        return make_fragments(batch, self._tables)
 
-    def _fragment(self, shard: str, batch: pa.Table) -> dict[str, Any]:
-        """One row of FRAGMENTS from the records of one shard."""
-        failed = batch.filter(pc.not_equal(batch["reason"], ""))
+    def _tables(self, batch: pa.Table) -> dict[str, pa.Table]:
         good = batch.filter(pc.greater(pc.binary_length(batch["logits"]), 0))
         # An image whose prompts came in several runs is counted with its first.
         images = good.filter(pc.equal(good["first_prompt"], 0))
-        ends = batch.filter(pc.equal(batch["row"], -1))
-        tables = {
-            "images": images.select(schema.IMAGES.names).cast(schema.IMAGES),
-            "errors": _errors(failed),
-            **self._per_prompt(good),
-        }
-        return {
-            "shard": shard,
-            "images": len(images),
-            "masks": len(tables["masks"]),
-            "errors": len(failed.filter(pc.greater_equal(failed["row"], 0))),
-            "total": ends["total"][0].as_py() if len(ends) else -1,
-            "tables": pack_tables({name: t for name, t in tables.items() if len(t)}),
-        }
+        return {"images": image_rows(images), **self._per_prompt(good)}
 
     def _per_prompt(self, good: pa.Table) -> dict[str, pa.Table]:
         """Masks, and probability maps if wanted."""
@@ -87,6 +70,38 @@ def _logits(good: pa.Table) -> Iterable[tuple[dict[str, Any], np.ndarray]]:
     for record, (h, w, data) in zip(good.select(names).to_pylist(), shapes, strict=True):
         logits = np.frombuffer(data.as_buffer(), np.float32)
         yield record, logits.reshape(-1, h.as_py(), w.as_py())
+
+
+def make_fragments(
+    batch: pa.Table, tables_of: Callable[[pa.Table], dict[str, pa.Table]]
+) -> pa.Table:
+    """schema.FRAGMENTS of a batch that has a record's columns.
+
+    `tables_of` makes the job's tables, `images` among them, from the records of one shard; those
+    that failed become rows of `errors` here.
+    """
+    rows = []
+    for shard in pc.unique(batch["shard"]).to_pylist():
+        records = batch.filter(pc.equal(batch["shard"], shard))
+        failed = records.filter(pc.not_equal(records["reason"], ""))
+        ends = records.filter(pc.equal(records["row"], -1))
+        tables = tables_of(records)
+        rows.append(
+            {
+                "shard": shard,
+                "images": len(tables["images"]),
+                "outputs": sum(len(t) for name, t in tables.items() if name != "images"),
+                "errors": len(failed.filter(pc.greater_equal(failed["row"], 0))),
+                "total": ends["total"][0].as_py() if len(ends) else -1,
+                "tables": pack_tables({**tables, "errors": _errors(failed)}),
+            }
+        )
+    return pa.Table.from_pylist(rows, schema=schema.FRAGMENTS)
+
+
+def image_rows(images: pa.Table) -> pa.Table:
+    """Rows of the images table, from records that came out well."""
+    return images.select(schema.IMAGES.names).cast(schema.IMAGES)
 
 
 def _errors(failed: pa.Table) -> pa.Table:

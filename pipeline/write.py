@@ -49,10 +49,12 @@ def receipt_name(shard: str, version: str) -> str:
 
 
 def pack_tables(tables: dict[str, pa.Table]) -> bytes:
-    """Tables by name as one run of Arrow IPC streams, compressed."""
+    """Tables by name as one run of Arrow IPC streams, compressed; empty ones are left out."""
     sink = io.BytesIO()
     options = pa.ipc.IpcWriteOptions(compression="zstd")
     for name, table in tables.items():
+        if not len(table):
+            continue
         named = table.replace_schema_metadata({"table": name})
         with pa.ipc.new_stream(sink, named.schema, options=options) as writer:
             writer.write_table(named)
@@ -89,44 +91,41 @@ class WriteFragments:
         return batch.drop_columns(["tables"]).append_column("fragment", pa.array(names))
 
 
-def write_empty_parts(output: str, tables: list[str]) -> None:
+def write_empty_parts(output: str, tables: dict[str, schema.Table]) -> None:
     """Give every table of a run its part without rows."""
-    for name in tables:
-        part = storage.join(output, name, EMPTY_PART)
-        storage.write_bytes(part, _parquet(schema.TABLES[name].empty_table()))
+    for name, columns in _schemas(tables).items():
+        storage.write_bytes(storage.join(output, name, EMPTY_PART), _parquet(columns.empty_table()))
 
 
 def finish_shard(
-    output: str, shard: Shard, fragments: list[str], total: int, prompts: int
+    output: str,
+    shard: Shard,
+    fragments: list[str],
+    total: int,
+    tables: dict[str, schema.Table],
 ) -> dict[str, Any]:
     """Assemble a shard's fragments into its parts and write its receipt, which is returned.
 
-    Raises JobError if the fragments do not hold records
-    0..total-1 exactly once each, and every image's `prompts` masks; then nothing is written.
+    Raises JobError if the fragments do not hold records 0..total-1 exactly once each, as images or
+    as errors, and every image's rows of the other tables; then nothing is written.
     """
-    tables = _assemble(output, fragments)
-    ok, failed = tables["images"], tables["errors"]
+    found = _assemble(output, fragments, _schemas(tables))
+    images, failed = found["images"], found["errors"]
     shard_errors = failed.filter(pc.is_null(failed["row"]))
-    rows_error = len(failed) - len(shard_errors)
-    rows = sorted([*ok["row"].to_pylist(), *failed["row"].drop_null().to_pylist()])
-    if rows != list(range(total)) or len(tables["masks"]) != len(ok) * prompts:
-        raise JobError(
-            f"shard {shard.name}: {total} records read, {len(ok)} images, {rows_error} errors "
-            f"and {len(tables['masks'])} masks of {prompts} prompts came out"
-        )
-    parts = [
-        _write_part(output, name, shard.name, table) for name, table in tables.items() if table
-    ]
+    rows = sorted([*images["row"].to_pylist(), *failed["row"].drop_null().to_pylist()])
+    wanted = {name: len(images) * table.rows_per_image for name, table in tables.items()}
+    if rows != list(range(total)) or any(len(found[name]) != n for name, n in wanted.items()):
+        counts = {name: len(table) for name, table in found.items()}
+        raise JobError(f"shard {shard.name}: {total} records read, but {counts} came out")
     receipt = {
         "shard": shard.name,
         "uri": shard.uri,
         "version": shard.version,
         "rows_in": total,
-        "rows_ok": len(ok),
-        "rows_error": rows_error,
-        "masks": len(tables["masks"]),
+        "rows_ok": len(images),
+        "rows_error": len(failed) - len(shard_errors),
         "shard_error": next(iter(shard_errors["reason"].to_pylist()), None),
-        "parts": parts,
+        "parts": [_write_part(output, name, shard.name, t) for name, t in found.items() if len(t)],
     }
     name = receipt_name(shard.name, shard.version)
     text = json.dumps(receipt, indent=1).encode()
@@ -135,19 +134,25 @@ def finish_shard(
     return receipt
 
 
-def _assemble(output: str, fragments: list[str]) -> dict[str, pa.Table]:
+def _schemas(tables: dict[str, schema.Table]) -> dict[str, pa.Schema]:
+    """The schema of every table of a run, the errors' too."""
+    return {**{name: table.schema for name, table in tables.items()}, "errors": schema.ERRORS}
+
+
+def _assemble(
+    output: str, fragments: list[str], schemas: dict[str, pa.Schema]
+) -> dict[str, pa.Table]:
     """All tables of a shard, sorted by row and prompt."""
-    found: dict[str, list[pa.Table]] = {"images": [], "errors": [], "masks": []}
+    pieces = {name: [columns.empty_table()] for name, columns in schemas.items()}
     for fragment in fragments:
         data = storage.read_bytes(storage.join(output, STAGING, fragment))
         for name, table in unpack_tables(data).items():
-            found.setdefault(name, []).append(table)
-    tables = {}
-    for name, pieces in found.items():
-        table = pa.concat_tables(pieces) if pieces else schema.TABLES[name].empty_table()
-        keys = [(k, "ascending") for k in ("row", "prompt_id") if k in table.column_names]
-        tables[name] = table.sort_by(keys)
-    return tables
+            pieces[name].append(table.replace_schema_metadata(schemas[name].metadata))
+    order = {
+        name: [(key, "ascending") for key in ("row", "prompt_id") if key in columns.names]
+        for name, columns in schemas.items()
+    }
+    return {name: pa.concat_tables(some).sort_by(order[name]) for name, some in pieces.items()}
 
 
 def _write_part(output: str, name: str, shard: str, table: pa.Table) -> dict[str, Any]:
@@ -156,6 +161,7 @@ def _write_part(output: str, name: str, shard: str, table: pa.Table) -> dict[str
     path = f"{name}/{stem(shard)}.parquet"
     storage.write_bytes(storage.join(output, path), data)
     return {
+        "table": name,
         "path": path,
         "rows": len(table),
         "bytes": len(data),
@@ -165,14 +171,19 @@ def _write_part(output: str, name: str, shard: str, table: pa.Table) -> dict[str
 
 def _parquet(table: pa.Table) -> bytes:
     """A Parquet file, read back and counted before anybody sees it."""
-    sink = io.BytesIO()
+    vectors = [f.name for f in table.schema if pa.types.is_fixed_size_list(f.type)]
+    floats = [n for n in vectors if pa.types.is_float32(table.schema.field(n).type.value_type)]
     metadata = {"clipseg_ray.schema_version": str(schema.SCHEMA_VERSION)}
+    sink = io.BytesIO()
     pq.write_table(
-        table.replace_schema_metadata(metadata),
+        table.replace_schema_metadata({**(table.schema.metadata or {}), **metadata}),
         sink,
         compression="zstd",
         compression_level=1,
         row_group_size=ROW_GROUP_ROWS,
+        # Floats of vectors hardly repeat, but their bytes of one significance look alike.
+        use_dictionary=[n for n in table.column_names if n not in vectors],
+        use_byte_stream_split=[f"{name}.list.element" for name in floats],
     )
     data = sink.getvalue()
     if pq.read_metadata(io.BytesIO(data)).num_rows != len(table):

@@ -9,10 +9,10 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from test_write import SHARD, images, masks, part, write
+from test_write import SHARD, TABLES, images, masks, part, write
 
 from pipeline.account import close_run, open_run
-from pipeline.config import SegmentConfig
+from pipeline.config import SegmentConfig, WorkerOptions
 from pipeline.errors import JobError, UsageError
 from pipeline.write import finish_shard
 
@@ -27,11 +27,12 @@ def config(output: Path, **values: Any) -> SegmentConfig:
 def finish(output: Path, shard=SHARD, rows: int = 2) -> dict[str, Any]:
     numbers = range(rows)
     names = write(output, {"images": images(*numbers), "masks": masks(*numbers)})
-    return finish_shard(str(output), shard, names, rows, 2)
+    return finish_shard(str(output), shard, names, rows, TABLES)
 
 
 def test_every_table_can_be_read_from_the_start(tmp_path: Path) -> None:
-    run = open_run(config(tmp_path, keep_probabilities="88"), [SHARD], MODEL)
+    settings = config(tmp_path, keep_probabilities="88")
+    run = open_run(settings, [SHARD], model=MODEL, tables=settings.tables())
     assert run.todo == [SHARD]
     for table in ("images", "masks", "errors", "probabilities"):
         (file,) = (tmp_path / table).glob("*.parquet")
@@ -39,14 +40,15 @@ def test_every_table_can_be_read_from_the_start(tmp_path: Path) -> None:
 
 
 def test_the_record_of_a_run_tells_everything(tmp_path: Path) -> None:
-    run = open_run(config(tmp_path), [SHARD], MODEL)
+    run = open_run(config(tmp_path), [SHARD], model=MODEL, tables=TABLES)
     counts = close_run(run, [finish(tmp_path)], 2.0)
     assert counts == {
         "shards": 1,
         "shards_failed": 0,
         "rows_in": 2,
+        "rows_ok": 2,
+        "rows_error": 0,
         "images": 2,
-        "errors": 0,
         "masks": 4,
     }
     record = json.loads((tmp_path / "_run.json").read_text())
@@ -60,47 +62,48 @@ def test_the_record_of_a_run_tells_everything(tmp_path: Path) -> None:
 
 
 def test_a_finished_shard_is_not_done_again(tmp_path: Path) -> None:
-    open_run(config(tmp_path), [SHARD, OTHER], MODEL)
+    open_run(config(tmp_path), [SHARD, OTHER], model=MODEL, tables=TABLES)
     finish(tmp_path)
-    run = open_run(config(tmp_path, batch_size=3, actors=2, quiet=True), [SHARD, OTHER], MODEL)
+    faster = config(tmp_path, workers=WorkerOptions(batch_size=3, actors=2, quiet=True))
+    run = open_run(faster, [SHARD, OTHER], model=MODEL, tables=TABLES)
     assert run.todo == [OTHER]
     receipt = finish(tmp_path, OTHER, rows=0)
     assert close_run(run, [receipt], 1.0)["images"] == 2
 
 
 def test_a_shard_that_changed_is_done_again(tmp_path: Path) -> None:
-    open_run(config(tmp_path), [SHARD], MODEL)
+    open_run(config(tmp_path), [SHARD], model=MODEL, tables=TABLES)
     finish(tmp_path)
     changed = replace(SHARD, version="v2")
-    run = open_run(config(tmp_path), [changed], MODEL)
+    run = open_run(config(tmp_path), [changed], model=MODEL, tables=TABLES)
     assert run.todo == [changed]
     assert not part(tmp_path, "masks").exists()  # old rows never stand beside new ones
     assert close_run(run, [finish(tmp_path, changed, rows=3)], 1.0)["images"] == 3
 
 
 def test_another_run_is_refused_with_the_difference(tmp_path: Path) -> None:
-    open_run(config(tmp_path), [SHARD], MODEL)
+    open_run(config(tmp_path), [SHARD], model=MODEL, tables=TABLES)
     with pytest.raises(UsageError, match=r"threshold was 0\.5, now 0\.4"):
-        open_run(config(tmp_path, threshold=0.4), [SHARD], MODEL)
+        open_run(config(tmp_path, threshold=0.4), [SHARD], model=MODEL, tables=TABLES)
     with pytest.raises(UsageError, match='weights_hash was "abc", now "abd"'):
-        open_run(config(tmp_path), [SHARD], {"weights_hash": "abd"})
+        open_run(config(tmp_path), [SHARD], model={"weights_hash": "abd"}, tables=TABLES)
 
 
 def test_files_of_somebody_else_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(UsageError, match="not from a run"):
-        open_run(config(tmp_path), [SHARD], MODEL)
+        open_run(config(tmp_path), [SHARD], model=MODEL, tables=TABLES)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_a_damaged_record_is_refused(tmp_path: Path) -> None:
     (tmp_path / "_run.json").write_text("{")
     with pytest.raises(UsageError, match="not readable"):
-        open_run(config(tmp_path), [SHARD], MODEL)
+        open_run(config(tmp_path), [SHARD], model=MODEL, tables=TABLES)
 
 
 def test_a_run_without_all_its_shards_is_not_closed(tmp_path: Path) -> None:
-    run = open_run(config(tmp_path), [SHARD, OTHER], MODEL)
+    run = open_run(config(tmp_path), [SHARD, OTHER], model=MODEL, tables=TABLES)
     with pytest.raises(JobError, match=r"1 shards were not finished \(c\.tar"):
         close_run(run, [finish(tmp_path)], 1.0)
     assert not (tmp_path / "_SUCCESS").exists()

@@ -213,7 +213,12 @@ def test_every_input_form_gives_the_reference_masks(
         assert_masks_equal_the_reference(of_image, checkpoint, known[image["size_bytes"]])
     record = json.loads(storage.read_bytes(f"{output}/_run.json"))
     counts = {"shards": 1 if form != "folders" else 2, "shards_failed": 0, "rows_in": 4}
-    assert record["counts"] == counts | {"images": 4, "errors": 0, "masks": 12}
+    assert record["counts"] == counts | {
+        "rows_ok": 4,
+        "rows_error": 0,
+        "images": 4,
+        "masks": 12,
+    }
     assert storage.exists(f"{output}/_SUCCESS")
 
 
@@ -280,8 +285,9 @@ def test_what_fails_is_a_row_of_errors_and_never_stops_the_job(
         "shards": 3,
         "shards_failed": 2,
         "rows_in": 6,
+        "rows_ok": 3,
+        "rows_error": 3,
         "images": 3,
-        "errors": 3,
         "masks": 9,
     }
 

@@ -22,6 +22,7 @@ from pipeline.write import (
     unpack_tables,
 )
 
+TABLES = {"images": schema.Table(schema.IMAGES, 1), "masks": schema.Table(schema.MASKS, 2)}
 SHARD = Shard(name="a/b.tar", uri="/in/a/b.tar", format="tar", size_bytes=1, version="v1")
 
 
@@ -32,7 +33,7 @@ def rows_of(table: str, *rows: dict[str, Any]) -> pa.Table:
         "bbox": [0, 0, 0, 0],
         "retryable": False,
     }
-    columns = schema.TABLES[table]
+    columns = {**{n: t.schema for n, t in TABLES.items()}, "errors": schema.ERRORS}[table]
     filled = [
         {f.name: empty.get(f.name, "" if pa.types.is_string(f.type) else 0) for f in columns}
         | {"shard": SHARD.name}
@@ -57,7 +58,7 @@ def errors(*rows: int | None) -> pa.Table:
 
 def write(output: Path, *fragments: dict[str, pa.Table]) -> list[str]:
     """What WriteFragments leaves in the staging folder; returns the fragments' names."""
-    zeros = {"images": 0, "masks": 0, "errors": 0, "total": -1}
+    zeros = {"images": 0, "outputs": 0, "errors": 0, "total": -1}
     batch = [{"shard": SHARD.name, **zeros, "tables": pack_tables(f)} for f in fragments]
     table = pa.Table.from_pylist(batch, schema=schema.FRAGMENTS)
     accounts = WriteFragments(str(output))(table)
@@ -71,7 +72,7 @@ def part(output: Path, table: str) -> Path:
 
 def test_packing_is_undone_by_unpacking() -> None:
     tables = {"images": images(0, 1), "errors": errors(2, None), "masks": masks()}
-    assert unpack_tables(pack_tables(tables)) == tables
+    assert unpack_tables(pack_tables(tables)) == {n: t for n, t in tables.items() if len(t)}
     assert unpack_tables(pack_tables({})) == {}
 
 
@@ -82,7 +83,7 @@ def test_a_part_holds_every_row_once_and_in_order(tmp_path: Path) -> None:
         {"errors": errors(2, None)},
         {"images": images(0), "masks": masks(0)},
     )
-    receipt = finish_shard(str(tmp_path), SHARD, names, 4, 2)
+    receipt = finish_shard(str(tmp_path), SHARD, names, 4, TABLES)
     assert pq.read_table(part(tmp_path, "images"))["row"].to_pylist() == [0, 1, 3]
     found = pq.read_table(part(tmp_path, "masks"))
     pairs = [(0, 0), (0, 1), (1, 0), (1, 1), (3, 0), (3, 1)]
@@ -91,7 +92,7 @@ def test_a_part_holds_every_row_once_and_in_order(tmp_path: Path) -> None:
         "2",
         "None",
     ]
-    counts = {"rows_in": 4, "rows_ok": 3, "rows_error": 1, "masks": 6, "shard_error": "no_image"}
+    counts = {"rows_in": 4, "rows_ok": 3, "rows_error": 1, "shard_error": "no_image"}
     assert {k: receipt[k] for k in counts} == counts
     written = json.loads((tmp_path / "_receipts" / receipt_name("a/b.tar", "v1")).read_text())
     assert written == receipt
@@ -102,7 +103,7 @@ def test_the_receipt_tells_size_and_hash_of_each_part(tmp_path: Path) -> None:
     import hashlib
 
     names = write(tmp_path, {"images": images(0), "masks": masks(0)})
-    for found in finish_shard(str(tmp_path), SHARD, names, 1, 2)["parts"]:
+    for found in finish_shard(str(tmp_path), SHARD, names, 1, TABLES)["parts"]:
         data = (tmp_path / found["path"]).read_bytes()
         assert (len(data), hashlib.sha256(data).hexdigest()) == (found["bytes"], found["sha256"])
         assert pq.read_metadata(tmp_path / found["path"]).num_rows == found["rows"]
@@ -123,12 +124,12 @@ def test_a_shard_that_does_not_add_up_leaves_nothing(
 ) -> None:
     names = write(tmp_path, *fragments)
     with pytest.raises(JobError, match=r"a/b\.tar"):
-        finish_shard(str(tmp_path), SHARD, names, total, 2)
+        finish_shard(str(tmp_path), SHARD, names, total, TABLES)
     assert [p.name for p in tmp_path.iterdir()] == ["_staging"]
 
 
 def test_an_empty_shard_gets_a_receipt_and_no_parts(tmp_path: Path) -> None:
-    receipt = finish_shard(str(tmp_path), SHARD, write(tmp_path, {}), 0, 2)
+    receipt = finish_shard(str(tmp_path), SHARD, write(tmp_path, {}), 0, TABLES)
     assert (receipt["rows_in"], receipt["parts"]) == (0, [])
 
 
