@@ -162,7 +162,7 @@ def now() -> str:
 
 
 def _refuse_foreign_files(output: str) -> None:
-    if any(storage.list_files(output, recursive=False)):
+    if not storage.is_empty(output):
         raise UsageError(f"{output}: holds files that are not from a run; choose another output")
 
 

@@ -25,6 +25,8 @@ from pipeline.progress import ProgressDisplay
 from pipeline.shard import Shard, shard_to_row
 from pipeline.write import finish_shard
 
+# Blocks of the plan. Ray keeps each as an object; beyond this several shards share a task.
+READ_TASKS = 5_000
 # Shards whose parts are being put together at the same time.
 FINISHING_AT_ONCE = 8
 
@@ -104,9 +106,10 @@ def share_cluster(options: WorkerOptions) -> Shares:
 
 
 def dataset_of(shards: list[Shard]) -> ray.data.Dataset:
-    """One row per shard, one block per row, so that every shard is a read task of its own."""
+    """One row per shard, in blocks that are read tasks: one shard each, up to READ_TASKS of them."""
     rows = [shard_to_row(shard) for shard in shards]
-    return ray.data.from_items(rows, override_num_blocks=len(rows))
+    blocks = min(max(len(rows), 1), READ_TASKS)
+    return ray.data.from_items(rows, override_num_blocks=blocks)
 
 
 @dataclass

@@ -31,6 +31,7 @@ __all__ = [
     "delete_folder",
     "exists",
     "glob_files",
+    "is_empty",
     "is_file",
     "is_s3",
     "join",
@@ -88,6 +89,15 @@ def is_file(uri: str) -> bool:
     except NotFoundError:
         return False
     return True
+
+
+def is_empty(folder: str) -> bool:
+    """Whether neither files nor folders are in a folder, which need not exist."""
+    with storage_errors(folder):
+        try:
+            return not (_s3().ls(_key(folder)) if is_s3(folder) else os.listdir(folder))
+        except FileNotFoundError:
+            return True
 
 
 def list_files(folder: str, *, recursive: bool = True) -> list[Stored]:

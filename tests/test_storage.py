@@ -335,3 +335,11 @@ def test_a_server_that_does_not_answer_is_transient(
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{taken.getsockname()[1]}")
         with pytest.raises(TransientError, match="s3://bucket/x: the storage does not answer"):
             storage.read_bytes("s3://bucket/x")
+
+
+def test_whether_a_folder_is_empty(folder: str):
+    assert storage.is_empty(folder)
+    storage.write_bytes(f"{folder}/a/b.txt", b"x")
+    assert storage.is_empty(f"{folder}/c")
+    assert not storage.is_empty(f"{folder}/a")
+    assert not storage.is_empty(folder)
