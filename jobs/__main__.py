@@ -7,7 +7,10 @@ import sys
 
 from pipeline import __version__
 
-COMMANDS = {"segment": "image shards and prompts -> masks, as Parquet tables"}
+COMMANDS = {
+    "segment": "image shards and prompts -> masks, as Parquet tables",
+    "embed": "image shards -> CLIP embeddings, as Parquet tables",
+}
 
 
 def main() -> int:

@@ -30,21 +30,22 @@ from pipeline.write import WriteFragments
 def segment(config: SegmentConfig) -> None:
     """Read shards -> decode and resize -> segment -> masks at image size -> Parquet tables."""
     shards = plan_shards(config.input, image_column=config.images.image_column)
-    prompted = encode_prompts(config.model, config.all_prompts())
-    run = open_run(config, shards, model=prompted.fingerprint(), tables=config.tables())
+    prompted = encode_prompts(config.model, config.all_prompts(), embed=config.embed)
+    tables = config.tables(prompted.dimension, prompted.weights_hash)
+    run = open_run(config, shards, model=prompted.fingerprint(), tables=tables)
     with ray_session():
         shares = share_cluster(config.workers)
         accounts = (
             dataset_of(run.todo)
-            .map_batches(read_batches, batch_size=1, **shares.task)
+            .map_batches(read_batches, **shares.read)
             .map_batches(PrepareImages(prompted.processor, config.images.max_pixels), **shares.task)
             .map_batches(
                 SegmentImages,
                 fn_constructor_args=(prompted, shares.device, shares.threads),
                 **shares.actor,
             )
-            .map_batches(MakeTables(config), batch_size=None, **shares.task)
-            .map_batches(WriteFragments(run.output), batch_size=None, **shares.task)
+            .map_batches(MakeTables(config, tables), **shares.task)
+            .map_batches(WriteFragments(run.output), **shares.task)
         )
         counts = finish(accounts, run, quiet=config.workers.quiet)
     print(summary(run, counts))

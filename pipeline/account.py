@@ -35,6 +35,11 @@ class JobConfig(Protocol):
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
+    def input(self) -> str:
+        """What is read, as the user wrote it."""
+        ...
+
+    @property
     def output(self) -> str:
         """Folder of the tables, as the user wrote it."""
         ...
@@ -67,7 +72,9 @@ def open_run(
     What the config and `model` say decides the results and is the run's fingerprint. Raises
     UsageError if the output holds another run, or files that are no run's.
     """
-    output = storage.check_uri(config.output)
+    source, output = storage.check_uri(config.input), storage.check_uri(config.output)
+    if f"{output}/".startswith(f"{source}/"):
+        raise UsageError(f"{output}: lies inside the input, which would then read its own tables")
     fingerprint = {**config.fingerprint(), **model, "schema_version": SCHEMA_VERSION}
     fingerprint = json.loads(json.dumps(fingerprint))  # as it will be read back
     record = {

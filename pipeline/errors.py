@@ -31,6 +31,7 @@ REASONS = {
     "no_image": "the sample has no image, or the image column is null",
     "file_missing": "the image file is not there (any more)",
     "file_unreadable": "the storage failed while the image file was read",
+    "no_text": "the sample has no such text, or the text column is null",
     "image_empty": "zero bytes",
     "not_an_image": "text, HTML, JSON or unknown bytes",
     "unsupported_format": "an image format that is not on the allow-list (HEIC, SVG, PSD, ...)",

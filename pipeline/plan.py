@@ -10,11 +10,12 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 
 from pipeline import storage
 from pipeline.errors import ChangedError, NotFoundError, RowError, UsageError
-from pipeline.read_parquet import find_image_column, list_columns, read_schema
+from pipeline.read_parquet import find_image_column, holds_text, list_columns, read_schema
 from pipeline.shard import Shard, file_format, printable, stem
 from pipeline.storage import Stored
 
@@ -26,12 +27,16 @@ _MAGIC = re.compile(r"[*?\[{]")
 _Named = list[tuple[str, Stored]]  # (path relative to the root, file)
 
 
-def plan_shards(source: str, *, image_column: str | None = None) -> list[Shard]:
+def plan_shards(
+    source: str, *, image_column: str | None = None, text_column: str | None = None
+) -> list[Shard]:
     """The shards of an input, sorted by name.
 
     `source`: a tar or Parquet file, a folder, a glob, or braces such as `{0000..0099}.tar`, local
     or `s3://`. Shards named by braces stay in the plan when they are missing, so that they are
     reported. `image_column`: the Parquet column with the images; found by name when None.
+    `text_column`: the text to read with each image, if any: a Parquet column, or what
+    shard.find_text finds beside it.
     Raises UsageError where nothing can be read, StorageError where storage fails.
     """
     source = storage.check_uri(source)
@@ -42,10 +47,12 @@ def plan_shards(source: str, *, image_column: str | None = None) -> list[Shard]:
     by_format: dict[str, _Named] = {"tar": [], "parquet": [], "images": []}
     for name, file in named:
         by_format[file_format(name)].append((name, file))
-    column = _find_column([file for _, file in by_format["parquet"]], image_column)
+    parquet = [file for _, file in by_format["parquet"]]
+    column = _find_column(parquet, image_column, text_column)
     shards = [_whole_file(name, file) for name, file in by_format["tar"]]
     shards += [_whole_file(name, file, column) for name, file in by_format["parquet"]]
     shards += _group_images(root, by_format["images"])
+    shards = [replace(shard, text=text_column or "") for shard in shards]
     return sorted(shards, key=lambda shard: shard.name)
 
 
@@ -143,14 +150,20 @@ def _is_scratch(name: str) -> bool:
     return last.startswith("_") and file_format(last) != "images"
 
 
-def _find_column(files: list[Stored], wanted: str | None) -> str:
+def _find_column(files: list[Stored], wanted: str | None, text: str | None) -> str:
     """The image column, by the schema of the first Parquet file that can be opened."""
     for file in [file for file in files if file.version][:_SCHEMA_TRIES]:
         try:
             schema = read_schema(file.uri)
         except (RowError, NotFoundError, ChangedError):
             continue  # reported when the shard is read
-        if found := find_image_column(schema, wanted):
+        found = find_image_column(schema, wanted)
+        if text and not holds_text(schema, text):
+            raise UsageError(
+                f"{file.uri}: no column {text!r} of text (--text-column); "
+                f"it has {list_columns(schema)}"
+            )
+        if found:
             return found
         what = f"no column {wanted!r} with image bytes" if wanted else "no column of image bytes"
         raise UsageError(

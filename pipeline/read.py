@@ -26,7 +26,17 @@ from pipeline.plan import plan_shards
 from pipeline.read_parquet import read_parquet
 from pipeline.read_tar import read_tar
 from pipeline.schema import RECORDS
-from pipeline.shard import IMAGE_LIMIT_BYTES, Sample, Shard, printable, shard_from_row, shard_to_row
+from pipeline.shard import (
+    IMAGE_LIMIT_BYTES,
+    TEXT_EXTENSIONS,
+    TEXT_LIMIT_BYTES,
+    Sample,
+    Shard,
+    find_text,
+    printable,
+    shard_from_row,
+    shard_to_row,
+)
 
 __all__ = ["Shard", "plan_shards", "read_batches", "read_shard", "shard_from_row", "shard_to_row"]
 
@@ -82,6 +92,7 @@ def read_shard(shard: Shard) -> Iterator[dict[str, Any]]:
         "key": "",
         "member": "",
         "image": b"",
+        "text": "",
         "total": total,
         "stage": failure.stage if failure else "",
         "reason": failure.reason if failure else "",
@@ -92,15 +103,15 @@ def read_shard(shard: Shard) -> Iterator[dict[str, Any]]:
 
 def _read_samples(shard: Shard) -> Iterator[Sample]:
     if shard.format == "images":
-        yield from read_images(shard.uri, shard.files)
+        yield from read_images(shard.uri, shard.files, shard.text)
         return
     if not shard.version:
         raise NotFoundError(f"{shard.uri}: not there when the input was listed")
     with storage.open_read(shard.uri, version=shard.version) as file:
         if shard.format == "tar":
-            yield from read_tar(file)
+            yield from read_tar(file, text=shard.text)
         else:
-            yield from read_parquet(file, shard.column)
+            yield from read_parquet(file, shard.column, text=shard.text)
 
 
 def _shard_failure(error: StorageError) -> RowError:
@@ -113,19 +124,22 @@ def _shard_failure(error: StorageError) -> RowError:
     return RowError("read", "shard_unreadable", detail, retryable=retryable)
 
 
-def read_images(root: str, files: tuple[str, ...]) -> Iterator[Sample]:
-    """One sample per loose image file, in order; the key is its path without the extension."""
+def read_images(root: str, files: tuple[str, ...], text: str = "") -> Iterator[Sample]:
+    """One sample per loose image file, in order; the key is its path without the extension.
+
+    `text`: what to look for in the .json or .txt file of the same name (see find_text).
+    """
     pending: deque[Future[Sample]] = deque()
     with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
         for path in files:
-            pending.append(pool.submit(_read_image, root, path))
+            pending.append(pool.submit(_read_image, root, path, text))
             if len(pending) > _FILES_AT_ONCE:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
 
 
-def _read_image(root: str, path: str) -> Sample:
+def _read_image(root: str, path: str, text: str) -> Sample:
     key = printable(path.rpartition(".")[0])
     found = Sample(key, printable(path))
     try:
@@ -143,4 +157,16 @@ def _read_image(root: str, path: str) -> Sample:
     if len(image) > IMAGE_LIMIT_BYTES:
         detail = f"more than {IMAGE_LIMIT_BYTES:,} bytes"
         return found._replace(reason="member_too_large", detail=detail)
-    return found._replace(image=image)
+    beside = _read_text(storage.join(root, path.rpartition(".")[0]), text) if text else None
+    return found._replace(image=image).with_text(text, beside)
+
+
+def _read_text(stem: str, wanted: str) -> str | None:
+    for extension in TEXT_EXTENSIONS:
+        try:
+            data = storage.read_bytes(f"{stem}.{extension}", limit_bytes=TEXT_LIMIT_BYTES)
+        except NotFoundError:
+            continue
+        if (text := find_text(wanted, extension, data)) is not None:
+            return text
+    return None

@@ -44,45 +44,54 @@ def read_schema(uri: str) -> pa.Schema:
 
 
 def read_parquet(
-    file: BinaryIO, column: str = "", *, limit_bytes: int = IMAGE_LIMIT_BYTES
+    file: BinaryIO, column: str = "", *, text: str = "", limit_bytes: int = IMAGE_LIMIT_BYTES
 ) -> Iterator[Sample]:
     """One sample per row; in memory are one page and at most 64 rows or 32 MB, by the footer.
 
-    `column`: the image column; found by name when empty. The key is the first of KEY_COLUMNS that
-    holds text or whole numbers, else the path in a Hugging Face struct, else the row's number.
+    `column`: the image column; found by name when empty. `text`: the text column, if any. The key
+    is the first of KEY_COLUMNS that holds text or whole numbers, else the path in a Hugging Face
+    struct, else the row's number.
     Raises RowError (shard_empty, shard_corrupt, column_missing).
     """
     with _damage():
-        yield from _read_rows(_open(file), column, limit_bytes)
+        yield from _read_rows(_open(file), column, text, limit_bytes)
 
 
-def _read_rows(parquet: pq.ParquetFile, column: str, limit_bytes: int) -> Iterator[Sample]:
+def _read_rows(
+    parquet: pq.ParquetFile, column: str, text: str, limit_bytes: int
+) -> Iterator[Sample]:
     schema = parquet.schema_arrow
     found = find_image_column(schema, column or None)
     if found is None:
         what = f"no column {column!r}" if column else "no column"
         raise RowError("read", "column_missing", f"{what} of bytes in {list_columns(schema)}")
     key_column = next((name for name in KEY_COLUMNS if _holds_keys(schema, name)), None)
+    if text and not holds_text(schema, text):
+        detail = f"no column {text!r} of text in {list_columns(schema)}"
+        raise RowError("read", "column_missing", detail)
+    columns = list(dict.fromkeys(name for name in (found, key_column, text) if name))
     row = 0
-    for batch in _batches(parquet, found, key_column):
+    for batch in _batches(parquet, columns):
         images, paths = _split_images(batch.column(found))
         keys = _texts(batch.column(key_column)) if key_column else paths
-        for image, path, key in zip(images, paths, keys, strict=True):
-            yield _sample(str(row) if key is None else key, path or "", image, limit_bytes)
+        texts = _texts(batch.column(text)) if text else paths
+        for image, path, key, words in zip(images, paths, keys, texts, strict=True):
+            name = str(row) if key is None else key
+            yield _sample(name, path or "", image, limit_bytes).with_text(text, words)
             row += 1
     if row != parquet.metadata.num_rows:
         detail = f"{row:,} rows where the footer says {parquet.metadata.num_rows:,}"
         raise RowError("read", "shard_corrupt", detail)
 
 
-def _batches(parquet: pq.ParquetFile, column: str, key: str | None) -> Iterator[pa.RecordBatch]:
+def _batches(parquet: pq.ParquetFile, columns: list[str]) -> Iterator[pa.RecordBatch]:
     """By row group, so that damage in one does not take back rows of another."""
     size = _batch_rows(parquet.metadata)
     for group in range(parquet.num_row_groups):
         yield from parquet.iter_batches(
             batch_size=size,
             row_groups=[group],
-            columns=[column, key] if key else [column],
+            columns=columns,
             use_threads=False,
         )
 
@@ -153,6 +162,12 @@ def _holds_bytes(kind: pa.DataType) -> bool:
         index = kind.get_field_index("bytes")
         return index >= 0 and _is_binary(kind.field(index).type)
     return _is_binary(kind)
+
+
+def holds_text(schema: pa.Schema, name: str) -> bool:
+    """Whether a column is there and holds text."""
+    index = schema.get_field_index(name)
+    return index >= 0 and _is_text(schema.field(index).type)
 
 
 def _holds_keys(schema: pa.Schema, name: str) -> bool:

@@ -14,8 +14,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
-from pipeline.errors import RowError
-from pipeline.shard import IMAGE_EXTENSIONS, IMAGE_LIMIT_BYTES, Sample, printable
+from pipeline.errors import RowError, StorageError
+from pipeline.shard import (
+    IMAGE_EXTENSIONS,
+    IMAGE_LIMIT_BYTES,
+    TEXT_EXTENSIONS,
+    TEXT_LIMIT_BYTES,
+    Sample,
+    find_text,
+    printable,
+)
 
 _BLOCK_BYTES = tarfile.BLOCKSIZE
 _SKIP_BYTES = 2**20
@@ -39,52 +47,69 @@ class _OpenSample:
     key: str
     member: str  # name of the first member
     extensions: dict[str, None] = field(default_factory=dict)  # an ordered set
-    has_row: bool = False
+    image: Sample | None = None
+    texts: dict[str, str] = field(default_factory=dict)  # by extension
 
-    def without_image(self) -> Sample:
-        shown = ", ".join("." + extension for extension in list(self.extensions)[:10])
-        return Sample(
-            printable(self.key),
-            printable(self.member),
-            reason="no_image",
-            detail=printable(f"the sample has {shown}; a key ends at the first dot"),
-        )
+    def close(self, wanted: str) -> Sample:
+        """The row of this sample, with the text that is wanted."""
+        if self.image is None:
+            shown = ", ".join("." + extension for extension in list(self.extensions)[:10])
+            detail = printable(f"the sample has {shown}; a key ends at the first dot")
+            found = Sample(printable(self.key), printable(self.member))
+            return found._replace(reason="no_image", detail=detail)
+        text = next((self.texts[e] for e in TEXT_EXTENSIONS if e in self.texts), None)
+        return self.image.with_text(wanted, text)
 
 
-def read_tar(file: BinaryIO, *, limit_bytes: int = IMAGE_LIMIT_BYTES) -> Iterator[Sample]:
-    """The samples of a tar, plain or gzipped, in order; one member is in memory at a time.
+def read_tar(
+    file: BinaryIO, *, text: str = "", limit_bytes: int = IMAGE_LIMIT_BYTES
+) -> Iterator[Sample]:
+    """The samples of a tar, plain or gzipped, in order; one sample is in memory at a time.
 
     The key of a member is its name up to the first dot after the last slash, the rest is its
     extension, in any case. Consecutive members of one key are one sample, until an extension
     repeats; its image is the first member with an image's extension. Hidden files, folders and
-    devices are passed over, and links unless they are named like an image.
+    devices are passed over, and links unless they are named like an image. `text`: what to look
+    for in the .json or .txt member of a sample (see find_text).
     Raises RowError (shard_empty, shard_corrupt, shard_truncated) where the archive breaks off,
     after every sample whose image was whole.
     """
     stream = _TarStream(file)
     sample: _OpenSample | None = None
-    while (member := stream.next_member()) is not None:
-        folder, slash, base = member.name.rpartition("/")
-        stem, _, extension = base.partition(".")
-        extension = extension.lower()
-        is_image = extension in IMAGE_EXTENSIONS
-        if not stem or member.type in _SPECIAL or (member.type in _LINKS and not is_image):
-            stream.skip(member)
-            continue
-        key = folder + slash + stem
-        if sample is None or key != sample.key or extension in sample.extensions:
-            if sample and not sample.has_row:
-                yield sample.without_image()
-            sample = _OpenSample(key, member.name)
-        sample.extensions[extension] = None
-        if is_image and not sample.has_row:
-            sample.has_row = True
-            yield _read_image(stream, member, key, limit_bytes)
-        else:
-            stream.skip(member)
-    if sample and not sample.has_row:
-        yield sample.without_image()
+    try:
+        while (member := stream.next_member()) is not None:
+            folder, slash, base = member.name.rpartition("/")
+            stem, _, extension = base.partition(".")
+            extension = extension.lower()
+            is_image = extension in IMAGE_EXTENSIONS
+            if not stem or member.type in _SPECIAL or (member.type in _LINKS and not is_image):
+                stream.skip(member)
+                continue
+            key = folder + slash + stem
+            if sample is None or key != sample.key or extension in sample.extensions:
+                if sample:
+                    yield sample.close(text)
+                sample = _OpenSample(key, member.name)
+            sample.extensions[extension] = None
+            if is_image and not sample.image:
+                sample.image = _read_image(stream, member, key, limit_bytes)
+            elif text and extension in TEXT_EXTENSIONS and _is_small(member):
+                found = find_text(text, extension, stream.read(member))
+                sample.texts |= {} if found is None else {extension: found}
+            else:
+                stream.skip(member)
+    except (RowError, StorageError):
+        if sample and sample.image:
+            yield sample.close(text)
+        raise
+    if sample:
+        yield sample.close(text)
     stream.check_end()
+
+
+def _is_small(member: _Member) -> bool:
+    plain = member.type in _PLAIN and not member.sparse
+    return plain and member.size_bytes <= TEXT_LIMIT_BYTES
 
 
 def _read_image(stream: _TarStream, member: _Member, key: str, limit_bytes: int) -> Sample:

@@ -41,8 +41,10 @@ class Shares:
 
     device: str
     """"cpu" or "cuda"."""
+    read: dict[str, Any]
+    """Arguments of map_batches for reading: one shard after the other."""
     task: dict[str, Any]
-    """Arguments of map_batches for tasks."""
+    """Arguments of map_batches for the other tasks: a block as it comes."""
     actor: dict[str, Any]
     """Arguments of map_batches for the actors that hold the model."""
     threads: int | None
@@ -94,7 +96,10 @@ def share_cluster(options: WorkerOptions) -> Shares:
         threads = max(1, round(cpus / actors))
     return Shares(
         device=device,
-        task={"num_cpus": task, "batch_format": "pyarrow"},
+        # Another share than the other tasks have, or Ray would make one task of reading and
+        # decoding, and a single large shard would be decoded on a single CPU.
+        read={"num_cpus": task / 2, "batch_format": "pyarrow", "batch_size": 1},
+        task={"num_cpus": task, "batch_format": "pyarrow", "batch_size": None},
         actor=share
         | {
             "batch_format": "pyarrow",
@@ -106,7 +111,7 @@ def share_cluster(options: WorkerOptions) -> Shares:
 
 
 def dataset_of(shards: list[Shard]) -> ray.data.Dataset:
-    """One row per shard, in blocks that are read tasks: one shard each, up to READ_TASKS of them."""
+    """One row per shard; every block is a read task of its own: one shard, or a few of many."""
     rows = [shard_to_row(shard) for shard in shards]
     blocks = min(max(len(rows), 1), READ_TASKS)
     return ray.data.from_items(rows, override_num_blocks=blocks)

@@ -24,6 +24,7 @@ RECORDS = pa.schema(
         ("key", pa.string()),  # the row's own name: data only, never part of a path
         ("member", pa.string()),  # where the bytes lie: tar member, file, or path named by Parquet
         ("image", pa.large_binary()),  # encoded bytes; empty when there is a reason
+        ("text", pa.string()),  # what stands beside the image, where a job wants it
         ("total", pa.int64()),  # on the end record: records in this shard; -1 elsewhere
         ("stage", pa.string()),  # "" or where it failed
         ("reason", pa.string()),  # "" or one of errors.REASONS
@@ -59,7 +60,14 @@ LOGITS = pa.schema(
         ("logits_height", pa.int32()),
         ("logits_width", pa.int32()),
         ("logits", pa.large_binary()),
+        ("vector", pa.large_binary()),  # with the first run, where embeddings are wanted too
     ]
+)
+
+# What the embed stage hands on: vectors are float32, empty when there is a reason, and the text's
+# also when no text was asked for.
+VECTORS = pa.schema(
+    [*_RECORD, *_DECODED, ("vector", pa.large_binary()), ("text_vector", pa.large_binary())]
 )
 
 # What the last stages hand on, one row per shard and batch: finished rows and how many they are.
@@ -118,6 +126,21 @@ ERRORS = _table(
     ("detail", pa.string()),
     ("retryable", pa.bool_()),
 )
+
+
+def embeddings(dimension: int, dtype: str, facts: dict[str, str], *, text: bool) -> pa.Schema:
+    """The embeddings table: one row per image, its vector a plain non-null fixed_size_list.
+
+    `dtype` is "float32" or "float16"; with `text`, the text and its vector stand beside it. `facts`
+    (model, weights_hash, normalized) go with the dimension into every file's key-value metadata,
+    under "clipseg_ray.".
+    """
+    kind = pa.float32() if dtype == "float32" else pa.float16()
+    vector = pa.list_(pa.field("element", kind, nullable=False), dimension)
+    of_text = (("text", pa.string()), ("text_vector", vector)) if text else ()
+    metadata = {"dimension": str(dimension), **facts}
+    named = {f"clipseg_ray.{name}": value for name, value in metadata.items()}
+    return _table(*_ID, ("vector", vector), *of_text).with_metadata(named)
 
 
 class Table(NamedTuple):

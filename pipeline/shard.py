@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,6 +12,8 @@ PARQUET_SUFFIXES = (".parquet", ".pq")
 _DECODED = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 _REFUSED = ("heic", "heif", "jp2", "svg", "psd")  # reported by decoding rather than passed over
 IMAGE_EXTENSIONS = frozenset(_DECODED + _REFUSED)
+TEXT_EXTENSIONS = ("json", "txt")  # in the order in which a text is looked for
+TEXT_LIMIT_BYTES = 2**20
 # Larger members, files and cells are reported without being read into memory.
 IMAGE_LIMIT_BYTES = 512 * 2**20
 
@@ -32,6 +35,8 @@ class Shard:
     """Loose images: paths relative to `uri`, in the order of their rows."""
     column: str = ""
     """Parquet: the image column found when planning; "" leaves it to the reader."""
+    text: str = ""
+    """Where each row's text is (see find_text); "" when none is wanted."""
 
 
 class Sample(NamedTuple):
@@ -43,6 +48,28 @@ class Sample(NamedTuple):
     reason: str = ""
     detail: str = ""
     retryable: bool = False
+    text: str = ""
+
+    def with_text(self, wanted: str, text: str | None) -> Sample:
+        """The sample with its text, or failed where the text that is wanted is not there."""
+        if not wanted or self.reason:
+            return self
+        if text is None:
+            detail = f"no text {wanted!r} beside the image"
+            return self._replace(image=b"", reason="no_text", detail=printable(detail))
+        return self._replace(text=printable(text))
+
+
+def find_text(wanted: str, extension: str, data: bytes) -> str | None:
+    """The text in a file beside an image: the field `wanted` of a .json, else a .txt as it is."""
+    if extension == "txt":
+        return data.decode("utf-8", "replace").strip()
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    text = value.get(wanted) if isinstance(value, dict) else None
+    return text.strip() if isinstance(text, str) else None
 
 
 def shard_to_row(shard: Shard) -> dict[str, Any]:

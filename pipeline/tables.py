@@ -22,7 +22,8 @@ from pipeline.write import pack_tables
 class MakeTables:
     """schema.LOGITS -> schema.FRAGMENTS: masks as the config wants them, counted and packed."""
 
-    def __init__(self, config: SegmentConfig):
+    def __init__(self, config: SegmentConfig, tables: dict[str, schema.Table]):
+        self.embeddings = tables["embeddings"].schema if config.embed else None
         self.prompts = config.all_prompts()
         self.threshold, self.mask_size = config.threshold, config.mask_size
         kept = config.keep_probabilities
@@ -35,7 +36,10 @@ class MakeTables:
         good = batch.filter(pc.greater(pc.binary_length(batch["logits"]), 0))
         # An image whose prompts came in several runs is counted with its first.
         images = good.filter(pc.equal(good["first_prompt"], 0))
-        return {"images": image_rows(images), **self._per_prompt(good)}
+        tables = {"images": image_rows(images), **self._per_prompt(good)}
+        if self.embeddings is not None:
+            tables["embeddings"] = embedding_rows(images, self.embeddings)
+        return tables
 
     def _per_prompt(self, good: pa.Table) -> dict[str, pa.Table]:
         """Masks, and probability maps if wanted."""
@@ -61,6 +65,37 @@ class MakeTables:
         if self.probability_side:
             tables["probabilities"] = pa.Table.from_pylist(maps, schema=schema.PROBABILITIES)
         return tables
+
+
+class MakeEmbeddingTables:
+    """schema.VECTORS -> schema.FRAGMENTS: rows of `images` and of `embeddings`."""
+
+    def __init__(self, embeddings: pa.Schema):
+        self.embeddings = embeddings
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        return make_fragments(batch, self._tables)
+
+    def _tables(self, batch: pa.Table) -> dict[str, pa.Table]:
+        good = batch.filter(pc.greater(pc.binary_length(batch["vector"]), 0))
+        rows = embedding_rows(good, self.embeddings)
+        return {"images": image_rows(good), "embeddings": rows}
+
+
+def embedding_rows(images: pa.Table, columns: pa.Schema) -> pa.Table:
+    """Rows of the embeddings table, from records that came out well and have vectors."""
+    arrays = [
+        _vectors(images[f.name], f.type) if pa.types.is_fixed_size_list(f.type) else images[f.name]
+        for f in columns
+    ]
+    return pa.table(arrays, schema=columns)
+
+
+def _vectors(column: pa.ChunkedArray, kind: pa.DataType) -> pa.Array:
+    """float32 bytes -> fixed_size_list of the wanted type."""
+    data = b"".join(vector.as_buffer() for vector in column)
+    floats = np.frombuffer(data, np.float32).astype(kind.value_type.to_pandas_dtype())
+    return pa.FixedSizeListArray.from_arrays(pa.array(floats), type=kind)
 
 
 def _logits(good: pa.Table) -> Iterable[tuple[dict[str, Any], np.ndarray]]:

@@ -60,6 +60,16 @@ def s3() -> Iterator[Any]:
     server.wait(30)
 
 
+@pytest.fixture(scope="session")
+def local_ray(s3: Any) -> Iterator[None]:
+    """One Ray for all tests; it starts after S3, whose endpoint its workers inherit."""
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
 @pytest.fixture
 def bucket(s3: Any) -> str:
     """A fresh bucket: "s3://name"."""

@@ -32,7 +32,7 @@ def finish(output: Path, shard=SHARD, rows: int = 2) -> dict[str, Any]:
 
 def test_every_table_can_be_read_from_the_start(tmp_path: Path) -> None:
     settings = config(tmp_path, keep_probabilities="88")
-    run = open_run(settings, [SHARD], model=MODEL, tables=settings.tables())
+    run = open_run(settings, [SHARD], model=MODEL, tables=settings.tables(28, "abc"))
     assert run.todo == [SHARD]
     for table in ("images", "masks", "errors", "probabilities"):
         (file,) = (tmp_path / table).glob("*.parquet")
@@ -94,6 +94,12 @@ def test_files_of_somebody_else_are_left_alone(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not from a run"):
         open_run(config(tmp_path), [SHARD], model=MODEL, tables=TABLES)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_an_output_inside_the_input_is_refused(tmp_path: Path) -> None:
+    inside = SegmentConfig(input=str(tmp_path), output=str(tmp_path / "out"), prompt=("x",))
+    with pytest.raises(UsageError, match="inside the input"):
+        open_run(inside, [SHARD], model=MODEL, tables=TABLES)
 
 
 def test_a_damaged_record_is_refused(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ from shards import hugging_face_column, make_parquet, make_tar, write_img2datase
 from jobs import segment
 from pipeline import storage
 from pipeline.masks import mask_from_probabilities
+
+pytestmark = pytest.mark.usefixtures("local_ray")
 
 PROMPTS = ["a cat", "red circle", "猫"]
 THRESHOLD = 0.48
@@ -57,14 +59,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoints.write_vocabulary(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(PIXELS))
     return folder
-
-
-@pytest.fixture(scope="session", autouse=True)
-def local_ray(s3: Any) -> Iterator[None]:
-    """One Ray for all tests here; it starts after S3, whose endpoint its workers inherit."""
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
 
 
 @functools.cache

@@ -485,6 +485,7 @@ def record(row: int, image: bytes = b"", **columns: Any) -> dict[str, Any]:
         "key": f"k{row}",
         "member": f"k{row}.jpg",
         "image": image,
+        "text": "",
         "total": -1,
         **blank,
         **columns,

@@ -1,0 +1,97 @@
+"""What the frame costs: the segment job on Ray against its own stages in a plain loop.
+
+    python -m benchmarks.frame [--images 2028] [--shards 8] [--repeats 3]
+
+Small JPEG images and the bundled model, one prompt. The loop calls the same stages one after the
+other in one process, so the difference is Ray: start-up, hops between processes, staging, receipts.
+The job is timed as a command, from start to exit; the loop from after its imports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+from pipeline.demo import MODEL
+
+from pipeline.config import SegmentConfig
+from pipeline.plan import plan_shards
+from pipeline.prepare import PrepareImages
+from pipeline.read import read_batches, shard_to_row
+from pipeline.segment import SegmentImages, encode_prompts
+from pipeline.tables import MakeTables
+from pipeline.write import WriteFragments
+
+
+def write_shards(folder: Path, images: int, shards: int) -> None:
+    """Tars of noisy 96 x 96 JPEG images."""
+    rng = np.random.default_rng(0)
+    for shard in range(shards):
+        with tarfile.open(folder / f"{shard:05}.tar", "w") as tar:
+            for i in range(shard, images, shards):
+                small = rng.integers(0, 255, (12, 12, 3), dtype=np.uint8)
+                file = io.BytesIO()
+                Image.fromarray(small).resize((96, 96)).save(file, "JPEG")
+                member = tarfile.TarInfo(f"{i:08}.jpg")
+                member.size = file.tell()
+                file.seek(0)
+                tar.addfile(member, file)
+
+
+def plain_loop(source: Path, output: Path) -> float:
+    """Seconds of the same stages without Ray."""
+    start = time.perf_counter()
+    config = SegmentConfig(input=str(source), output=str(output), prompt=("star",))
+    prompted = encode_prompts(str(MODEL), config.all_prompts())
+    prepare = PrepareImages(prompted.processor, config.images.max_pixels)
+    segment, make = SegmentImages(prompted, "cpu"), MakeTables(config, {})
+    write = WriteFragments(str(output))
+    for shard in plan_shards(str(source)):
+        for records in read_batches(pa.Table.from_pylist([shard_to_row(shard)])):
+            for logits in segment(prepare(records)):
+                write(make(logits))
+    return time.perf_counter() - start
+
+
+def ray_job(source: Path, output: Path) -> float:
+    """Seconds of the command."""
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "jobs.segment", str(source), str(output)]
+    options = ["--model", str(MODEL), "--prompt", "star", "--batch-size", "64", "--quiet"]
+    subprocess.run([*command, *options], check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    """Print the medians of both, for one image a shard (all start-up) and for all images."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=2028)
+    parser.add_argument("--shards", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    print(f"{arguments.shards} shards, seconds (median of {arguments.repeats})")
+    print("images   plain loop   job on Ray")
+    for images in (arguments.shards, arguments.images):
+        loops, jobs = [], []
+        for _ in range(arguments.repeats):
+            with tempfile.TemporaryDirectory() as name:
+                folder = Path(name)
+                (folder / "in").mkdir()
+                write_shards(folder / "in", images, arguments.shards)
+                loops.append(plain_loop(folder / "in", folder / "loop"))
+                jobs.append(ray_job(folder / "in", folder / "job"))
+        print(f"{images:6} {statistics.median(loops):12.1f} {statistics.median(jobs):12.1f}")
+
+
+if __name__ == "__main__":
+    main()

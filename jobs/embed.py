@@ -1,0 +1,61 @@
+"""Embed every image of a data set with CLIP.
+
+    python -m jobs.embed INPUT OUTPUT --model openai/clip-vit-base-patch16
+
+and, on the bundled shards with the bundled model, in well under a minute on two cores:
+
+    python -m jobs.embed pipeline/demo/shards embeddings --model pipeline/demo/model
+
+`clipseg-ray embed` is the same. RAY_ADDRESS names a running cluster; without it Ray starts here.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from pipeline.account import open_run, summary
+from pipeline.command import run_command
+from pipeline.config import EmbedConfig
+from pipeline.embed import EmbedImages, open_embedder
+from pipeline.prepare import PrepareImages
+from pipeline.read import plan_shards, read_batches
+from pipeline.run import dataset_of, finish, ray_session, share_cluster
+from pipeline.tables import MakeEmbeddingTables
+from pipeline.write import WriteFragments
+
+
+def embed(config: EmbedConfig) -> None:
+    """Read shards -> decode and resize -> embed -> Parquet tables."""
+    column = config.images.image_column
+    shards = plan_shards(config.input, image_column=column, text_column=config.text_column)
+    embedder = open_embedder(
+        config.model, text=config.text_column is not None, normalize=config.normalize
+    )
+    tables = config.tables(embedder.dimension, embedder.weights_hash)
+    run = open_run(config, shards, model=embedder.fingerprint(), tables=tables)
+    with ray_session():
+        shares = share_cluster(config.workers)
+        accounts = (
+            dataset_of(run.todo)
+            .map_batches(read_batches, **shares.read)
+            .map_batches(PrepareImages(embedder.processor, config.images.max_pixels), **shares.task)
+            .map_batches(
+                EmbedImages,
+                fn_constructor_args=(embedder, shares.device, shares.threads),
+                **shares.actor,
+            )
+            .map_batches(MakeEmbeddingTables(tables["embeddings"].schema), **shares.task)
+            .map_batches(WriteFragments(run.output), **shares.task)
+        )
+        counts = finish(accounts, run, quiet=config.workers.quiet)
+    print(summary(run, counts))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    return run_command(EmbedConfig, embed, "clipseg-ray embed", argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

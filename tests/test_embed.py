@@ -1,0 +1,253 @@
+"""The embed job on a real local Ray, and its tables in readers that we did not write."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import duckdb
+import numpy as np
+import polars
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import transformers
+from PIL import Image
+from shards import make_parquet, make_tar
+from test_jobs import PIXELS, photos
+
+from jobs import embed, segment
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+DIMENSION = checkpoints.PROJECTION
+
+
+@pytest.fixture(scope="session", params=["clip", "clipseg"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random checkpoint in the hub's file layout."""
+    folder = tmp_path_factory.mktemp(request.param)
+    made = checkpoints.small_clip() if request.param == "clip" else checkpoints.small_clipseg()
+    checkpoints.save(made, folder)
+    checkpoints.write_vocabulary(folder)
+    # Of another size than the position table where the model takes that.
+    side = 64 if request.param == "clip" else 96
+    size = {"size": {"height": side, "width": side}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(PIXELS | size))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four photographs and one that is none, in a tar."""
+    folder = tmp_path_factory.mktemp("shards")
+    images = [(f"{i}.jpg", image) for i, image in enumerate(photos())]
+    (folder / "0.tar").write_bytes(make_tar([*images[:2], ("bad.jpg", b"<html>"), *images[2:]]))
+    return folder
+
+
+def run(shards: Path, output: Path, model: Path, *options: str) -> None:
+    assert embed.main([str(shards), str(output), "--model", str(model), "--quiet", *options]) == 0
+
+
+def read(output: Path) -> Any:
+    return polars.read_parquet(output / "embeddings" / "*.parquet").sort("shard", "row")
+
+
+@torch.inference_mode()
+def reference(model: Path) -> np.ndarray:
+    """What transformers gives for the photographs, not normalised: (4, DIMENSION)."""
+    kind = json.loads((model / "config.json").read_text())["model_type"]
+    loader = transformers.CLIPModel if kind == "clip" else transformers.CLIPSegModel
+    if kind == "clip":
+        oracle = loader.from_pretrained(model).eval()
+    else:  # its own loader of the part would draw the weights at random
+        oracle = transformers.CLIPSegForImageSegmentation.from_pretrained(model).eval().clip
+    config = json.loads((model / "preprocessor_config.json").read_text())
+    processor = transformers.ViTImageProcessorPil(**config)
+    pictures = [Image.open(io.BytesIO(photo)).convert("RGB") for photo in photos()]
+    pixels = processor(pictures, return_tensors="pt").pixel_values
+    return oracle.get_image_features(pixels).pooler_output.numpy()
+
+
+def test_vectors_equal_the_reference(tmp_path: Path, shards: Path, model: Path) -> None:
+    run(shards, tmp_path, model)
+    frame = read(tmp_path)
+    assert frame.select("row", "key").rows() == [(0, "0"), (1, "1"), (3, "2"), (4, "3")]
+    expected = reference(model)
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    assert np.abs(frame["vector"].to_numpy() - expected).max() < 1e-4
+    errors = polars.read_parquet(tmp_path / "errors" / "*.parquet")
+    assert errors.select("row", "key", "reason").rows() == [(2, "bad", "not_an_image")]
+    counts = json.loads((tmp_path / "_run.json").read_text())["counts"]
+    assert (counts["rows_in"], counts["embeddings"], counts["rows_error"]) == (5, 4, 1)
+
+
+def test_vectors_as_the_model_gives_them(tmp_path: Path, shards: Path, model: Path) -> None:
+    run(shards, tmp_path, model, "--no-normalize", "--dtype", "float16")
+    frame = read(tmp_path)
+    expected = reference(model)
+    found = np.array(frame["vector"].to_list(), np.float32)
+    assert np.abs(found - expected).max() < 1e-3 * np.abs(expected).max()
+
+
+def test_one_pass_gives_masks_and_embeddings(
+    tmp_path: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("model")
+    checkpoints.save(checkpoints.small_clipseg(), folder)
+    checkpoints.write_vocabulary(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(PIXELS))
+    common = ["--model", str(folder), "--prompt", "a cat", "--prompt", "a dog", "--quiet"]
+    assert segment.main([str(shards), str(tmp_path / "both"), *common, "--embed"]) == 0
+    assert segment.main([str(shards), str(tmp_path / "masks"), *common]) == 0
+    run(shards, tmp_path / "vectors", folder)
+    both, vectors = read(tmp_path / "both"), read(tmp_path / "vectors")
+    assert both.select("shard", "row", "key").equals(vectors.select("shard", "row", "key"))
+    assert np.abs(both["vector"].to_numpy() - vectors["vector"].to_numpy()).max() < 1e-6
+    masks = [
+        polars.read_parquet(tmp_path / name / "masks" / "*.parquet").sort("row", "prompt_id")
+        for name in ("both", "masks")
+    ]
+    assert masks[0].equals(masks[1])
+
+
+def test_every_part_tells_what_it_holds(tmp_path: Path, shards: Path, model: Path) -> None:
+    run(shards, tmp_path, model)
+    record = json.loads((tmp_path / "_run.json").read_text())["fingerprint"]
+    parts = list((tmp_path / "embeddings").glob("*.parquet"))
+    assert len(parts) == 2
+    for part in parts:
+        file = pq.ParquetFile(part)
+        metadata = file.schema_arrow.metadata
+        assert metadata[b"clipseg_ray.weights_hash"].decode() == record["weights_hash"]
+        assert metadata[b"clipseg_ray.model"].decode() == str(model)
+        assert metadata[b"clipseg_ray.dimension"] == str(DIMENSION).encode()
+        assert metadata[b"clipseg_ray.normalized"] == b"true"
+        if file.metadata.num_rows:
+            column = file.metadata.row_group(0).column(3)
+            assert column.path_in_schema == "vector.list.element"
+            assert "BYTE_STREAM_SPLIT" in column.encodings
+            assert not {"PLAIN_DICTIONARY", "RLE_DICTIONARY"} & set(column.encodings)
+
+
+CAPTIONS = ["a cat", "猫 don't", "", "a red star of 12"]
+
+
+def write_texts(folder: Path, form: str) -> str:
+    """The photographs with captions beside them; returns the column's name."""
+    folder.mkdir()
+    if form == "parquet":
+        columns = {"image": pa.array(photos(), pa.binary()), "caption": CAPTIONS}
+        (folder / "0.parquet").write_bytes(make_parquet(columns))
+    elif form == "json":
+        texts = [json.dumps({"caption": text, "url": "x"}).encode() for text in CAPTIONS]
+        pairs = zip(photos(), texts, strict=True)
+        members = [
+            (f"{i}.{e}", d)
+            for i, p in enumerate(pairs)
+            for e, d in zip(("jpg", "json"), p, strict=True)
+        ]
+        (folder / "0.tar").write_bytes(make_tar(members))
+    elif form == "txt":
+        pairs = zip(photos(), CAPTIONS, strict=True)
+        both = [((f"{i}.jpg", p), (f"{i}.txt", t.encode())) for i, (p, t) in enumerate(pairs)]
+        (folder / "0.tar").write_bytes(make_tar([member for pair in both for member in pair]))
+    else:
+        for i, (photo, text) in enumerate(zip(photos(), CAPTIONS, strict=True)):
+            (folder / f"{i}.jpg").write_bytes(photo)
+            (folder / f"{i}.txt").write_text(text)
+    return "caption"
+
+
+@pytest.mark.parametrize("form", ["parquet", "json", "txt", "files"])
+def test_texts_beside_the_images(
+    form: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("model")
+    oracle = checkpoints.small_clip()
+    checkpoints.save(oracle, folder)
+    checkpoints.write_vocabulary(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(PIXELS))
+    column = write_texts(tmp_path / "in", form)
+    run(tmp_path / "in", tmp_path / "out", folder, "--text-column", column)
+    frame = read(tmp_path / "out")
+    assert frame["text"].to_list() == CAPTIONS
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(folder)
+    ids = tokenizer(CAPTIONS, padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        expected = oracle.get_text_features(**ids).pooler_output
+    expected = torch.nn.functional.normalize(expected, dim=-1).numpy()
+    assert np.abs(frame["text_vector"].to_numpy() - expected).max() < 1e-4
+
+
+def test_an_image_without_its_text_is_an_error(tmp_path: Path, model: Path) -> None:
+    (tmp_path / "in").mkdir()
+    members = [("a.jpg", photos()[0]), ("b.jpg", photos()[1]), ("b.txt", b"a cat")]
+    (tmp_path / "in" / "0.tar").write_bytes(make_tar(members))
+    run(tmp_path / "in", tmp_path / "out", model, "--text-column", "caption")
+    assert read(tmp_path / "out")["key"].to_list() == ["b"]
+    errors = polars.read_parquet(tmp_path / "out" / "errors" / "*.parquet")
+    assert errors.select("key", "reason").rows() == [("a", "no_text")]
+
+
+def test_a_text_column_that_is_not_there(tmp_path: Path, model: Path, capsys) -> None:
+    write_texts(tmp_path / "in", "parquet")
+    arguments = [str(tmp_path / "in"), str(tmp_path / "out"), "--model", str(model)]
+    assert embed.main([*arguments, "--text-column", "title"]) == 2
+    assert "no column 'title' of text" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="session")
+def table(
+    tmp_path_factory: pytest.TempPathFactory, shards: Path, local_ray: None
+) -> tuple[Path, np.ndarray, list[str]]:
+    """A finished output, its vectors and its keys in the order of the rows."""
+    output, folder = tmp_path_factory.mktemp("table"), tmp_path_factory.mktemp("model")
+    checkpoints.save(checkpoints.small_clip(), folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(PIXELS))
+    run(shards, output, folder)
+    frame = read(output)
+    return output, frame["vector"].to_numpy(), frame["key"].to_list()
+
+
+def test_duckdb_ranks_by_cosine(table) -> None:
+    output, vectors, keys = table
+    query = vectors[2]
+    found = duckdb.execute(
+        f"""SELECT key, list_cosine_similarity(vector, ?::FLOAT[{DIMENSION}]) AS cosine
+            FROM '{output}/embeddings/*.parquet' ORDER BY cosine DESC""",
+        [query.tolist()],
+    ).fetchall()
+    order = np.argsort(-(vectors @ query))
+    assert [row[0] for row in found] == [keys[i] for i in order]
+    assert found[0][1] == pytest.approx(1, abs=1e-5)
+
+
+def test_pandas_reads_it(table) -> None:
+    pandas = pytest.importorskip("pandas")
+    output, vectors, _ = table
+    frame = pandas.read_parquet(output / "embeddings").sort_values("row")
+    assert np.array_equal(np.stack(frame["vector"]), vectors)
+
+
+def test_hugging_face_datasets_reads_it(table, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    output, vectors, _ = table
+    found = datasets.load_dataset(
+        "parquet", data_dir=str(output / "embeddings"), split="train", cache_dir=str(tmp_path)
+    ).sort("row")
+    assert found.features["vector"].length == DIMENSION
+    assert np.array_equal(np.array(found["vector"], np.float32), vectors)
+
+
+def test_lancedb_searches_it(table, tmp_path: Path) -> None:
+    lancedb = pytest.importorskip("lancedb")
+    output, vectors, keys = table
+    made = lancedb.connect(tmp_path).create_table("images", pq.read_table(output / "embeddings"))
+    hits = made.search(vectors[1]).metric("cosine").limit(4).to_list()
+    assert [hit["key"] for hit in hits] == [keys[i] for i in np.argsort(-(vectors @ vectors[1]))]

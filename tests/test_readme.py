@@ -1,0 +1,80 @@
+"""What the README shows works as written."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pytest
+from PIL import Image
+
+from jobs import segment
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    """The README's code blocks of a language."""
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Path:
+    """The output of what `make demo` runs."""
+    output = tmp_path_factory.mktemp("demo") / "demo-output"
+    makefile = (ROOT / "Makefile").read_text()
+    prompts = re.findall(r'--prompt (?:"([^"]+)"|(\w+))', makefile.replace("\\\n", " "))
+    assert len(prompts) == 3
+    arguments = [a for p in prompts for a in ("--prompt", p[0] or p[1])]
+    shards, model = ROOT / "pipeline/demo/shards", ROOT / "pipeline/demo/model"
+    sheet = output / "contact-sheet.png"
+    options = ["--model", str(model), "--contact-sheet", str(sheet), "--quiet"]
+    assert segment.main([str(shards), str(output), *arguments, *options]) == 0
+    return output
+
+
+def test_the_demo_finds_what_was_drawn(demo: Path) -> None:
+    """Captions name every object of a scene, so they tell where a red circle must be found."""
+    rows = duckdb.sql(
+        f"""SELECT i.shard, i."row", m.area > 0.01 * m.height * m.width
+            FROM '{demo}/masks/*.parquet' m JOIN '{demo}/images/*.parquet' i USING (shard, "row")
+            WHERE m.prompt = 'a red circle'"""
+    ).fetchall()
+    captions = duckdb.sql(f"SELECT caption FROM '{ROOT}/pipeline/demo/shards/*.parquet'").fetchall()
+    of_parquet = sorted((row, found) for shard, row, found in rows if shard.endswith(".parquet"))
+    right = [("red circle" in captions[row][0]) == found for row, found in of_parquet]
+    assert len(right) == len(captions) > 20
+    assert np.mean(right) > 0.85
+
+
+def test_the_contact_sheet_shows_images_and_masks(demo: Path) -> None:
+    sheet = np.asarray(Image.open(demo / "contact-sheet.png").convert("RGB"))
+    assert min(sheet.shape[:2]) > 500
+    assert len(np.unique(sheet.reshape(-1, 3), axis=0)) > 1000
+
+
+def test_the_duckdb_query_runs_as_written(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(demo.parent)
+    (query,) = [block for block in blocks("sql") if "demo-output/masks" in block]
+    rows = duckdb.sql(query).fetchall()
+    assert len(rows) == 5
+    shares = [row[2] for row in rows]
+    assert shares == sorted(shares, reverse=True)
+    assert all(0 < share < 1 for share in shares)
+
+
+def test_the_file_tree_names_what_is_there() -> None:
+    (tree,) = [
+        block for block in re.findall(r"```\n(.*?)```", README, re.DOTALL) if "jobs/" in block
+    ]
+    named = set(re.findall(r"[\w/]+\.py", tree))
+    found = {
+        path.relative_to(ROOT).as_posix()
+        for folder in ("jobs", "pipeline", "pipeline/model")
+        for path in (ROOT / folder).glob("*.py")
+        if not path.name.startswith("__")
+    }
+    assert {Path(name).name for name in named} == {Path(name).name for name in found}

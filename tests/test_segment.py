@@ -1,0 +1,126 @@
+"""The segment stage without Ray: batches in, logits out, whatever the slices."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import checkpoints
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from pipeline import schema
+from pipeline import segment as stage
+from pipeline.errors import CheckpointError, JobError, UsageError
+from pipeline.model.clipseg import CLIPSeg
+from pipeline.segment import PromptedModel, SegmentImages, encode_prompts
+
+PROMPTS = [f"a red star {i}" for i in range(5)]
+SIZE = {"height": 64, "width": 96}  # not square
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    checkpoints.save(checkpoints.small_clipseg(), folder)
+    checkpoints.write_vocabulary(folder)
+    config = {"image_processor_type": "ViTImageProcessor", "size": SIZE}
+    (folder / "preprocessor_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prompted(checkpoint: Path) -> PromptedModel:
+    return encode_prompts(str(checkpoint), PROMPTS)
+
+
+def record(row: int, pixels: np.ndarray | None, reason: str = "") -> dict[str, object]:
+    empty = {f.name: "" if pa.types.is_string(f.type) else 0 for f in schema.PIXELS}
+    data = b"" if pixels is None else pixels.tobytes()
+    return empty | {"shard": "s", "row": row, "reason": reason, "pixels": data, "retryable": False}
+
+
+def batch(count: int) -> tuple[pa.Table, np.ndarray]:
+    """`count` images, one that failed among them, and the end of the shard."""
+    pixels = np.random.default_rng(0).integers(0, 255, (count, 64, 96, 3), dtype=np.uint8)
+    records = [record(i, image) for i, image in enumerate(pixels)]
+    records.insert(1, record(count, None, "no_image"))
+    records.append(record(-1, None))
+    return pa.Table.from_pylist(records, schema=schema.PIXELS), pixels
+
+
+def gather(tables: list[pa.Table], count: int) -> np.ndarray:
+    """Logits (images, prompts, H, W) put together again; every pair exactly once."""
+    out = np.full((count, len(PROMPTS), 64, 96), np.nan, np.float32)
+    for table in tables:
+        assert table.schema.equals(schema.LOGITS)
+        for row in table.to_pylist():
+            if row["logits"]:
+                size = (row["logits_height"], row["logits_width"])
+                some = np.frombuffer(row["logits"], np.float32).reshape(-1, *size)
+                part = out[row["row"], row["first_prompt"] : row["first_prompt"] + len(some)]
+                assert np.isnan(part).all()
+                part[:] = some
+    assert np.isfinite(out).all()
+    return out
+
+
+@pytest.mark.parametrize("pairs_per_block", [100, 7, 5, 2, 1])
+def test_blocks_do_not_change_the_logits(
+    prompted: PromptedModel,
+    checkpoint: Path,
+    pairs_per_block: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stage, "BLOCK_BYTES", pairs_per_block * 64 * 96 * 4)
+    table, pixels = batch(3)
+    out = list(SegmentImages(prompted, "cpu")(table))
+    assert max(t["logits"].nbytes for t in out) <= pairs_per_block * 64 * 96 * 4 + 100
+    model, _ = CLIPSeg.from_folder(checkpoint)
+    with torch.inference_mode():
+        normalized = prompted.processor.normalize(torch.from_numpy(pixels))
+        reference = model(normalized, torch.from_numpy(prompted.conditional)).numpy()
+    assert np.abs(gather(out, 3) - reference).max() < 1e-4 * np.abs(reference).max()
+    passed = [row for t in out for row in t.to_pylist() if not row["logits"]]
+    assert [(row["row"], row["reason"]) for row in passed] == [(3, "no_image"), (-1, "")]
+
+
+def test_an_image_that_overflows_fails_alone(
+    prompted: PromptedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    actor, (table, _) = SegmentImages(prompted, "cpu"), batch(3)
+    whole = actor.model.activations
+
+    def overflow(pixels: torch.Tensor) -> list[torch.Tensor]:
+        states = [state.clone() for state in whole(pixels)]
+        states[0][1] = torch.inf
+        return states
+
+    monkeypatch.setattr(actor.model, "activations", overflow)
+    rows = [row for t in actor(table) for row in t.to_pylist()]
+    assert {row["row"] for row in rows if row["logits"]} == {0, 2}
+    (failed,) = [row for row in rows if row["row"] == 1]
+    assert (failed["stage"], failed["reason"]) == ("segment", "model_failed")
+
+
+def test_an_actor_with_other_weights_refuses(prompted: PromptedModel, tmp_path: Path) -> None:
+    other = PromptedModel(**{**vars(prompted), "weights_hash": "0" * 64})
+    with pytest.raises(JobError, match="other weights"):
+        SegmentImages(other, "cpu")
+
+
+def test_a_gpu_that_is_not_there_is_an_error(prompted: PromptedModel) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(UsageError, match="GPU"):
+        SegmentImages(prompted, "cuda")
+
+
+def test_a_tokenizer_of_another_model_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    folder = checkpoints.copy_with(checkpoint, tmp_path / "copy")
+    merges = [*checkpoints.small_merges(), ("a</w>", "an</w>")]
+    checkpoints.write_vocabulary(folder, merges)
+    with pytest.raises(CheckpointError, match="the tokenizer has 558 tokens, the model 557"):
+        encode_prompts(str(folder), PROMPTS)
