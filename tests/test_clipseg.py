@@ -5,15 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from checkpoints import TEXT, write_vocabulary
+from compare import TOLERANCE, assert_close, token_ids
+from PIL import Image
 from torch import Tensor, nn
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from pipeline.model import clipseg
 from pipeline.model.clipseg import CLIPSeg, segmentation_loss
-
-TOLERANCE = 1e-4  # relative to the largest value of the reference
+from pipeline.model.preprocess import ImageProcessor
+from pipeline.model.tokenizer import Tokenizer
 
 SMALL_TEXT = {
     "vocab_size": 99,
@@ -81,23 +86,6 @@ small = pytest.mark.parametrize(
     "pair", [SMALL | v for v in VARIANTS.values()], ids=list(VARIANTS), indirect=True
 )
 simple = pytest.mark.parametrize("pair", [SMALL], ids=["simple"], indirect=True)
-
-
-def token_ids(prompts: int, length: int, vocabulary: int) -> tuple[Tensor, Tensor]:
-    """Random ids with end-of-text at different places, padded with it, and the mask."""
-    ids = torch.randint(3, vocabulary - 2, (prompts, length))
-    mask = torch.ones_like(ids)
-    for i in range(prompts):
-        end = length - 1 - i % (length // 2)
-        ids[i, end:], mask[i, end + 1 :] = vocabulary - 1, 0
-    return ids, mask
-
-
-def assert_close(ours: Tensor, reference: Tensor) -> None:
-    """Equal within TOLERANCE of the reference's largest value, and not trivially."""
-    assert ours.shape == reference.shape
-    assert reference.std() > 1e-3
-    assert (ours - reference).abs().max() <= TOLERANCE * reference.abs().max()
 
 
 def assert_prompts_matter(logits: Tensor) -> None:
@@ -236,6 +224,34 @@ def test_rows_and_columns_stay_apart(pair) -> None:
     upsample.copy_((upsample + upsample.transpose(2, 3)) / 2)
     pixels, conditional = torch.randn(1, 3, 64, 128), torch.randn(1, 28)
     assert_close(model(pixels.mT.contiguous(), conditional), model(pixels, conditional).mT)
+
+
+@torch.inference_mode()
+def test_raw_images_texts_and_visual_prompts_equal_the_reference(tmp_path: Path) -> None:
+    """CLIPSegProcessor and the model of a folder, all the way; a visual prompt is an image."""
+    oracle = save_oracle(tmp_path, **SMALL | {"text_config": TEXT})
+    processor = transformers.CLIPSegProcessor(
+        image_processor=ViTImageProcessorPil(size=96),
+        tokenizer=transformers.CLIPTokenizer.from_pretrained(write_vocabulary(tmp_path / "vocab")),
+    )
+    processor.save_pretrained(tmp_path)
+    rng = np.random.default_rng(0)
+    images, prompts = (
+        [Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)) for size in sizes]
+        for sizes in (((50, 90), (200, 64)), ((30, 30), (96, 20)))
+    )
+    model, _ = CLIPSeg.from_folder(tmp_path)
+    resize, tokenize = ImageProcessor.from_folder(tmp_path), Tokenizer.from_folder(tmp_path)
+    texts = ["a cat", "the red circle"]
+    inputs = processor(text=texts, images=images, padding=True, return_tensors="pt")
+    conditional = model.encode_text(*tokenize(texts, 16, pad_to_longest=True))
+    # The reference takes the i-th prompt for the i-th image.
+    logits = model(resize(images), conditional[:, None])[:, 0]
+    assert_close(logits, oracle(**inputs).logits)
+    inputs = processor(visual_prompt=prompts, images=images, return_tensors="pt")
+    conditional = model.encode_image(resize(prompts))
+    logits = model(resize(images), conditional[:, None])[:, 0]
+    assert_close(logits, oracle(**inputs).logits)
 
 
 def test_too_many_tokens_are_refused(tmp_path: Path) -> None:

@@ -113,6 +113,62 @@ def test_other_modes_are_converted_only_where_the_config_says_so(mode: str) -> N
         ImageProcessor.from_dict(config_of(ORACLES["clipseg"])).resize(image)
 
 
+OPTIONS: list[dict[str, Any]] = [
+    {"do_resize": False},
+    {"do_resize": False, "do_center_crop": False},
+    {"size": {"shortest_edge": 97}},
+    {"size": {"height": 230, "width": 301}},
+    *({"resample": resample} for resample in range(6)),
+    {"do_center_crop": False},
+    {"crop_size": {"height": 50, "width": 260}},
+    {"crop_size": 111},
+    {"do_rescale": False},
+    {"rescale_factor": 1 / 127.5},
+    {"do_normalize": False},
+    {"image_mean": [0.1, 0.5, 0.9]},
+    {"image_std": [0.2, 0.7, 3.0]},
+    {"do_convert_rgb": False},
+]
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=str)
+def test_every_option_equals_the_oracle(option: dict[str, Any]) -> None:
+    for size in ((120, 333), (260, 241)):
+        assert_equal_to_oracle(CLIPImageProcessorPil(**option), random_image(*size))
+
+
+@pytest.mark.parametrize("name", ORACLES)
+def test_batches_of_differing_sizes_equal_the_oracle(name: str) -> None:
+    images = [random_image(*size) for size in ((40, 90), (90, 40), (64, 64), (300, 20))]
+    processor = ImageProcessor.from_dict(config_of(ORACLES[name]))
+    expected = ORACLES[name](images, return_tensors="np")["pixel_values"]
+    pixels = processor(images)
+    assert pixels.dtype == torch.float32
+    np.testing.assert_allclose(pixels.numpy(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("do_resize", [True, False])
+def test_images_without_a_common_size_are_grouped_by_it(do_resize: bool) -> None:
+    oracle = CLIPImageProcessorPil(
+        do_resize=do_resize, size={"shortest_edge": 60}, do_center_crop=False
+    )
+    processor = ImageProcessor.from_dict(config_of(oracle))
+    images = [random_image(*size, i) for i, size in enumerate([(60, 90), (60, 70), (60, 90)])]
+    groups = processor.group_by_size(images)
+    assert {size: indices for size, (indices, _) in groups.items()} == {
+        (60, 90): [0, 2],
+        (60, 70): [1],
+    }
+    expected = oracle(images)["pixel_values"]
+    for indices, pixels in groups.values():
+        for i, image in zip(indices, pixels, strict=True):
+            np.testing.assert_allclose(image, expected[i], rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match="one size, found 60 x 90, 60 x 70"):
+        processor(images)
+    with pytest.raises(ValueError, match="found no images"):
+        processor([])
+
+
 # ---- configs ----
 
 

@@ -9,5 +9,6 @@ A module imports only from modules above it:
     preprocess  images -> pixels at the model's size
     tokenizer   texts -> token ids
     clip        the two towers, and CLIP
+    encoders    one half of CLIP alone, and CLIP's image classifier
     clipseg     the decoder, and CLIPSeg
 """

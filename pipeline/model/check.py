@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import CheckpointError
-from pipeline.model.config import CLIPSegConfig, TextConfig, VisionConfig
+from pipeline.model.config import CLIPConfig, CLIPSegConfig, TextConfig, VisionConfig
 from pipeline.model.weights import read_json, read_shapes
 
 SIZE_LIMIT = 1 << 24  # of one width or vocabulary, where no tensor says how large it is
@@ -61,6 +61,18 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     return config
+
+
+def read_clip_config(folder: str | Path) -> tuple[CLIPConfig, str]:
+    """The CLIP in a checkpoint's config.json, whatever model it is of, and its model_type.
+
+    CheckpointError names the file and the field that is wrong.
+    """
+    values = read_config(folder)
+    try:
+        return CLIPConfig.from_dict(values), values["model_type"]
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{Path(folder) / 'config.json'}: {error}") from error
 
 
 def check_config(config: Mapping[str, Any], shapes: Shapes) -> None:

@@ -8,11 +8,16 @@ Shapes: B batch, L tokens, D width of the tower, E projection, N heads, (r, c) t
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.model.config import CLIPConfig, CLIPSegConfig, TextConfig, VisionConfig
+from pipeline.errors import CheckpointError
+from pipeline.model.check import read_clip_config
+from pipeline.model.config import HIDDEN_ACTS, CLIPConfig, CLIPSegConfig, TextConfig, VisionConfig
+from pipeline.model.weights import load_weights, read_shapes
 
 
 class QuickGELU(nn.Module):
@@ -22,7 +27,7 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
-ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU}
+ACTIVATIONS = dict(zip(HIDDEN_ACTS, (QuickGELU, nn.GELU, nn.ReLU, nn.SiLU), strict=True))
 
 
 class Attention(nn.Module):
@@ -50,8 +55,6 @@ class MLP(nn.Module):
 
     def __init__(self, width: int, hidden: int, activation: str):
         super().__init__()
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"hidden_act {activation!r} is not one of {', '.join(ACTIVATIONS)}")
         self.activation = ACTIVATIONS[activation]()
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
@@ -221,6 +224,21 @@ class CLIP(nn.Module):
         self.text_projection = nn.Linear(config.text_config.hidden_size, dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
 
+    @classmethod
+    def from_folder(cls, folder: Path, *, interpolate: bool | None = None) -> tuple[CLIP, str]:
+        """The CLIP of a CLIP or CLIPSeg checkpoint, on the CPU in float32, and its weights hash.
+
+        `interpolate` says whether images of any size are taken; by default (None) as transformers
+        does, with CLIPSeg yes and with CLIP no. A decoder is passed over. CheckpointError names the
+        file, field or tensor that is wrong.
+        """
+        config, kind = read_clip_config(folder)
+        if kind not in ("clip", "clipseg"):
+            raise CheckpointError(f"{folder}: is a {kind}, one tower alone; CLIP has two")
+        with torch.device("meta"):
+            model = cls(config, interpolate=resolve_interpolate(interpolate, kind))
+        return model.eval(), load_weights(model, folder, prefix=clip_prefix(folder))
+
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Projected text embeddings (B, E), not normalised, of int64 ids (B, L)."""
         states = self.text_model(input_ids, attention_mask)
@@ -229,3 +247,40 @@ class CLIP(nn.Module):
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Projected image embeddings (B, E), not normalised, of pixels (B, 3, H, W)."""
         return self.visual_projection(self.vision_model.pool(self.vision_model(pixels)))
+
+    def similarity(self, images: Tensor, texts: Tensor) -> Tensor:
+        """Logits (images, texts) of embeddings (images, E) and (texts, E), normalised or not.
+
+        The cosine times exp(logit_scale): transformers' `logits_per_image`, and transposed its
+        `logits_per_text`.
+        """
+        cosine = F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T
+        return cosine * self.logit_scale.exp()
+
+    def forward(
+        self, pixels: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        """Logits (images, texts) of every image with every text."""
+        texts = self.encode_text(input_ids, attention_mask)
+        return self.similarity(self.encode_image(pixels), texts)
+
+
+def contrastive_loss(logits: Tensor) -> Tensor:
+    """Training loss of N matching pairs: logits (N, N), the i-th image and text belong together.
+
+    The mean of the cross-entropies along both sides (Radford et al. 2021, figure 3).
+    """
+    if logits.ndim != 2 or logits.shape[0] != logits.shape[1]:
+        raise ValueError(f"the loss needs as many images as texts, not {tuple(logits.shape)}")
+    pairs = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
+
+
+def clip_prefix(folder: Path) -> str:
+    """What the names of CLIP's tensors begin with: "clip." beside a decoder, else nothing."""
+    return "clip." if any(name.startswith("clip.") for name in read_shapes(folder)) else ""
+
+
+def resolve_interpolate(interpolate: bool | None, kind: str) -> bool:
+    """Whether positions are interpolated; None is what transformers does for the model_type."""
+    return kind.startswith("clipseg") if interpolate is None else interpolate

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from dataclasses import dataclass, field
 from typing import Any
+
+HIDDEN_ACTS = ("quick_gelu", "gelu", "relu", "silu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +49,11 @@ class VisionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CLIPConfig:
-    """Both towers and the dimension that they are projected to."""
+    """Both towers and the dimension that they are projected to.
+
+    transformers' `from_text_vision_configs` is the constructor:
+    `CLIPConfig(text_config=TextConfig(...), vision_config=VisionConfig(...))`.
+    """
 
     text_config: TextConfig = field(default_factory=TextConfig)
     vision_config: VisionConfig = field(default_factory=VisionConfig)
@@ -55,7 +62,14 @@ class CLIPConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> CLIPConfig:
-        """Read a config.json's content. Raises ValueError or TypeError for values no model has."""
+        """Read a config.json's content. Raises ValueError or TypeError for values no model has.
+
+        That of a tower saved alone is read as the CLIP it belongs to; the other tower then has
+        the default sizes.
+        """
+        tower = re.fullmatch(r"clip(?:seg)?_(text|vision)_model", str(values.get("model_type")))
+        if tower:
+            values = {**values, f"{tower[1]}_config": values}
         return cls(**_towers(values), **_fields(cls, values))
 
     def to_dict(self) -> dict[str, Any]:
@@ -106,6 +120,9 @@ def _towers(values: dict[str, Any]) -> dict[str, Any]:
             raise TypeError(f"{name} is {type(nested).__name__}, not an object")
         out[name] = tower(**_fields(tower, nested))
         _check_heads(out[name].hidden_size, out[name].num_attention_heads)
+        if out[name].hidden_act not in HIDDEN_ACTS:
+            known = ", ".join(HIDDEN_ACTS)
+            raise ValueError(f"{name}.hidden_act is {out[name].hidden_act!r}, not one of {known}")
     return out
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,6 +157,35 @@ class ImageProcessor:
             x.sub_(x.new_tensor(self.image_mean).view(3, 1, 1))
             x.div_(x.new_tensor(self.image_std).view(3, 1, 1))
         return x
+
+    def __call__(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """Both halves: B images of any sizes -> (B, 3, H, W) float32.
+
+        ValueError where they come out at different sizes: group_by_size is for these.
+        """
+        groups = self.group_by_size(images)
+        if len(groups) != 1:
+            sizes = ", ".join(f"{height} x {width}" for height, width in groups) or "no images"
+            raise ValueError(f"a batch needs images that come out at one size, found {sizes}")
+        return next(iter(groups.values()))[1]
+
+    def group_by_size(
+        self, images: Sequence[Image.Image]
+    ) -> dict[tuple[int, int], tuple[list[int], torch.Tensor]]:
+        """Both halves, one batch for every output size (H, W): which images, and their pixels.
+
+        The value is the indices of B of the images, increasing, and their (B, 3, H, W) float32.
+        """
+        rows: dict[tuple[int, int], list[tuple[int, np.ndarray]]] = {}
+        for i, pixels in enumerate(map(self.resize, images)):
+            rows.setdefault((pixels.shape[0], pixels.shape[1]), []).append((i, pixels))
+        return {
+            size: (
+                [i for i, _ in group],
+                self.normalize(torch.from_numpy(np.stack([pixels for _, pixels in group]))),
+            )
+            for size, group in rows.items()
+        }
 
     def _resized_size(self, height: int, width: int) -> tuple[int, int]:
         if isinstance(self.size, tuple):
