@@ -8,7 +8,7 @@ OUT ?= demo-output
 
 demo: $(VENV)/.installed  ## segment the bundled shards with the bundled model
 	$(BIN)/clipseg-ray segment pipeline/demo/shards $(OUT) --model pipeline/demo/model \
-	    --prompt "a red circle" --prompt "a blue square" --prompt star \
+	    --prompt blue --prompt star --prompt "a purple star" \
 	    --contact-sheet $(OUT)/contact-sheet.png
 
 test: $(VENV)/.installed-dev  ## all tests

@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 from PIL import Image
-from pipeline.demo import MODEL
 
 from pipeline.config import SegmentConfig
+from pipeline.demo import MODEL
 from pipeline.plan import plan_shards
 from pipeline.prepare import PrepareImages
 from pipeline.read import read_batches, shard_to_row

@@ -37,15 +37,15 @@ def demo(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Path:
 
 
 def test_the_demo_finds_what_was_drawn(demo: Path) -> None:
-    """Captions name every object of a scene, so they tell where a red circle must be found."""
+    """Captions name every object of a scene, so they tell where a star must be found."""
     rows = duckdb.sql(
         f"""SELECT i.shard, i."row", m.area > 0.01 * m.height * m.width
             FROM '{demo}/masks/*.parquet' m JOIN '{demo}/images/*.parquet' i USING (shard, "row")
-            WHERE m.prompt = 'a red circle'"""
+            WHERE m.prompt = 'star'"""
     ).fetchall()
     captions = duckdb.sql(f"SELECT caption FROM '{ROOT}/pipeline/demo/shards/*.parquet'").fetchall()
     of_parquet = sorted((row, found) for shard, row, found in rows if shard.endswith(".parquet"))
-    right = [("red circle" in captions[row][0]) == found for row, found in of_parquet]
+    right = [("star" in captions[row][0]) == found for row, found in of_parquet]
     assert len(right) == len(captions) > 20
     assert np.mean(right) > 0.85
 
