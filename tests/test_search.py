@@ -1,4 +1,4 @@
-"""Exact search: equal to a full sort and to DuckDB, whatever the batches; tables that are refused."""
+"""Exact search: equal to a full sort and to DuckDB, whatever the batches; what is no table."""
 
 from __future__ import annotations
 
