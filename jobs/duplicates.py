@@ -1,0 +1,50 @@
+"""Group the rows of a table of embeddings that are nearly the same image.
+
+    python -m jobs.duplicates EMBEDDINGS --cosine 0.97 --output duplicates.parquet
+
+where EMBEDDINGS is the output of `clipseg-ray embed`. `clipseg-ray duplicates` is the same.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.progress import Progress
+
+from pipeline.command import run_command
+from pipeline.config_search import DuplicatesConfig
+from pipeline.duplicates import DUPLICATES, find_duplicates
+from pipeline.results import show_groups, write_parquet
+from pipeline.vectors import open_table
+
+
+def duplicates(config: DuplicatesConfig) -> None:
+    """Open the table -> compare blocks of rows -> groups -> show, Parquet."""
+    table = open_table(config.embeddings)
+    console = Console(stderr=True)
+    hidden = config.quiet or not console.is_terminal
+    with Progress(console=console, transient=True, disable=hidden) as progress:
+        bar = progress.add_task("comparing", total=1.0)
+        found = find_duplicates(
+            table, config.cosine, on_progress=lambda done: progress.update(bar, completed=done)
+        )
+    if not config.quiet and found.rows:
+        show_groups(found.read(), found.rows)
+    if config.output:
+        write_parquet(config.output, found.read(), DUPLICATES)
+        print(f"  {config.output}")
+    print(
+        f"{found.rows:,} of {len(found.roots):,} rows are in {len(found.sizes):,} groups of "
+        f"near-duplicates; with one row kept of each, {found.kept:,} remain"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    return run_command(DuplicatesConfig, duplicates, "clipseg-ray duplicates", argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

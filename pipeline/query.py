@@ -1,0 +1,143 @@
+"""Texts and images -> one vector a query, by the model that made the table.
+
+A query is the sum of its texts' and images' normalised vectors, less those to look away from,
+normalised again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from pipeline import storage
+from pipeline.config_search import SearchConfig
+from pipeline.errors import (
+    REASONS,
+    CheckpointError,
+    NotFoundError,
+    RowError,
+    StorageError,
+    UsageError,
+)
+from pipeline.model.clip import CLIP
+from pipeline.model.fetch import fetch
+from pipeline.model.preprocess import ImageProcessor
+from pipeline.model.tokenizer import Tokenizer
+from pipeline.prepare import decode_image
+from pipeline.vectors import EmbeddingTable, normalize
+
+TEXTS_AT_ONCE = 256
+MAX_PIXELS = 50_000_000  # of a query image
+
+
+@dataclass(frozen=True, kw_only=True)
+class Query:
+    """What one query is made of; texts and images that stand twice count twice."""
+
+    texts: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()
+    """URIs as the user gave them."""
+    minus: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The query in words."""
+        images = [Path(image).name for image in self.images]
+        return " - ".join([" + ".join([*self.texts, *images]), *self.minus])
+
+
+def queries_of(config: SearchConfig) -> list[Query]:
+    """The query that the options make together, if any, then one for each line of --queries."""
+    lines = [Query(texts=(line,)) for line in config.lines()]
+    if not config.text and not config.image:
+        return lines
+    return [Query(texts=config.text, images=config.image, minus=config.minus), *lines]
+
+
+def encode_queries(
+    queries: list[Query], table: EmbeddingTable, model: str | None = None
+) -> np.ndarray:
+    """Vectors (M, D) float32 of length 1, by the table's model, found under `model` if given.
+
+    Images are read before the model. Raises UsageError for an image that cannot be used, a
+    checkpoint that cannot be loaded, other weights than the table's, and a query that cancels out.
+    """
+    texts = list(dict.fromkeys(text for q in queries for text in (*q.texts, *q.minus)))
+    images = list(dict.fromkeys(image for q in queries for image in q.images))
+    pictures = [read_image(image) for image in images]
+    clip, folder = _load(table, model)
+    of_text = dict(zip(texts, _encode_texts(clip, folder, texts), strict=True))
+    of_image = dict(zip(images, _encode_images(clip, folder, pictures), strict=True))
+    vectors = np.zeros((len(queries), table.dimension), np.float32)
+    for query, vector in zip(queries, vectors, strict=True):
+        for added in (*(of_text[t] for t in query.texts), *(of_image[i] for i in query.images)):
+            vector += added
+        for text in query.minus:
+            vector -= of_text[text]
+        if not np.linalg.norm(vector) > 1e-5:  # or not finite
+            raise UsageError(f"the query {query.name!r} cancels out: nothing is left to look for")
+    return normalize(vectors)
+
+
+def read_image(uri: str) -> Image.Image:
+    """An image file as upright RGB. Raises UsageError that says what is wrong with it."""
+    try:
+        data = storage.read_bytes(storage.check_uri(uri))
+        return decode_image(data, max_pixels=MAX_PIXELS).image
+    except NotFoundError as error:
+        raise UsageError(f"--image {uri}: no such file") from error
+    except RowError as error:
+        raise UsageError(f"--image {uri}: {REASONS[error.reason]} ({error.detail})") from error
+    except StorageError as error:
+        raise UsageError(f"--image {uri}: cannot be read: {error}") from error
+
+
+def _load(table: EmbeddingTable, model: str | None) -> tuple[CLIP, Path]:
+    """The table's model and its folder; a UsageError if it is not the table's."""
+    try:
+        folder = fetch(model or table.model)
+        clip, weights_hash = CLIP.from_folder(folder)
+    except CheckpointError as error:
+        hint = "" if model else "; --model says where the model of this table is"
+        raise UsageError(f"{error}{hint}") from error
+    if weights_hash != table.weights_hash:
+        raise UsageError(
+            f"the table is of the model {table.model} with the weights {table.weights_hash[:16]}, "
+            f"but {model or table.model} has the weights {weights_hash[:16]}: "
+            "vectors of different models cannot be compared"
+        )
+    return clip, folder
+
+
+@torch.inference_mode()
+def _encode_texts(clip: CLIP, folder: Path, texts: list[str]) -> np.ndarray:
+    """Vectors (P, D) of length 1."""
+    if not texts:
+        return np.empty((0, 0))
+    tokenizer, embeddings = Tokenizer.from_folder(folder), clip.text_model.embeddings
+    tokens = embeddings.token_embedding.num_embeddings
+    if tokenizer.vocab_size > tokens:
+        raise CheckpointError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {tokens}"
+        )
+    ids, mask = tokenizer(texts, embeddings.position_embedding.num_embeddings)
+    step = TEXTS_AT_ONCE
+    vectors = [
+        clip.encode_text(ids[i : i + step], mask[i : i + step]) for i in range(0, len(ids), step)
+    ]
+    return normalize(torch.cat(vectors).numpy())
+
+
+@torch.inference_mode()
+def _encode_images(clip: CLIP, folder: Path, pictures: list[Image.Image]) -> np.ndarray:
+    """Vectors (P, D) of length 1, one picture at a time."""
+    if not pictures:
+        return np.empty((0, 0))
+    processor = ImageProcessor.from_folder(folder)
+    pixels = (torch.from_numpy(processor.resize(picture))[None] for picture in pictures)
+    vectors = [clip.encode_image(processor.normalize(one)) for one in pixels]
+    return normalize(torch.cat(vectors).numpy())
