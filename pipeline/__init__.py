@@ -3,7 +3,8 @@
 The modules in the order of the flow:
 
     errors       every error the pipeline raises, in one tree
-    config       what a job is asked to do, checked before anything starts
+    config, config_search
+                 what a job is asked to do, checked before anything starts
     command      the command line of every job, made from its config
     schema       the columns of every table: the contract with readers
     uri, faults, storage
@@ -14,14 +15,18 @@ The modules in the order of the flow:
     model/       torch alone: CLIP, CLIPSeg, tokenizer, image processor, checkpoints
     convert, prepare
                  encoded bytes -> upright RGB -> uint8 pixels at the model's size
-    segment      pixels x prompts -> logits, on the actors that hold the model
+    pixels, segment, embed
+                 pixels -> mask logits or embeddings, on the actors that hold the model
     masks        logits -> mask at the image's size -> RLE, box, area, scores
     write        rows -> fragments -> one part per shard and table -> a receipt
     tables       what the model gave -> rows of the output's tables, gathered by shard
     account      what a run was asked to do, and what of it is done
     progress     what the terminal shows meanwhile
     run          the one module here that knows Ray: share its CPUs, run the stream, add it up
-    report       finished tables -> a picture
+    vectors, query, search, results, duplicates
+                 what is done with a finished table of embeddings
+    report, gallery
+                 finished tables -> a picture, a page
     demo/        the bundled model and shards, and the scripts that made them
 
 A module imports only from modules above it; the jobs import all of them.

@@ -80,7 +80,7 @@ def open_run(
     record = {
         "status": "running",
         "fingerprint": fingerprint,
-        "config": asdict(config),
+        "config": asdict(config) | {"input": source, "output": output},
         "versions": _versions(),
         "started_at": now(),
     }

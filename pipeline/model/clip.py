@@ -87,13 +87,22 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
 
 
+def _table(rows: int, width: int) -> nn.Embedding:
+    """An embedding of zeros, for a checkpoint or a trainer to fill.
+
+    nn.Embedding draws its values at once, and on the meta device that imports torch's compiler:
+    5 s of CPU in every process that builds a model to load a checkpoint into.
+    """
+    return nn.Embedding.from_pretrained(torch.zeros(rows, width), freeze=False)
+
+
 class TextEmbeddings(nn.Module):
     """Token plus position embeddings, (B, L) ids -> (B, L, D)."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
-        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_embedding = _table(config.vocab_size, config.hidden_size)
+        self.position_embedding = _table(config.max_position_embeddings, config.hidden_size)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         length, longest = input_ids.shape[1], self.position_embedding.num_embeddings
@@ -145,7 +154,7 @@ class VisionEmbeddings(nn.Module):
             config.num_channels, config.hidden_size, self.patch_size, self.patch_size, bias=False
         )
         positions = (config.image_size // config.patch_size) ** 2 + 1
-        self.position_embedding = nn.Embedding(positions, config.hidden_size)
+        self.position_embedding = _table(positions, config.hidden_size)
 
     def forward(self, pixels: Tensor, interpolate: bool) -> Tensor:
         height, width = pixels.shape[2:]
