@@ -3,15 +3,15 @@
 The modules in the order of the flow:
 
     errors       every error the pipeline raises, in one tree
+    schema       the columns of every table: the contract with readers
     config, config_search
                  what a job is asked to do, checked before anything starts
     command      the command line of every job, made from its config
-    schema       the columns of every table: the contract with readers
     uri, faults, storage
                  local disk and S3: list, read, write so that nobody sees half a file
-    shard, plan  what the unit of work is, and which shards an input has
-    read_tar, read_parquet, read
-                 shards -> records of encoded bytes
+    shard, read_tar, read_parquet
+                 what the unit of work is, and its rows, strictly read
+    plan, read   which shards an input has; shards -> records of encoded bytes
     model/       torch alone: CLIP, CLIPSeg, tokenizer, image processor, checkpoints
     convert, prepare
                  encoded bytes -> upright RGB -> uint8 pixels at the model's size

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jobs import segment
+from jobs import embed, search, segment
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -64,6 +64,45 @@ def test_the_duckdb_query_runs_as_written(demo: Path, monkeypatch: pytest.Monkey
     shares = [row[2] for row in rows]
     assert shares == sorted(shares, reverse=True)
     assert all(0 < share < 1 for share in shares)
+
+
+@pytest.fixture(scope="module")
+def vectors(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Path:
+    """Embeddings of the bundled shards by the bundled model."""
+    output = tmp_path_factory.mktemp("demo") / "vectors"
+    shards, model = ROOT / "pipeline/demo/shards", ROOT / "pipeline/demo/model"
+    assert embed.main([str(shards), str(output), "--model", str(model), "--quiet"]) == 0
+    return output
+
+
+def test_search_finds_red_shapes_for_red(vectors: Path, tmp_path: Path) -> None:
+    found, page = tmp_path / "found.parquet", tmp_path / "found.html"
+    options = ["--text", "red", "--top", "10", "--output", str(found), "--gallery", str(page)]
+    assert search.main([str(vectors), *options, "--quiet"]) == 0
+    captions = duckdb.sql(f"SELECT caption FROM '{ROOT}/pipeline/demo/shards/*.parquet'").fetchall()
+    rows = duckdb.sql(f"""SELECT shard, "row" FROM '{found}' ORDER BY rank""").fetchall()
+    assert len(rows) == 10
+    of_parquet = [captions[row][0] for shard, row in rows if shard.endswith(".parquet")]
+    assert of_parquet
+    assert np.mean(["red" in caption for caption in of_parquet]) >= 0.9
+    assert page.read_text().count("data:image/") == 10
+
+
+def test_the_embedding_queries_run_as_written(
+    vectors: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lancedb")
+    monkeypatch.chdir(vectors.parent)
+    (query,) = [block for block in blocks("sql") if "vectors/embeddings" in block]
+    rows = duckdb.sql(query).fetchall()
+    assert len(rows) == 5
+    assert rows[0][1] == pytest.approx(1, abs=1e-5)
+    (code,) = blocks("python")
+    *lines, last = code.strip().splitlines()
+    names: dict[str, object] = {}
+    exec("\n".join(lines), names)
+    hits = eval(last, names)
+    assert [hit["key"] for hit in hits] == [key for key, _ in rows]
 
 
 def test_the_file_tree_names_what_is_there() -> None:
