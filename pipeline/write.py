@@ -94,7 +94,10 @@ class WriteFragments:
 def write_empty_parts(output: str, tables: dict[str, schema.Table]) -> None:
     """Give every table of a run its part without rows."""
     for name, columns in _schemas(tables).items():
-        storage.write_bytes(storage.join(output, name, EMPTY_PART), _parquet(columns.empty_table()))
+        sink = io.BytesIO()
+        # No row group either: Hugging Face datasets stumbles over one that is empty.
+        pq.ParquetWriter(sink, columns.with_metadata(_metadata(columns))).close()
+        storage.write_bytes(storage.join(output, name, EMPTY_PART), sink.getvalue())
 
 
 def finish_shard(
@@ -173,10 +176,9 @@ def _parquet(table: pa.Table) -> bytes:
     """A Parquet file, read back and counted before anybody sees it."""
     vectors = [f.name for f in table.schema if pa.types.is_fixed_size_list(f.type)]
     floats = [n for n in vectors if pa.types.is_float32(table.schema.field(n).type.value_type)]
-    metadata = {"clipseg_ray.schema_version": str(schema.SCHEMA_VERSION)}
     sink = io.BytesIO()
     pq.write_table(
-        table.replace_schema_metadata({**(table.schema.metadata or {}), **metadata}),
+        table.replace_schema_metadata(_metadata(table.schema)),
         sink,
         compression="zstd",
         compression_level=1,
@@ -189,3 +191,9 @@ def _parquet(table: pa.Table) -> bytes:
     if pq.read_metadata(io.BytesIO(data)).num_rows != len(table):
         raise JobError("a Parquet part came out with another number of rows than went in")
     return data
+
+
+def _metadata(columns: pa.Schema) -> dict[bytes, bytes]:
+    """What a file says of itself: the schema's own facts, and the version of the columns."""
+    version = str(schema.SCHEMA_VERSION).encode()
+    return {**(columns.metadata or {}), b"clipseg_ray.schema_version": version}

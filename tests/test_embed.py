@@ -240,7 +240,7 @@ def test_hugging_face_datasets_reads_it(table, tmp_path: Path) -> None:
     output, vectors, _ = table
     found = datasets.load_dataset(
         "parquet", data_dir=str(output / "embeddings"), split="train", cache_dir=str(tmp_path)
-    ).sort("row")
+    )
     assert found.features["vector"].length == DIMENSION
     assert np.array_equal(np.array(found["vector"], np.float32), vectors)
 

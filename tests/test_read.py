@@ -63,6 +63,7 @@ def test_records_have_the_columns_of_the_schema(folder: str):
         "key": "3",
         "member": "3.jpg",
         "image": b"image 3",
+        "text": "",
         "total": -1,
         "stage": "",
         "reason": "",

@@ -53,7 +53,7 @@ def test_the_demo_finds_what_was_drawn(demo: Path) -> None:
 def test_the_contact_sheet_shows_images_and_masks(demo: Path) -> None:
     sheet = np.asarray(Image.open(demo / "contact-sheet.png").convert("RGB"))
     assert min(sheet.shape[:2]) > 500
-    assert len(np.unique(sheet.reshape(-1, 3), axis=0)) > 1000
+    assert len(set(map(tuple, sheet[::5, ::5].reshape(-1, 3)))) > 1000
 
 
 def test_the_duckdb_query_runs_as_written(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,9 +106,7 @@ def test_the_embedding_queries_run_as_written(
 
 
 def test_the_file_tree_names_what_is_there() -> None:
-    (tree,) = [
-        block for block in re.findall(r"```\n(.*?)```", README, re.DOTALL) if "jobs/" in block
-    ]
+    tree = README.split("## How the pieces fit")[1].split("```")[1]
     named = set(re.findall(r"[\w/]+\.py", tree))
     found = {
         path.relative_to(ROOT).as_posix()

@@ -22,6 +22,8 @@ from pipeline.write import stem
 
 HEIGHT, WIDTH = 60, 120
 
+SCHEMAS = {"images": schema.IMAGES, "masks": schema.MASKS}
+
 
 def picture(red: int, height: int = HEIGHT, width: int = WIDTH) -> Image.Image:
     return Image.new("RGB", (width, height), (red, 90, 90))
@@ -65,7 +67,7 @@ def write_tables(
             masks.append(facts | mask | {"prompt_id": i, "prompt": prompt, "threshold": 0.5})
     for name, rows in (("images", images), ("masks", masks)):
         (output / name).mkdir(parents=True, exist_ok=True)
-        table = pa.Table.from_pylist(rows, schema=schema.TABLES[name])
+        table = pa.Table.from_pylist(rows, schema=SCHEMAS[name])
         pq.write_table(table, output / name / f"{stem(shard)}.parquet")
 
 
@@ -140,7 +142,7 @@ def test_nothing_to_show(data: Path) -> None:
     for table in ("images", "masks"):
         for part in (data / "out" / table).iterdir():
             part.unlink()
-        empty = schema.TABLES[table].empty_table()
+        empty = SCHEMAS[table].empty_table()
         pq.write_table(empty, data / "out" / table / "_schema.parquet")
     assert sheet_of(data).shape[0] > 100
 
