@@ -8,6 +8,8 @@ Shapes: B batch, L tokens, D width of the tower, E projection, N heads, (r, c) t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,7 +29,10 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
-ACTIVATIONS = dict(zip(HIDDEN_ACTS, (QuickGELU, nn.GELU, nn.ReLU, nn.SiLU), strict=True))
+_RELU = partial(nn.ReLU, inplace=True)
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = dict(
+    zip(HIDDEN_ACTS, (QuickGELU, nn.GELU, _RELU, nn.SiLU), strict=True)
+)
 
 
 class Attention(nn.Module):

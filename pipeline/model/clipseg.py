@@ -69,9 +69,9 @@ class Decoder(nn.Module):
             quarter = patch // 4
             self.transposed_convolution = nn.Sequential(
                 nn.Conv2d(width, width, kernel_size=3, padding=1),
-                nn.ReLU(),
+                nn.ReLU(inplace=True),
                 nn.ConvTranspose2d(width, width // 2, quarter, stride=quarter),
-                nn.ReLU(),
+                nn.ReLU(inplace=True),
                 nn.ConvTranspose2d(width // 2, 1, quarter, stride=quarter),
             )
         else:
