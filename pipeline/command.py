@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -30,6 +31,8 @@ def run_command(
         return _say(prog, error, 2)
     except PipelineError as error:
         return _say(prog, error, 1)
+    except BrokenPipeError:  # who read our output, `head` for one, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         return _say(prog, "interrupted; the same command again completes the run", 130)
     return 0

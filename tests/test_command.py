@@ -84,6 +84,13 @@ def test_a_failed_job_is_one_line_and_code_1(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().err == "job: error: 3 shards were not finished\n"
 
 
+def test_a_reader_that_has_enough_sees_no_traceback() -> None:
+    command = f"{sys.executable} -m jobs segment --help | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("usage: clipseg-ray segment")
+    assert done.stderr == ""
+
+
 def test_the_entry_point_names_its_commands() -> None:
     def clipseg_ray(*argv: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "jobs", *argv]
