@@ -12,11 +12,10 @@ from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
-from tokenizers.models import BPE
+from tokenizers import Tokenizer, processors
 
 from pipeline.demo.scenes import COLOURS, SEEN_PAIRS, SHAPES, Pair
-from pipeline.model.tokenizer import END, PATTERN, START, SUFFIX
+from pipeline.model.tokenizer import END, START, SUFFIX, build_backend
 
 MAX_TOKENS = 16
 
@@ -81,26 +80,7 @@ def build_tokenizer() -> Tokenizer:
     symbols += [s + SUFFIX for s in symbols]
     symbols += ["".join(pair) for pair in merges] + [START, END]
     vocabulary = {symbol: i for i, symbol in enumerate(dict.fromkeys(symbols))}
-    tokenizer = Tokenizer(
-        BPE(
-            vocabulary,
-            merges,
-            continuing_subword_prefix="",
-            end_of_word_suffix=SUFFIX,
-            fuse_unk=False,
-            unk_token=END,
-        )
-    )
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PATTERN), behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = build_backend(vocabulary, merges, END)
     tokenizer.add_special_tokens([START, END])
     tokenizer.post_processor = processors.RobertaProcessing(
         (END, vocabulary[END]),

@@ -72,7 +72,7 @@ class Tokenizer:
         source, vocab, merges, added = _read_vocabulary(folder)
         names, added = _read_special_tokens(folder, added)
         text = {key: token.content for key, token in names.items()}
-        backend = _build_backend(vocab, merges, text["unk_token"])
+        backend = build_backend(vocab, merges, text["unk_token"])
         backend.add_tokens(added)
         for key in ("bos_token", "eos_token"):
             if text[key] not in vocab:  # a new id, behind the end of the embedding table
@@ -134,7 +134,7 @@ class Tokenizer:
         return [self.bos_id, *ids, self.eos_id]
 
 
-def _build_backend(vocab: dict[str, int], merges: list[tuple[str, str]], unk: str) -> Backend:
+def build_backend(vocab: dict[str, int], merges: list[tuple[str, str]], unk: str) -> Backend:
     """CLIP's tokenizer on a checked vocabulary (transformers clip/tokenization_clip.py)."""
     backend = Backend(
         models.BPE(
