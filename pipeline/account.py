@@ -102,7 +102,10 @@ def open_run(
     done = [name for name in receipts if name in names]
     stale = [name for name in receipts if name not in names]
     _discard(output, stale, {stem(shard.name) for shard in plan})
-    todo = [shard for name, shard in names.items() if name not in set(done)]
+    finished = set(done)
+    todo = [shard for name, shard in names.items() if name not in finished]
+    if todo:
+        storage.delete_file(storage.join(output, SUCCESS))  # of a smaller plan
     return Run(output=output, record=record, todo=todo, done=done, tables=tables)
 
 

@@ -61,6 +61,16 @@ def test_the_record_of_a_run_tells_everything(tmp_path: Path) -> None:
     assert not (tmp_path / "_staging").exists()
 
 
+def test_success_is_taken_back_while_there_is_more_to_do(tmp_path: Path) -> None:
+    close_run(
+        open_run(config(tmp_path), [SHARD], model=MODEL, tables=TABLES), [finish(tmp_path)], 1.0
+    )
+    open_run(config(tmp_path), [SHARD], model=MODEL, tables=TABLES)
+    assert (tmp_path / "_SUCCESS").exists()  # nothing was added
+    open_run(config(tmp_path), [SHARD, OTHER], model=MODEL, tables=TABLES)
+    assert not (tmp_path / "_SUCCESS").exists()
+
+
 def test_a_finished_shard_is_not_done_again(tmp_path: Path) -> None:
     open_run(config(tmp_path), [SHARD, OTHER], model=MODEL, tables=TABLES)
     finish(tmp_path)
