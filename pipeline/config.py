@@ -55,6 +55,26 @@ class WorkerOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How a run deals with trouble; none of these changes a result."""
+
+    restart: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Delete what an earlier run left in OUTPUT, and start over."""
+
+    max_error_rate: float = 0.05
+    """Stop when a larger share of the rows failed, after the first 1,000; 0 to 1."""
+
+    storage_timeout: float = 300.0
+    """Seconds for which one read or write is tried again while the storage fails."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_error_rate <= 1:
+            raise UsageError(f"--max-error-rate {self.max_error_rate}: must be between 0 and 1")
+        if not 0 < self.storage_timeout < float("inf"):
+            raise UsageError(f"--storage-timeout {self.storage_timeout}: must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SegmentConfig:
     """Segment every image of INPUT with every prompt, and write the masks as Parquet tables."""
 
@@ -91,6 +111,7 @@ class SegmentConfig:
 
     images: tyro.conf.OmitArgPrefixes[ImageOptions] = field(default_factory=ImageOptions)
     workers: tyro.conf.OmitArgPrefixes[WorkerOptions] = field(default_factory=WorkerOptions)
+    run: tyro.conf.OmitArgPrefixes[RunOptions] = field(default_factory=RunOptions)
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold <= 1:
@@ -161,6 +182,7 @@ class EmbedConfig:
 
     images: tyro.conf.OmitArgPrefixes[ImageOptions] = field(default_factory=ImageOptions)
     workers: tyro.conf.OmitArgPrefixes[WorkerOptions] = field(default_factory=WorkerOptions)
+    run: tyro.conf.OmitArgPrefixes[RunOptions] = field(default_factory=RunOptions)
 
     def fingerprint(self) -> dict[str, Any]:
         """What decides the results of a run: another value of any of these is another run."""
