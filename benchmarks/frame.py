@@ -53,7 +53,7 @@ def plain_loop(source: Path, output: Path) -> float:
     start = time.perf_counter()
     config = SegmentConfig(input=str(source), output=str(output), prompt=("star",))
     prompted = encode_prompts(str(MODEL), config.all_prompts())
-    prepare = PrepareImages(prompted.processor, config.images.max_pixels)
+    prepare = PrepareImages(prompted.checkpoint.processor, config.images.max_pixels)
     segment, make = SegmentImages(prompted, "cpu"), MakeTables(config, {})
     write = WriteFragments(str(output))
     for shard in plan_shards(str(source)):

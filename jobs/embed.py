@@ -32,14 +32,17 @@ def embed(config: EmbedConfig) -> None:
     embedder = open_embedder(
         config.model, text=config.text_column is not None, normalize=config.normalize
     )
-    tables = config.tables(embedder.dimension, embedder.weights_hash)
-    run = open_run(config, shards, model=embedder.fingerprint(), tables=tables)
+    checkpoint = embedder.checkpoint
+    tables = config.tables(checkpoint.dimension, checkpoint.weights_hash)
+    run = open_run(config, shards, model=checkpoint.fingerprint(), tables=tables)
     with ray_session():
         shares = share_cluster(config.workers)
         accounts = (
             dataset_of(run.todo)
             .map_batches(read_batches, **shares.read)
-            .map_batches(PrepareImages(embedder.processor, config.images.max_pixels), **shares.task)
+            .map_batches(
+                PrepareImages(checkpoint.processor, config.images.max_pixels), **shares.task
+            )
             .map_batches(
                 EmbedImages,
                 fn_constructor_args=(embedder, shares.device, shares.threads),

@@ -31,14 +31,17 @@ def segment(config: SegmentConfig) -> None:
     """Read shards -> decode and resize -> segment -> masks at image size -> Parquet tables."""
     shards = plan_shards(config.input, image_column=config.images.image_column)
     prompted = encode_prompts(config.model, config.all_prompts(), embed=config.embed)
-    tables = config.tables(prompted.dimension, prompted.weights_hash)
-    run = open_run(config, shards, model=prompted.fingerprint(), tables=tables)
+    checkpoint = prompted.checkpoint
+    tables = config.tables(checkpoint.dimension, checkpoint.weights_hash)
+    run = open_run(config, shards, model=checkpoint.fingerprint(), tables=tables)
     with ray_session():
         shares = share_cluster(config.workers)
         accounts = (
             dataset_of(run.todo)
             .map_batches(read_batches, **shares.read)
-            .map_batches(PrepareImages(prompted.processor, config.images.max_pixels), **shares.task)
+            .map_batches(
+                PrepareImages(checkpoint.processor, config.images.max_pixels), **shares.task
+            )
             .map_batches(
                 SegmentImages,
                 fn_constructor_args=(prompted, shares.device, shares.threads),

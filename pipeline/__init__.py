@@ -15,6 +15,7 @@ The modules in the order of the flow:
     model/       torch alone: CLIP, CLIPSeg, tokenizer, image processor, checkpoints
     convert, prepare
                  encoded bytes -> upright RGB -> uint8 pixels at the model's size
+    checkpoint   what a job's model is, as the driver and the actors know it
     pixels, segment, embed
                  pixels -> mask logits or embeddings, on the actors that hold the model
     masks        logits -> mask at the image's size -> RLE, box, area, scores

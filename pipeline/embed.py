@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import torch
 
 from pipeline import schema
-from pipeline.errors import JobError
+from pipeline.checkpoint import Checkpoint
 from pipeline.model.check import read_config
 from pipeline.model.clip import CLIP
+from pipeline.model.encoders import ImageEncoder
 from pipeline.model.fetch import fetch
 from pipeline.model.preprocess import ImageProcessor
 from pipeline.model.tokenizer import Tokenizer
@@ -22,31 +22,13 @@ from pipeline.pixels import has_pixels, open_device, stack_pixels
 
 @dataclass(frozen=True, kw_only=True)
 class Embedder:
-    """A checkpoint as the driver hands it to the actors: no weights inside."""
+    """A checkpoint and what to embed with it."""
 
-    name: str
-    """What the user called it: a folder, a hub id, an s3:// URI."""
-    config: dict[str, Any]
-    weights_hash: str
-    processor: ImageProcessor
+    checkpoint: Checkpoint
     text: bool
     """Whether texts are embedded, too."""
     normalize: bool
     """Whether vectors are scaled to length 1."""
-
-    @property
-    def dimension(self) -> int:
-        """Length of an embedding."""
-        return int(self.config.get("projection_dim") or 512)
-
-    def fingerprint(self) -> dict[str, Any]:
-        """What of the model decides the results of a run."""
-        return {
-            "weights_hash": self.weights_hash,
-            "model_config": self.config,
-            "preprocessing": asdict(self.processor),
-            "dtype": "float32",
-        }
 
 
 def open_embedder(name: str, *, text: bool, normalize: bool) -> Embedder:
@@ -54,29 +36,29 @@ def open_embedder(name: str, *, text: bool, normalize: bool) -> Embedder:
     folder = fetch(name)
     if text:
         Tokenizer.from_folder(folder)
-    return Embedder(
+    checkpoint = Checkpoint(
         name=name,
         config=read_config(folder),
         weights_hash=hash_weights(folder),
         processor=ImageProcessor.from_folder(folder),
-        text=text,
-        normalize=normalize,
     )
+    return Embedder(checkpoint=checkpoint, text=text, normalize=normalize)
 
 
 class EmbedImages:
     """An actor of the embed stage: schema.PIXELS -> schema.VECTORS.
 
-    An actor that finds other weights under the model's name than the driver did refuses to start.
-    `device` and `threads` as in pixels.open_device.
+    It holds the text tower only where texts are embedded. An actor that finds other weights under
+    the model's name than the driver did refuses to start. `device` and `threads` as in
+    pixels.open_device.
     """
 
     def __init__(self, embedder: Embedder, device: str, threads: int | None = None):
         self.device = open_device(device, threads)
-        folder = fetch(embedder.name)
-        model, weights_hash = CLIP.from_folder(folder)
-        if weights_hash != embedder.weights_hash:
-            raise JobError(f"{embedder.name}: this worker finds other weights than the driver did")
+        folder = fetch(embedder.checkpoint.name)
+        kind = CLIP if embedder.text else ImageEncoder
+        model, weights_hash = kind.from_folder(folder)
+        embedder.checkpoint.check_worker(weights_hash)
         self.model, self.embedder = model.to(self.device), embedder
         self.tokenizer = Tokenizer.from_folder(folder) if embedder.text else None
 
@@ -90,13 +72,13 @@ class EmbedImages:
 
     @torch.inference_mode()
     def _images(self, rows: pa.Table) -> list[bytes]:
-        processor = self.embedder.processor
+        processor = self.embedder.checkpoint.processor
         pixels = stack_pixels(rows["pixels"], processor.image_size).to(self.device)
         return self._bytes(self.model.encode_image(processor.normalize(pixels)))
 
     @torch.inference_mode()
     def _texts(self, rows: pa.Table) -> list[bytes]:
-        if self.tokenizer is None:
+        if self.tokenizer is None or not isinstance(self.model, CLIP):
             return [b""] * len(rows)
         longest = self.model.text_model.embeddings.position_embedding.num_embeddings
         ids, mask = self.tokenizer(rows["text"].to_pylist(), max_length=longest)

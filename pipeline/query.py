@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from pipeline import storage
+from pipeline.checkpoint import encode_texts
 from pipeline.config_search import SearchConfig
 from pipeline.errors import (
     REASONS,
@@ -24,14 +25,15 @@ from pipeline.errors import (
     UsageError,
 )
 from pipeline.model.clip import CLIP
+from pipeline.model.encoders import ImageEncoder, TextEncoder
 from pipeline.model.fetch import fetch
 from pipeline.model.preprocess import ImageProcessor
-from pipeline.model.tokenizer import Tokenizer
 from pipeline.prepare import decode_image
-from pipeline.vectors import EmbeddingTable, normalize
+from pipeline.vectors import EmbeddingTable, check_weights, normalize
 
-TEXTS_AT_ONCE = 256
 MAX_PIXELS = 50_000_000  # of a query image
+
+Encoder = CLIP | TextEncoder | ImageEncoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +71,10 @@ def encode_queries(
     texts = list(dict.fromkeys(text for q in queries for text in (*q.texts, *q.minus)))
     images = list(dict.fromkeys(image for q in queries for image in q.images))
     pictures = [read_image(image) for image in images]
-    clip, folder = _load(table, model)
-    of_text = dict(zip(texts, _encode_texts(clip, folder, texts), strict=True))
-    of_image = dict(zip(images, _encode_images(clip, folder, pictures), strict=True))
+    kind = CLIP if texts and images else TextEncoder if texts else ImageEncoder
+    encoder, folder = _load(table, model, kind)
+    of_text = dict(zip(texts, _encode_texts(encoder, folder, texts), strict=True))
+    of_image = dict(zip(images, _encode_images(encoder, folder, pictures), strict=True))
     vectors = np.zeros((len(queries), table.dimension), np.float32)
     for query, vector in zip(queries, vectors, strict=True):
         for added in (*(of_text[t] for t in query.texts), *(of_image[i] for i in query.images)):
@@ -96,48 +99,31 @@ def read_image(uri: str) -> Image.Image:
         raise UsageError(f"--image {uri}: cannot be read: {error}") from error
 
 
-def _load(table: EmbeddingTable, model: str | None) -> tuple[CLIP, Path]:
-    """The table's model and its folder; a UsageError if it is not the table's."""
+def _load(table: EmbeddingTable, model: str | None, kind: type[Encoder]) -> tuple[Encoder, Path]:
+    """What is needed of the table's model, and its folder; UsageError if it is not the table's."""
     try:
         folder = fetch(model or table.model)
-        clip, weights_hash = CLIP.from_folder(folder)
+        encoder, weights_hash = kind.from_folder(folder)
     except CheckpointError as error:
         hint = "" if model else "; --model says where the model of this table is"
         raise UsageError(f"{error}{hint}") from error
-    if weights_hash != table.weights_hash:
-        raise UsageError(
-            f"the table is of the model {table.model} with the weights {table.weights_hash[:16]}, "
-            f"but {model or table.model} has the weights {weights_hash[:16]}: "
-            "vectors of different models cannot be compared"
-        )
-    return clip, folder
+    check_weights(table, model or table.model, weights_hash)
+    return encoder, folder
 
 
-@torch.inference_mode()
-def _encode_texts(clip: CLIP, folder: Path, texts: list[str]) -> np.ndarray:
+def _encode_texts(encoder: Encoder, folder: Path, texts: list[str]) -> np.ndarray:
     """Vectors (P, D) of length 1."""
-    if not texts:
+    if not texts or isinstance(encoder, ImageEncoder):
         return np.empty((0, 0))
-    tokenizer, embeddings = Tokenizer.from_folder(folder), clip.text_model.embeddings
-    tokens = embeddings.token_embedding.num_embeddings
-    if tokenizer.vocab_size > tokens:
-        raise CheckpointError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {tokens}"
-        )
-    ids, mask = tokenizer(texts, embeddings.position_embedding.num_embeddings)
-    step = TEXTS_AT_ONCE
-    vectors = [
-        clip.encode_text(ids[i : i + step], mask[i : i + step]) for i in range(0, len(ids), step)
-    ]
-    return normalize(torch.cat(vectors).numpy())
+    return normalize(encode_texts(encoder.encode_text, encoder.text_model, folder, texts).numpy())
 
 
 @torch.inference_mode()
-def _encode_images(clip: CLIP, folder: Path, pictures: list[Image.Image]) -> np.ndarray:
+def _encode_images(encoder: Encoder, folder: Path, pictures: list[Image.Image]) -> np.ndarray:
     """Vectors (P, D) of length 1, one picture at a time."""
-    if not pictures:
+    if not pictures or isinstance(encoder, TextEncoder):
         return np.empty((0, 0))
     processor = ImageProcessor.from_folder(folder)
     pixels = (torch.from_numpy(processor.resize(picture))[None] for picture in pictures)
-    vectors = [clip.encode_image(processor.normalize(one)) for one in pixels]
+    vectors = [encoder.encode_image(processor.normalize(one)) for one in pixels]
     return normalize(torch.cat(vectors).numpy())

@@ -8,8 +8,7 @@ per image and prompt.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -17,11 +16,10 @@ import torch
 from torch import Tensor
 
 from pipeline import schema
-from pipeline.errors import CheckpointError, JobError
+from pipeline.checkpoint import Checkpoint, encode_texts
 from pipeline.model.clipseg import CLIPSeg
 from pipeline.model.fetch import fetch
 from pipeline.model.preprocess import ImageProcessor
-from pipeline.model.tokenizer import Tokenizer
 from pipeline.pixels import has_pixels, open_device, stack_pixels
 
 # Logits handed on at once: a block of Ray Data's, which lies in the object store as one piece.
@@ -30,60 +28,30 @@ BLOCK_BYTES = 64 * 1024**2
 
 @dataclass(frozen=True, kw_only=True)
 class PromptedModel:
-    """A checkpoint and what to ask it, as the driver hands it to the actors: no weights inside."""
+    """A checkpoint and what to ask it."""
 
-    name: str
-    """What the user called it: a folder, a hub id, an s3:// URI."""
-    config: dict[str, Any]
-    weights_hash: str
-    processor: ImageProcessor
+    checkpoint: Checkpoint
     prompts: list[str]
     conditional: np.ndarray
     """(P, projection_dim) float32."""
     embed: bool
     """Whether images are embedded, too."""
 
-    @property
-    def dimension(self) -> int:
-        """Length of an embedding."""
-        return int(self.conditional.shape[1])
 
-    def fingerprint(self) -> dict[str, Any]:
-        """What of the model decides the results of a run."""
-        return {
-            "weights_hash": self.weights_hash,
-            "model_config": self.config,
-            "preprocessing": asdict(self.processor),
-            "dtype": "float32",
-        }
-
-
-@torch.inference_mode()
 def encode_prompts(name: str, prompts: list[str], *, embed: bool = False) -> PromptedModel:
     """Load a checkpoint, encode the text prompts with it, and let its weights go again.
 
     Raises CheckpointError naming the file, field or tensor that is wrong.
     """
     folder = fetch(name)
-    tokenizer, processor = Tokenizer.from_folder(folder), ImageProcessor.from_folder(folder)
+    processor = ImageProcessor.from_folder(folder)
     model, weights_hash = CLIPSeg.from_folder(folder)
-    text = model.config.text_config
-    if tokenizer.vocab_size > text.vocab_size:
-        raise CheckpointError(
-            f"{name}: the tokenizer has {tokenizer.vocab_size} tokens, the model {text.vocab_size}"
-        )
-    batches = [
-        model.encode_text(*tokenizer(prompts[i : i + 256], max_length=text.max_position_embeddings))
-        for i in range(0, len(prompts), 256)
-    ]
+    conditional = encode_texts(model.encode_text, model.clip.text_model, folder, prompts)
+    checkpoint = Checkpoint(
+        name=name, config=model.config.to_dict(), weights_hash=weights_hash, processor=processor
+    )
     return PromptedModel(
-        name=name,
-        config=model.config.to_dict(),
-        weights_hash=weights_hash,
-        processor=processor,
-        prompts=prompts,
-        conditional=torch.cat(batches).numpy(),
-        embed=embed,
+        checkpoint=checkpoint, prompts=prompts, conditional=conditional.numpy(), embed=embed
     )
 
 
@@ -96,9 +64,8 @@ class SegmentImages:
 
     def __init__(self, prompted: PromptedModel, device: str, threads: int | None = None):
         self.device = open_device(device, threads)
-        model, weights_hash = CLIPSeg.from_folder(fetch(prompted.name))
-        if weights_hash != prompted.weights_hash:
-            raise JobError(f"{prompted.name}: this worker finds other weights than the driver did")
+        model, weights_hash = CLIPSeg.from_folder(fetch(prompted.checkpoint.name))
+        prompted.checkpoint.check_worker(weights_hash)
         self.model, self.prompted = model.to(self.device), prompted
         self.conditional = torch.from_numpy(prompted.conditional.copy()).to(self.device)
 
@@ -114,8 +81,9 @@ class SegmentImages:
     @torch.inference_mode()
     def _segment(self, images: pa.Table) -> Iterator[pa.Table]:
         """Logits of images that decoded, in blocks of about BLOCK_BYTES."""
-        stacked = stack_pixels(images["pixels"], self.prompted.processor.image_size)
-        pixels = self.prompted.processor.normalize(stacked.to(self.device))
+        processor = self.prompted.checkpoint.processor
+        stacked = stack_pixels(images["pixels"], processor.image_size)
+        pixels = processor.normalize(stacked.to(self.device))
         activations, vectors = self._encode(pixels)
         grid = self.model.grid(pixels)
         patch = self.model.config.vision_config.patch_size

@@ -92,6 +92,16 @@ def open_table(source: str, column: str = "vector") -> EmbeddingTable:
     )
 
 
+def check_weights(table: EmbeddingTable, model: str, weights_hash: str) -> None:
+    """Raise UsageError, naming both, if a model has other weights than the one of the table."""
+    if weights_hash != table.weights_hash:
+        raise UsageError(
+            f"the table is of the model {table.model} with the weights {table.weights_hash[:16]}, "
+            f"but {model} has the weights {weights_hash[:16]}: "
+            "vectors of different models cannot be compared"
+        )
+
+
 def count_rows(file: Stored) -> int:
     """The rows of a part, by its footer."""
     with _open(file) as parquet:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import checkpoints
@@ -80,7 +81,7 @@ def test_blocks_do_not_change_the_logits(
     assert max(t["logits"].nbytes for t in out) <= pairs_per_block * 64 * 96 * 4 + 100
     model, _ = CLIPSeg.from_folder(checkpoint)
     with torch.inference_mode():
-        normalized = prompted.processor.normalize(torch.from_numpy(pixels))
+        normalized = prompted.checkpoint.processor.normalize(torch.from_numpy(pixels))
         reference = model(normalized, torch.from_numpy(prompted.conditional)).numpy()
     assert np.abs(gather(out, 3) - reference).max() < 1e-4 * np.abs(reference).max()
     passed = [row for t in out for row in t.to_pylist() if not row["logits"]]
@@ -106,7 +107,8 @@ def test_an_image_that_overflows_fails_alone(
 
 
 def test_an_actor_with_other_weights_refuses(prompted: PromptedModel, tmp_path: Path) -> None:
-    other = PromptedModel(**{**vars(prompted), "weights_hash": "0" * 64})
+    checkpoint = replace(prompted.checkpoint, weights_hash="0" * 64)
+    other = replace(prompted, checkpoint=checkpoint)
     with pytest.raises(JobError, match="other weights"):
         SegmentImages(other, "cpu")
 
