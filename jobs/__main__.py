@@ -10,6 +10,7 @@ from pipeline import __version__
 COMMANDS = {
     "segment": "image shards and prompts -> masks, as Parquet tables",
     "embed": "image shards -> CLIP embeddings, as Parquet tables",
+    "classify": "image shards or embeddings, and labels -> the labels that fit best, as tables",
     "search": "table of embeddings -> the nearest rows to texts and images",
     "duplicates": "table of embeddings -> groups of near-duplicates",
 }

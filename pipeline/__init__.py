@@ -4,7 +4,7 @@ The modules in the order of the flow:
 
     errors       every error the pipeline raises, in one tree
     schema       the columns of every table: the contract with readers
-    config, config_search
+    config, config_classify, config_search
                  what a job is asked to do, checked before anything starts
     command      the command line of every job, made from its config
     uri, faults, storage
@@ -16,15 +16,15 @@ The modules in the order of the flow:
     convert, prepare
                  encoded bytes -> upright RGB -> uint8 pixels at the model's size
     checkpoint   what a job's model is, as the driver and the actors know it
-    pixels, segment, embed
-                 pixels -> mask logits or embeddings, on the actors that hold the model
+    pixels, segment, embed, classify
+                 pixels -> mask logits, embeddings or labels, on the actors that hold the model
     masks        logits -> mask at the image's size -> RLE, box, area, scores
     write        rows -> fragments -> one part per shard and table -> a receipt
     tables       what the model gave -> rows of the output's tables, gathered by shard
     account      what a run was asked to do, and what of it is done
     progress     what the terminal shows meanwhile
     run          the one module here that knows Ray: share its CPUs, run the stream, add it up
-    vectors, query, search, results, duplicates
+    vectors, read_embeddings, query, search, results, duplicates
                  what is done with a finished table of embeddings
     report, gallery
                  finished tables -> a picture, a page

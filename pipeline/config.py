@@ -31,7 +31,7 @@ class ImageOptions:
     """Images with more pixels are not decoded but become rows of the errors table."""
 
     def __post_init__(self) -> None:
-        _check_positive(self, "max_pixels")
+        check_positive(self, "max_pixels")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class WorkerOptions:
     """No progress display, only the last line."""
 
     def __post_init__(self) -> None:
-        _check_positive(self, "actors", "batch_size")
+        check_positive(self, "actors", "batch_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,10 +125,10 @@ class SegmentConfig:
 
     def all_prompts(self) -> list[str]:
         """Every prompt in the order of its prompt_id. Raises UsageError for a file without any."""
-        prompts = [*self.prompt, *(_read_prompts(self.prompts) if self.prompts else [])]
-        repeated = next((p for p, n in Counter(prompts).items() if n > 1), None)
-        if repeated is not None:
-            raise UsageError(f"the prompt {repeated!r} is given twice")
+        prompts = list(self.prompt)
+        if self.prompts is not None:
+            prompts += read_lines(self.prompts, "--prompts", "prompts")
+        refuse_repeated(prompts, "prompt")
         return prompts
 
     def fingerprint(self) -> dict[str, Any]:
@@ -206,7 +206,7 @@ class EmbedConfig:
         }
 
 
-def _check_positive(options: object, *names: str) -> None:
+def check_positive(options: object, *names: str) -> None:
     """Raise UsageError for a number that is given and below 1."""
     for name in names:
         value = getattr(options, name)
@@ -214,15 +214,25 @@ def _check_positive(options: object, *names: str) -> None:
             raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least 1")
 
 
-def _read_prompts(file: str) -> list[str]:
-    """The lines of a prompts file that are not blank."""
+def read_lines(file: str, option: str, what: str) -> list[str]:
+    """The lines of a UTF-8 text file that are not blank, without the blanks around them.
+
+    Raises UsageError, naming the option, for a file that cannot be read or has no such line.
+    """
     try:
         lines = Path(file).read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise UsageError(f"--prompts {file}: {error.strerror}") from error
+        raise UsageError(f"{option} {file}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UsageError(f"--prompts {file}: not a UTF-8 text file") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise UsageError(f"--prompts {file}: no prompts in it; write one a line")
-    return prompts
+        raise UsageError(f"{option} {file}: not a UTF-8 text file") from error
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise UsageError(f"{option} {file}: no {what} in it; write one a line")
+    return found
+
+
+def refuse_repeated(values: list[str], what: str) -> None:
+    """Raise UsageError naming the first value that stands in a list twice."""
+    repeated = next((value for value, n in Counter(values).items() if n > 1), None)
+    if repeated is not None:
+        raise UsageError(f"the {what} {repeated!r} is given twice")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from pipeline.config import read_lines
 from pipeline.errors import UsageError
 
 _Embeddings = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="EMBEDDINGS")]
@@ -67,18 +67,7 @@ class SearchConfig:
 
     def lines(self) -> list[str]:
         """The queries of --queries. Raises UsageError for a file without any."""
-        if self.queries is None:
-            return []
-        try:
-            text = Path(self.queries).read_text(encoding="utf-8")
-        except OSError as error:
-            raise UsageError(f"--queries {self.queries}: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise UsageError(f"--queries {self.queries}: not a UTF-8 text file") from error
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        if not lines:
-            raise UsageError(f"--queries {self.queries}: no queries in it; write one a line")
-        return lines
+        return [] if self.queries is None else read_lines(self.queries, "--queries", "queries")
 
 
 @dataclass(frozen=True, kw_only=True)

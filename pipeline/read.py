@@ -38,7 +38,15 @@ from pipeline.shard import (
     shard_to_row,
 )
 
-__all__ = ["Shard", "plan_shards", "read_batches", "read_shard", "shard_from_row", "shard_to_row"]
+__all__ = [
+    "Shard",
+    "plan_shards",
+    "read_batches",
+    "read_shard",
+    "shard_failure",
+    "shard_from_row",
+    "shard_to_row",
+]
 
 BATCH_ROWS = 64
 BATCH_BYTES = 32 * 2**20  # of encoded images; a larger image is a batch of its own
@@ -83,7 +91,7 @@ def read_shard(shard: Shard) -> Iterator[dict[str, Any]]:
     except CredentialsError:
         raise
     except StorageError as error:
-        failure = _shard_failure(error)
+        failure = shard_failure(error)
     except RowError as error:
         failure = error
     yield {
@@ -114,7 +122,8 @@ def _read_samples(shard: Shard) -> Iterator[Sample]:
             yield from read_parquet(file, shard.column, text=shard.text)
 
 
-def _shard_failure(error: StorageError) -> RowError:
+def shard_failure(error: StorageError) -> RowError:
+    """What ended the reading of a shard, as the errors table says it."""
     detail = printable(str(error))
     if isinstance(error, NotFoundError):
         return RowError("read", "shard_missing", detail)

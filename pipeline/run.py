@@ -160,7 +160,7 @@ def finish(accounts: ray.data.Dataset, run: Run, *, quiet: bool) -> dict[str, in
                 receipts.append(receipt)
                 progress.shard(shards[receipt["shard"]].size_bytes)
 
-    outputs = sum(table.rows_per_image for table in run.tables.values()) - 1  # images themselves
+    outputs = sum(table.rows_per_image for name, table in run.tables.items() if name != "images")
     total_bytes = sum(shard.size_bytes for shard in run.todo)
     with ProgressDisplay(total_bytes, len(run.todo), quiet=quiet) as progress:
         for row in accounts.iter_rows() if run.todo else ():

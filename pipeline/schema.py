@@ -70,6 +70,18 @@ VECTORS = pa.schema(
     [*_RECORD, *_DECODED, ("vector", pa.large_binary()), ("text_vector", pa.large_binary())]
 )
 
+# What the classify stage hands on: the best labels of an image, best first; empty lists when there
+# is a reason. `label_id` is the index in the run's list of labels.
+RANKED = pa.schema(
+    [
+        *_RECORD,
+        *_DECODED,
+        ("label_id", pa.list_(pa.int32())),
+        ("probability", pa.list_(pa.float32())),
+        ("logit", pa.list_(pa.float32())),
+    ]
+)
+
 # What the last stages hand on, one row per shard and batch: finished rows and how many they are.
 _COUNTS = [
     ("shard", pa.string()),
@@ -138,9 +150,28 @@ def embeddings(dimension: int, dtype: str, facts: dict[str, str], *, text: bool)
     kind = pa.float32() if dtype == "float32" else pa.float16()
     vector = pa.list_(pa.field("element", kind, nullable=False), dimension)
     of_text = (("text", pa.string()), ("text_vector", vector)) if text else ()
-    metadata = {"dimension": str(dimension), **facts}
-    named = {f"clipseg_ray.{name}": value for name, value in metadata.items()}
-    return _table(*_ID, ("vector", vector), *of_text).with_metadata(named)
+    columns = _table(*_ID, ("vector", vector), *of_text)
+    return _with_facts(columns, {"dimension": str(dimension), **facts})
+
+
+def labels(facts: dict[str, str]) -> pa.Schema:
+    """The labels table: the best labels of each image, a row for each.
+
+    `facts` (model, weights_hash) go into every file's key-value metadata, under "clipseg_ray.".
+    """
+    columns = _table(
+        *_ID,
+        ("rank", pa.int32()),  # 0 is the best
+        ("label_id", pa.int32()),  # index in the run's list of labels, or among the model's classes
+        ("label", pa.string()),
+        ("probability", pa.float32()),  # softmax of the logits over all labels
+        ("logit", pa.float32()),  # exp(logit_scale) times the cosine, or what the head gives
+    )
+    return _with_facts(columns, facts)
+
+
+def _with_facts(columns: pa.Schema, facts: dict[str, str]) -> pa.Schema:
+    return columns.with_metadata({f"clipseg_ray.{name}": value for name, value in facts.items()})
 
 
 class Table(NamedTuple):

@@ -82,6 +82,37 @@ class MakeEmbeddingTables:
         return {"images": image_rows(good), "embeddings": rows}
 
 
+class MakeLabelTables:
+    """schema.RANKED -> schema.FRAGMENTS: rows of `labels` and, if there are any, of `images`."""
+
+    def __init__(self, tables: dict[str, schema.Table], labels: list[str]):
+        self.images, self.columns = "images" in tables, tables["labels"].schema
+        self.labels = pa.array(labels, pa.string())
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        return make_fragments(batch, self._tables)
+
+    def _tables(self, batch: pa.Table) -> dict[str, pa.Table]:
+        good = batch.filter(pc.greater(pc.list_value_length(batch["label_id"]), 0))
+        tables = {"images": image_rows(good)} if self.images else {}
+        return tables | {"labels": self._rows(good)}
+
+    def _rows(self, good: pa.Table) -> pa.Table:
+        """A row of each label of each record."""
+        records = good.combine_chunks()
+        of = pc.list_parent_indices(records["label_id"])
+        counts = pc.list_value_length(records["label_id"]).to_numpy()
+        label_ids = pc.list_flatten(records["label_id"])
+        known = {
+            **{name: records[name].take(of) for name in ("shard", "row", "key")},
+            "rank": np.concatenate([np.arange(n, dtype=np.int32) for n in [0, *counts]]),
+            "label_id": label_ids,
+            "label": self.labels.take(label_ids),
+            **{name: pc.list_flatten(records[name]) for name in ("probability", "logit")},
+        }
+        return pa.table([known[name] for name in self.columns.names], schema=self.columns)
+
+
 def embedding_rows(images: pa.Table, columns: pa.Schema) -> pa.Table:
     """Rows of the embeddings table, from records that came out well and have vectors."""
     arrays = [
@@ -112,8 +143,8 @@ def make_fragments(
 ) -> pa.Table:
     """schema.FRAGMENTS of a batch that has a record's columns.
 
-    `tables_of` makes the job's tables, `images` among them, from the records of one shard; those
-    that failed become rows of `errors` here.
+    `tables_of` makes the job's tables from the records of one shard, the first of them with rows
+    of every image that came out well; those that failed become rows of `errors` here.
     """
     rows = []
     for shard in pc.unique(batch["shard"]).to_pylist():
@@ -121,10 +152,11 @@ def make_fragments(
         failed = records.filter(pc.not_equal(records["reason"], ""))
         ends = records.filter(pc.equal(records["row"], -1))
         tables = tables_of(records)
+        first = next(iter(tables.values()))
         rows.append(
             {
                 "shard": shard,
-                "images": len(tables["images"]),
+                "images": len(pc.unique(first["row"])),
                 "outputs": sum(len(t) for name, t in tables.items() if name != "images"),
                 "errors": len(failed.filter(pc.greater_equal(failed["row"], 0))),
                 "total": ends["total"][0].as_py() if len(ends) else -1,

@@ -64,22 +64,15 @@ def open_table(source: str, column: str = "vector") -> EmbeddingTable:
     with this column, or none with rows; StorageError.
     """
     uri = storage.check_uri(source)
-    for folder in (storage.join(uri, TABLE), uri):
-        parts = [
-            file
-            for file in storage.list_files(folder, recursive=False)
-            if file.uri.endswith(".parquet")
-        ]
-        if parts:
-            break
-    else:
+    folder, parts = find_parts(uri)
+    if not parts:
         there = storage.exists(uri) or bool(storage.list_files(uri))
         what = f"no {TABLE}/*.parquet in it" if there else "no such folder"
         raise UsageError(f"{source}: {what}: name the output of clipseg-ray embed")
     files = [file for file in parts if not file.uri.endswith(f"/{EMPTY_PART}")]
     if not files:
         raise UsageError(f"{source}: the table of embeddings has no rows (yet)")
-    with _open(files[0]) as parquet:
+    with open_part(files[0]) as parquet:
         found = _read_metadata(parquet.schema_arrow, files[0].uri, column)
     return EmbeddingTable(
         uri=folder,
@@ -90,6 +83,16 @@ def open_table(source: str, column: str = "vector") -> EmbeddingTable:
         weights_hash=found["weights_hash"],
         dimension=int(found["dimension"]),
     )
+
+
+def find_parts(uri: str) -> tuple[str, list[Stored]]:
+    """The parts of the table in `uri`, or in embeddings/ there, and the folder that holds them."""
+    for folder in (storage.join(uri, TABLE), uri):
+        files = storage.list_files(folder, recursive=False)
+        parts = [file for file in files if file.uri.endswith(".parquet")]
+        if parts:
+            return folder, parts
+    return uri, []
 
 
 def check_weights(table: EmbeddingTable, model: str, weights_hash: str) -> None:
@@ -104,7 +107,7 @@ def check_weights(table: EmbeddingTable, model: str, weights_hash: str) -> None:
 
 def count_rows(file: Stored) -> int:
     """The rows of a part, by its footer."""
-    with _open(file) as parquet:
+    with open_part(file) as parquet:
         return int(parquet.metadata.num_rows)
 
 
@@ -121,7 +124,7 @@ def read_vectors(
     In memory is one batch, whatever the size of the part. Raises UsageError when the part is of
     another model than the table's first, JobError when it is damaged, StorageError.
     """
-    with _open(file) as parquet:
+    with open_part(file) as parquet:
         found = _read_metadata(parquet.schema_arrow, file.uri, table.column)
         if found["weights_hash"] != table.weights_hash:
             raise UsageError(
@@ -165,7 +168,7 @@ def _named(model: str, weights_hash: str) -> str:
 
 
 @contextlib.contextmanager
-def _open(file: Stored) -> Iterator[pq.ParquetFile]:
+def open_part(file: Stored) -> Iterator[pq.ParquetFile]:
     """A part, streamed by pages; damage is a JobError that names it."""
     with storage.open_read(file.uri, version=file.version) as source:
         try:

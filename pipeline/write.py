@@ -113,9 +113,10 @@ def finish_shard(
     as errors, and every image's rows of the other tables; then nothing is written.
     """
     found = _assemble(output, fragments, _schemas(tables))
-    images, failed = found["images"], found["errors"]
+    # Every table has rows of every image that came out well; `images`, where it is, has one.
+    images, failed = pc.unique(found[next(iter(tables))]["row"]), found["errors"]
     shard_errors = failed.filter(pc.is_null(failed["row"]))
-    rows = sorted([*images["row"].to_pylist(), *failed["row"].drop_null().to_pylist()])
+    rows = sorted([*images.to_pylist(), *failed["row"].drop_null().to_pylist()])
     wanted = {name: len(images) * table.rows_per_image for name, table in tables.items()}
     if rows != list(range(total)) or any(len(found[name]) != n for name, n in wanted.items()):
         counts = {name: len(table) for name, table in found.items()}
@@ -145,14 +146,14 @@ def _schemas(tables: dict[str, schema.Table]) -> dict[str, pa.Schema]:
 def _assemble(
     output: str, fragments: list[str], schemas: dict[str, pa.Schema]
 ) -> dict[str, pa.Table]:
-    """All tables of a shard, sorted by row and prompt."""
+    """All tables of a shard, sorted by row, and by prompt or rank."""
     pieces = {name: [columns.empty_table()] for name, columns in schemas.items()}
     for fragment in fragments:
         data = storage.read_bytes(storage.join(output, STAGING, fragment))
         for name, table in unpack_tables(data).items():
             pieces[name].append(table.replace_schema_metadata(schemas[name].metadata))
     order = {
-        name: [(key, "ascending") for key in ("row", "prompt_id") if key in columns.names]
+        name: [(key, "ascending") for key in ("row", "prompt_id", "rank") if key in columns.names]
         for name, columns in schemas.items()
     }
     return {name: pa.concat_tables(some).sort_by(order[name]) for name, some in pieces.items()}

@@ -10,6 +10,7 @@ Shapes: B batch, L tokens, D width of the tower, E projection, C classes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from pipeline.errors import CheckpointError
 from pipeline.model.check import read_clip_config, read_config
 from pipeline.model.clip import TextTower, VisionTower, clip_prefix, resolve_interpolate
 from pipeline.model.config import CLIPConfig, VisionConfig
-from pipeline.model.weights import load_weights, read_shapes
+from pipeline.model.weights import load_weights, read_scalar, read_shapes
 
 
 class TextEncoder(nn.Module):
@@ -102,10 +103,9 @@ class ImageClassifier(nn.Module):
         CheckpointError names the file, field or tensor that is wrong.
         """
         config, _ = read_clip_config(folder)
-        shape = read_shapes(folder).get("classifier.weight", ())
-        if len(shape) != 2:
+        labels = read_head_labels(folder)
+        if labels is None:
             raise CheckpointError(f"{folder}: has no classifier.weight, so it classifies no images")
-        labels = _read_labels(folder, read_config(folder).get("id2label"), shape[0])
         with torch.device("meta"):
             model = cls(config.vision_config, labels, interpolate=interpolate)
         return model.eval(), load_weights(model, folder)
@@ -113,6 +113,22 @@ class ImageClassifier(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """Logits (B, C) of pixels (B, 3, H, W), from the mean of the patches' last states."""
         return self.classifier(self.vision_model(pixels)[:, 1:].mean(dim=1))
+
+
+def read_head_labels(folder: Path) -> list[str] | None:
+    """The names of the classes of a checkpoint's head, in order; None where it has no head."""
+    shape = read_shapes(folder).get("classifier.weight", ())
+    if len(shape) != 2:
+        return None
+    return _read_labels(folder, read_config(folder).get("id2label"), shape[0])
+
+
+def read_logit_scale(folder: Path) -> float:
+    """What CLIP multiplies a cosine with, exp(logit_scale). Raises CheckpointError."""
+    try:
+        return math.exp(read_scalar(folder, f"{clip_prefix(folder)}logit_scale"))
+    except OverflowError as error:
+        raise CheckpointError(f"{folder}: exp(logit_scale) is not finite") from error
 
 
 def _projection(width: int, dim: int, project: bool) -> nn.Module:

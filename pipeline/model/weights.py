@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import zipfile
 from collections.abc import Callable, Mapping
@@ -84,6 +85,19 @@ def read_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
     """
     with ExitStack() as stack:
         return {name: entry.shape for name, entry in _open_folder(Path(folder), stack).items()}
+
+
+def read_scalar(folder: str | Path, name: str) -> float:
+    """The one number that a tensor of a checkpoint folder holds.
+
+    CheckpointError where the tensor is missing, has more of them, or is not finite.
+    """
+    with ExitStack() as stack:
+        entry = _open_folder(Path(folder), stack).get(name)
+        value = math.nan if entry is None or entry.shape else float(entry.read())
+    if not math.isfinite(value):
+        raise CheckpointError(f"{folder}: has no tensor {name} that is one finite number")
+    return value
 
 
 def load_weights(

@@ -1,0 +1,116 @@
+"""Tell which labels fit every image of a data set best, with their probabilities.
+
+    python -m jobs.classify INPUT OUTPUT --labels labels.txt --template "a photo of a {}."
+
+where INPUT holds images, or is the output of `clipseg-ray embed`, whose vectors are then classified
+without reading an image. On the bundled shards with the bundled model:
+
+    printf 'red\\ngreen\\nblue\\n' > labels.txt
+    python -m jobs.classify pipeline/demo/shards labels --model pipeline/demo/model \\
+        --labels labels.txt --template "{}" --top 3
+
+`clipseg-ray classify` is the same. RAY_ADDRESS names a running cluster; without it Ray starts here.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import ray.data
+
+from pipeline.account import Run, open_run, summary
+from pipeline.classify import Classifier, ClassifyImages, ClassifyVectors, open_classifier
+from pipeline.command import run_command
+from pipeline.config_classify import ClassifyConfig
+from pipeline.errors import UsageError
+from pipeline.prepare import PrepareImages
+from pipeline.read import plan_shards, read_batches
+from pipeline.read_embeddings import (
+    ReadEmbeddings,
+    is_finished,
+    open_embeddings,
+    plan_embeddings,
+)
+from pipeline.run import Shares, dataset_of, finish, ray_session, share_cluster
+from pipeline.tables import MakeLabelTables
+from pipeline.vectors import EmbeddingTable, check_weights
+from pipeline.write import WriteFragments
+
+MODEL = "openai/clip-vit-base-patch16"
+
+
+def classify(config: ClassifyConfig) -> None:
+    """Images or vectors -> the best labels of each -> Parquet tables."""
+    table = open_embeddings(config.input)
+    name = config.model or (table.model if table else MODEL)
+    classifier = open_classifier(name, config)
+    if table:
+        check_table(table, classifier)
+        shards = plan_embeddings(table)
+    else:
+        shards = plan_shards(config.input, image_column=config.images.image_column)
+    facts = {"model": name, "weights_hash": classifier.checkpoint.weights_hash}
+    tables = config.tables(facts, len(classifier.labels), images=table is None)
+    run = open_run(config, shards, model=classifier.fingerprint(), tables=tables)
+    with ray_session():
+        shares = share_cluster(config.workers)
+        if table:
+            ranked = classify_vectors(run, shares, table, classifier)
+        else:
+            ranked = classify_images(run, shares, config.images.max_pixels, classifier)
+        accounts = ranked.map_batches(
+            MakeLabelTables(tables, classifier.labels), **shares.task
+        ).map_batches(WriteFragments(run.output), **shares.task)
+        counts = finish(accounts, run, quiet=config.workers.quiet)
+    print(summary(run, counts))
+
+
+def classify_images(
+    run: Run, shares: Shares, max_pixels: int, classifier: Classifier
+) -> ray.data.Dataset:
+    """Read shards -> decode and resize -> classify: schema.RANKED."""
+    return (
+        dataset_of(run.todo)
+        .map_batches(read_batches, **shares.read)
+        .map_batches(PrepareImages(classifier.checkpoint.processor, max_pixels), **shares.task)
+        .map_batches(
+            ClassifyImages,
+            fn_constructor_args=(classifier, shares.device, shares.threads),
+            **shares.actor,
+        )
+    )
+
+
+def classify_vectors(
+    run: Run, shares: Shares, table: EmbeddingTable, classifier: Classifier
+) -> ray.data.Dataset:
+    """Read the table -> classify: schema.RANKED, without a model on any worker."""
+    return (
+        dataset_of(run.todo)
+        .map_batches(ReadEmbeddings(table), **shares.read)
+        .map_batches(ClassifyVectors(classifier), **shares.task)
+    )
+
+
+def check_table(table: EmbeddingTable, classifier: Classifier) -> None:
+    """Raise UsageError where a table's vectors are not for this classifier; warn where it grows."""
+    name = classifier.checkpoint.name
+    if classifier.head:
+        raise UsageError(f"{name}: its head classifies images, and {table.uri} holds embeddings")
+    check_weights(table, name, classifier.checkpoint.weights_hash)
+    if not is_finished(table):
+        print(
+            f"clipseg-ray classify: {table.output}: its run is not finished; "
+            "what it has so far is classified, and the same command later adds the rest",
+            file=sys.stderr,
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    return run_command(ClassifyConfig, classify, "clipseg-ray classify", argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
