@@ -22,8 +22,9 @@ import ray.data
 from pipeline.account import Run, open_run, summary
 from pipeline.classify import Classifier, ClassifyImages, ClassifyVectors, open_classifier
 from pipeline.command import run_command
+from pipeline.config import EmbedConfig
 from pipeline.config_classify import ClassifyConfig
-from pipeline.errors import UsageError
+from pipeline.errors import CheckpointError, UsageError
 from pipeline.prepare import PrepareImages
 from pipeline.read import plan_shards, read_batches
 from pipeline.read_embeddings import (
@@ -37,21 +38,17 @@ from pipeline.tables import MakeLabelTables
 from pipeline.vectors import EmbeddingTable, check_weights
 from pipeline.write import WriteFragments
 
-MODEL = "openai/clip-vit-base-patch16"
-
 
 def classify(config: ClassifyConfig) -> None:
     """Images or vectors -> the best labels of each -> Parquet tables."""
     table = open_embeddings(config.input)
-    name = config.model or (table.model if table else MODEL)
-    classifier = open_classifier(name, config)
     if table:
-        check_table(table, classifier)
+        classifier = open_for_table(table, config)
         shards = plan_embeddings(table)
     else:
+        classifier = open_classifier(config.model or EmbedConfig.model, config)
         shards = plan_shards(config.input, image_column=config.images.image_column)
-    facts = {"model": name, "weights_hash": classifier.checkpoint.weights_hash}
-    tables = config.tables(facts, len(classifier.labels), images=table is None)
+    tables = config.tables(classifier.facts(), classifier.top, images=table is None)
     run = open_run(config, shards, model=classifier.fingerprint(), tables=tables)
     with ray_session():
         shares = share_cluster(config.workers)
@@ -93,18 +90,30 @@ def classify_vectors(
     )
 
 
-def check_table(table: EmbeddingTable, classifier: Classifier) -> None:
-    """Raise UsageError where a table's vectors are not for this classifier; warn where it grows."""
-    name = classifier.checkpoint.name
+def open_for_table(table: EmbeddingTable, config: ClassifyConfig) -> Classifier:
+    """The classifier of a table's own model, found under --model if given.
+
+    Says in one line where the table is not finished. Raises UsageError where the vectors are not
+    for this model, or it cannot be loaded.
+    """
+    try:
+        classifier = open_classifier(config.model or table.model, config)
+    except CheckpointError as error:
+        hint = "" if config.model else "; --model says where the model of this table is"
+        raise UsageError(f"{error}{hint}") from error
+    checkpoint = classifier.checkpoint
     if classifier.head:
-        raise UsageError(f"{name}: its head classifies images, and {table.uri} holds embeddings")
-    check_weights(table, name, classifier.checkpoint.weights_hash)
+        raise UsageError(
+            f"{checkpoint.name}: its head classifies images, and {table.uri} holds embeddings"
+        )
+    check_weights(table, checkpoint.name, checkpoint.weights_hash)
     if not is_finished(table):
         print(
             f"clipseg-ray classify: {table.output}: its run is not finished; "
             "what it has so far is classified, and the same command later adds the rest",
             file=sys.stderr,
         )
+    return classifier
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -43,7 +43,7 @@ class Classifier:
     checkpoint: Checkpoint
     labels: list[str]
     templates: list[str]
-    """None where the labels are those of the checkpoint's head."""
+    """Empty where the labels are those of the checkpoint's head."""
     vectors: np.ndarray
     """Embeddings of the labels (C, E), float64 of length 1; of no labels with a head."""
     scale: float
@@ -60,6 +60,10 @@ class Classifier:
         """What of the model and the labels decides the results of a run."""
         asked = {"labels": self.labels, "templates": self.templates}
         return {**self.checkpoint.fingerprint(), **asked}
+
+    def facts(self) -> dict[str, str]:
+        """What every file of the labels table says of the model."""
+        return {"model": self.checkpoint.name, "weights_hash": self.checkpoint.weights_hash}
 
     def logits(self, vectors: np.ndarray) -> np.ndarray:
         """Logits (B, C) of image embeddings (B, E), normalised or not, in float64.

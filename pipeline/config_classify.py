@@ -74,10 +74,11 @@ class ClassifyConfig:
         """What decides the results of a run, beside the model and the labels it is asked for."""
         return {"job": "classify", "input": self.input, "top": self.top, **asdict(self.images)}
 
-    def tables(self, facts: dict[str, str], count: int, *, images: bool) -> dict[str, Table]:
-        """The tables that the job writes beside `errors`, with `count` labels to choose from.
+    def tables(self, facts: dict[str, str], top: int, *, images: bool) -> dict[str, Table]:
+        """The tables that the job writes beside `errors`.
 
-        `facts` as in schema.labels; `images`: whether there are any.
+        `facts` as in schema.labels; `top`: how many labels there are of each image, --top or all;
+        `images`: whether images are read.
         """
         tables = {"images": Table(IMAGES, 1)} if images else {}
-        return tables | {"labels": Table(labels(facts), min(self.top, count))}
+        return tables | {"labels": Table(labels(facts), top)}

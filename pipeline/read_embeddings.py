@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -18,10 +17,10 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline import storage
+from pipeline.account import RUN, SUCCESS
 from pipeline.errors import (
     CredentialsError,
     JobError,
-    NotFoundError,
     RowError,
     StorageError,
     UsageError,
@@ -66,12 +65,9 @@ def open_embeddings(source: str) -> EmbeddingTable | None:
 
 
 def is_finished(table: EmbeddingTable) -> bool:
-    """Whether the run that makes a table is complete, as its _run.json says; True without one."""
-    try:
-        record = json.loads(storage.read_bytes(storage.join(table.output, "_run.json")))
-    except (NotFoundError, ValueError):
-        return True
-    return bool(record.get("status") == "complete")
+    """Whether the run that makes a table is complete; True where no run is beside it."""
+    success, run = (storage.join(table.output, name) for name in (SUCCESS, RUN))
+    return storage.exists(success) or not storage.exists(run)
 
 
 def plan_embeddings(table: EmbeddingTable) -> list[Shard]:

@@ -215,14 +215,14 @@ def test_a_table_that_grows_is_completed_later(
     vectors = random_vectors(9, checkpoints.PROJECTION).astype(np.float16)
     table, output = tmp_path / "table", tmp_path / "out"
     write_part(str(table), embedding_part(vectors[:5], "a/0.tar"), **facts)
-    (table / "_run.json").write_text(json.dumps({"status": "running"}))
+    (table / "_run.json").write_text("{}")
     assert run(table, output, "--labels", labels, "--top", 2) == 0
     said = capsys.readouterr().err
     assert "its run is not finished" in said
     assert said.count("\n") == 1
     first = read(output)
     write_part(str(table), embedding_part(vectors[5:], "a/1.tar"), **facts)
-    (table / "_run.json").write_text(json.dumps({"status": "complete"}))
+    (table / "_SUCCESS").touch()
     assert run(table, output, "--labels", labels, "--top", 2) == 0
     assert capsys.readouterr().err == ""
     both = read(output)
@@ -358,7 +358,7 @@ def test_wrong_usage_is_one_line(
     labels: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    facts = {"model": "some/other", "weights_hash": "ab" * 32}
+    facts = {"model": "./other", "weights_hash": "ab" * 32}
     table = write_table(str(tmp_path / "t"), random_vectors(9, checkpoints.PROJECTION), **facts)
     (tmp_path / "twice").write_text("cat\ndog\n cat \n")
     (tmp_path / "blank").write_text("\n \n")
@@ -377,7 +377,8 @@ def test_wrong_usage_is_one_line(
         (shards, ["--model", head, "--template", "{}"], "7 labels of its own"),
         (table, ["--model", head], "its head classifies images"),
         (table, good, f"but {clip} has the weights {hash_weights(clip)[:16]}"),
-        (table, good, "the model some/other with the weights abababababababab"),
+        (table, good, "the model ./other with the weights abababababababab"),
+        (table, ["--labels", labels], "; --model says where the model of this table is"),
         (tmp_path / "gone", good, "no such file or folder"),
     ]:
         assert run(Path(source), tmp_path / "out", *options) == 2, options
