@@ -16,7 +16,7 @@ from typing import TypeVar
 from pipeline.errors import TransientError
 from pipeline.faults import storage_errors
 
-# Also how the driver tells its workers, which inherit its environment (see run.ray_session).
+# Also how the driver tells its workers (see run.ray_session).
 TIMEOUT_VARIABLE = "CLIPSEG_RAY_STORAGE_TIMEOUT_S"
 DEFAULT_TIMEOUT_S = 300.0
 

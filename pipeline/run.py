@@ -22,6 +22,7 @@ from pipeline.account import Run, close_run
 from pipeline.config import WorkerOptions
 from pipeline.errors import JobError, PipelineError, UsageError
 from pipeline.progress import ProgressDisplay
+from pipeline.retry import DEFAULT_TIMEOUT_S, TIMEOUT_VARIABLE, storage_timeout
 from pipeline.shard import Shard, shard_to_row
 from pipeline.write import finish_shard
 
@@ -59,9 +60,13 @@ def ray_session() -> Iterator[None]:
     """
     if not ray.is_initialized():
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        dashboard = None if os.environ.get("RAY_ADDRESS") else False
+        options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+        options["include_dashboard"] = None if os.environ.get("RAY_ADDRESS") else False
+        if storage_timeout() != DEFAULT_TIMEOUT_S:  # the workers' default, too
+            told = {TIMEOUT_VARIABLE: str(storage_timeout())}
+            options["runtime_env"] = {"env_vars": told}
         try:
-            ray.init(include_dashboard=dashboard, logging_level=logging.ERROR, log_to_driver=False)
+            ray.init(**options)
         except (ConnectionError, RuntimeError) as error:
             raise JobError(f"Ray cannot be reached or started: {error}") from error
     logging.getLogger("ray.data").setLevel(logging.ERROR)

@@ -34,7 +34,7 @@ def client() -> Any:
     return _client_of(os.getpid(), patience_s())
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=4)
 def _client_of(pid: int, patience_s: float) -> Any:
     import botocore.config  # 0.2 s, and local runs need none of it
     import botocore.session
