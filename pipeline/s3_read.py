@@ -90,7 +90,8 @@ def read_range(uri: str, start: int, end: int, version: str) -> tuple[bytes, str
         from botocore.exceptions import ClientError
 
         condition = {"IfMatch": f'"{version}"'} if version else {}
-        wanted = f"bytes={start + len(data)}-{end - 1}"
+        first = start + len(data)
+        wanted = f"bytes={first}-{end - 1}"
         try:
             answer = client().get_object(Bucket=bucket, Key=key, Range=wanted, **condition)
         except ClientError as error:
@@ -101,6 +102,8 @@ def read_range(uri: str, start: int, end: int, version: str) -> tuple[bytes, str
         with contextlib.closing(answer["Body"]) as body:
             if version not in ("", found):  # from a server that ignores the condition
                 raise ChangedError(f"{uri}: overwritten while it was being read")
+            if first and answer["ResponseMetadata"]["HTTPStatusCode"] != 206:
+                raise StorageError(f"{uri}: the server sends whole objects only, not parts of them")
             version = found
             while piece := body.read(_PIECE_BYTES):
                 data.extend(piece)

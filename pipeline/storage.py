@@ -154,9 +154,8 @@ def _local_version(found: os.stat_result) -> str:
 class _LocalFile(io.RawIOBase):
     """A local file whose faults are StorageErrors, and so is a change underneath."""
 
-    def __init__(self, path: str):
-        self._path = path
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (closed below)
+    def __init__(self, path: str, file: io.FileIO):
+        self._path, self._file = path, file
         self.version = self._version()
 
     def _version(self) -> str:
@@ -194,7 +193,7 @@ def open_read(uri: str, *, version: str = "") -> io.BufferedReader:
     (S3: every ranged GET asks for the ETag seen at the start; local: size and time of the file).
     """
     with storage_errors(uri):
-        file = ObjectFile(uri) if is_s3(uri) else _LocalFile(uri)
+        file = ObjectFile(uri) if is_s3(uri) else _LocalFile(uri, io.FileIO(uri))
     if version and version != file.version:
         file.close()
         raise ChangedError(f"{uri}: overwritten since the input was listed")

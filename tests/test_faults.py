@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import subprocess
 import sys
 import time
@@ -22,7 +23,13 @@ from fault_proxy import PASSING, Fault, FaultProxy
 from shards import make_tar
 
 from pipeline import retry, s3_read, s3_write, storage
-from pipeline.errors import ChangedError, CredentialsError, NotFoundError, TransientError
+from pipeline.errors import (
+    ChangedError,
+    CredentialsError,
+    NotFoundError,
+    StorageError,
+    TransientError,
+)
 from pipeline.plan import plan_shards
 from pipeline.read import read_shard
 from pipeline.s3 import _client_of, client
@@ -451,6 +458,29 @@ def test_a_server_that_ignores_create_only_is_found_out(
         assert storage.list_files(folder) == before
 
 
+@pytest.mark.parametrize(
+    ("header", "message"), [("range", "whole objects only"), ("if-match", "overwritten while")]
+)
+def test_a_server_that_ignores_conditions_of_a_read_gives_no_wrong_bytes(
+    proxy: FaultProxy,
+    folder: str,
+    fresh_client: None,
+    monkeypatch: pytest.MonkeyPatch,
+    header: str,
+    message: str,
+):
+    storage.write_bytes(f"{folder}/x", os.urandom(9 * MIB))
+    with FaultProxy(proxy.endpoint, without=(header,)) as careless:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", careless.endpoint)
+        _client_of.cache_clear()
+        with storage.open_read(f"{folder}/x") as file:
+            file.seek(-100, os.SEEK_END)
+            if header == "if-match":
+                storage.write_bytes(f"{folder}/x", os.urandom(9 * MIB))
+            with pytest.raises(StorageError, match=message):
+                file.read()
+
+
 # --------------------------------------------------------------------------- whole shards
 
 
@@ -514,7 +544,7 @@ def test_a_tar_for_which_the_token_expires_stops_the_reader(proxy: FaultProxy, b
 
 def run_segment(source: str, output: str, *options: str) -> subprocess.CompletedProcess[str]:
     model = str(ROOT / "pipeline/demo/model")
-    words = ["--model", model, "--prompt", "blue", "--quiet", "--storage-timeout", "60"]
+    words = ["--model", model, "--prompt", "blue", "--quiet"]
     command = [sys.executable, "-m", "jobs.segment", source, output, *words, *options]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
@@ -563,3 +593,16 @@ def test_a_job_whose_credentials_are_refused_midway_ends_at_once(
     writes = [r for r in proxy.requests if r.operation == "PutObject" and "_staging" in r.key]
     assert refused.hits == len(writes) < 5
     assert ended - writes[0].at < 20
+
+
+def test_a_job_ends_when_the_storage_stays_away_for_longer_than_its_timeout(
+    proxy: FaultProxy, shards: str, bucket: str
+):
+    """The workers know of the timeout: they write what is refused here."""
+    proxy.add(Fault("slow_down", operation="PutObject", key="*_staging*", times=None))
+    done = run_segment(shards, f"{bucket}/out", "--storage-timeout", "1.5")
+    assert done.returncode == 1
+    [line] = done.stderr.splitlines()
+    assert re.search(
+        r"does not answer as it should \(SlowDown\); tried \d+ times in 1\.\d s$", line
+    )
