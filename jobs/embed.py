@@ -21,12 +21,14 @@ from pipeline.embed import EmbedImages, open_embedder
 from pipeline.prepare import PrepareImages
 from pipeline.read import plan_shards, read_batches
 from pipeline.run import dataset_of, finish, ray_session, share_cluster
+from pipeline.storage import set_storage_timeout
 from pipeline.tables import MakeEmbeddingTables
 from pipeline.write import WriteFragments
 
 
 def embed(config: EmbedConfig) -> None:
     """Read shards -> decode and resize -> embed -> Parquet tables."""
+    set_storage_timeout(config.run.storage_timeout)
     column = config.images.image_column
     shards = plan_shards(config.input, image_column=column, text_column=config.text_column)
     embedder = open_embedder(

@@ -23,12 +23,14 @@ from pipeline.read import plan_shards, read_batches
 from pipeline.report import write_contact_sheet
 from pipeline.run import dataset_of, finish, ray_session, share_cluster
 from pipeline.segment import SegmentImages, encode_prompts
+from pipeline.storage import set_storage_timeout
 from pipeline.tables import MakeTables
 from pipeline.write import WriteFragments
 
 
 def segment(config: SegmentConfig) -> None:
     """Read shards -> decode and resize -> segment -> masks at image size -> Parquet tables."""
+    set_storage_timeout(config.run.storage_timeout)
     shards = plan_shards(config.input, image_column=config.images.image_column)
     prompted = encode_prompts(config.model, config.all_prompts(), embed=config.embed)
     checkpoint = prompted.checkpoint

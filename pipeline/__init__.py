@@ -7,7 +7,7 @@ The modules in the order of the flow:
     config, config_classify, config_search
                  what a job is asked to do, checked before anything starts
     command      the command line of every job, made from its config
-    uri, faults, storage
+    uri, faults, retry, s3, s3_read, s3_write, storage
                  local disk and S3: list, read, write so that nobody sees half a file
     shard, read_tar, read_parquet
                  what the unit of work is, and its rows, strictly read

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,10 +19,12 @@ from typing import Any
 import ray
 import ray.data
 
+from pipeline import errors
 from pipeline.account import Run, close_run
 from pipeline.config import WorkerOptions
-from pipeline.errors import JobError, PipelineError, UsageError
+from pipeline.errors import JobError, PipelineError, StorageError, UsageError
 from pipeline.progress import ProgressDisplay
+from pipeline.retry import DEFAULT_TIMEOUT_S, TIMEOUT_VARIABLE, storage_timeout
 from pipeline.shard import Shard, shard_to_row
 from pipeline.write import finish_shard
 
@@ -59,12 +62,17 @@ def ray_session() -> Iterator[None]:
     """
     if not ray.is_initialized():
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        dashboard = None if os.environ.get("RAY_ADDRESS") else False
+        options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+        options["include_dashboard"] = None if os.environ.get("RAY_ADDRESS") else False
+        if storage_timeout() != DEFAULT_TIMEOUT_S:  # the workers' default, too
+            told = {TIMEOUT_VARIABLE: str(storage_timeout())}
+            options["runtime_env"] = {"env_vars": told}
         try:
-            ray.init(include_dashboard=dashboard, logging_level=logging.ERROR, log_to_driver=False)
+            ray.init(**options)
         except (ConnectionError, RuntimeError) as error:
             raise JobError(f"Ray cannot be reached or started: {error}") from error
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # What Ray would log of an error comes out as one line of ours.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -184,5 +192,12 @@ def _as_pipeline_error(error: BaseException) -> PipelineError:
         if isinstance(inner, PipelineError):
             return inner
         inner = getattr(inner, "cause", None) or inner.__cause__
+    # Ray Data wraps what a stage raises, and pickling the wrapper loses it: the worker's traceback
+    # is what is left.
+    found = re.findall(r"^pipeline\.errors\.(\w+): (.*)$", str(error), re.MULTILINE)
+    if found:
+        name, message = found[-1]
+        kind = getattr(errors, name, JobError)
+        return kind(message) if issubclass(kind, (UsageError, StorageError)) else JobError(message)
     lines = [line for line in str(error).splitlines() if line.strip()]
     return JobError(f"a worker failed: {lines[-1].strip() if lines else type(error).__name__}")

@@ -1,28 +1,31 @@
 """Local disk and S3 behind a few functions: list, read, and write so that nobody sees half a file.
 
-Functions take URIs (see `uri`), not file system objects: the S3 client is made once per process.
-Endpoint and credentials come from the usual AWS environment (AWS_ENDPOINT_URL, AWS_PROFILE, ...),
-never from the URI and never anonymously. What goes wrong is a StorageError (see `faults`).
+Functions take URIs (see `uri`), not file system objects. Endpoint and credentials come from the
+usual AWS environment (AWS_ENDPOINT_URL, AWS_PROFILE, ...), never from the URI and never
+anonymously. What goes wrong is a StorageError (see `faults`). On S3 what may pass is tried again
+(see `retry`); a local disk that fails is not.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import glob as local_glob
 import io
 import os
 import shutil
 import stat
 import uuid
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline import s3
 from pipeline.errors import ChangedError, NotFoundError, StorageError, UsageError
-from pipeline.faults import error_code, storage_errors
-from pipeline.uri import check_uri, is_s3, join, parent
+from pipeline.faults import storage_errors
+from pipeline.retry import set_storage_timeout
+from pipeline.s3_read import ObjectFile, read_object
+from pipeline.s3_write import put_object
+from pipeline.uri import Stored, check_uri, is_s3, join, parent
 
 __all__ = [
     "Stored",
@@ -31,6 +34,7 @@ __all__ = [
     "delete_folder",
     "exists",
     "glob_files",
+    "ignores_create_only",
     "is_empty",
     "is_file",
     "is_s3",
@@ -40,30 +44,19 @@ __all__ = [
     "parent",
     "put_file",
     "read_bytes",
+    "set_storage_timeout",
     "stat_file",
     "storage_errors",
     "write_bytes",
     "write_new",
 ]
 
-READ_BLOCK_BYTES = 8 * 2**20  # one ranged GET; a tar is read forward in such steps
-_DELETE_KEYS = 1000  # the most that one DeleteObjects request takes
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stored:
-    """One file or object as it was when listed."""
-
-    uri: str
-    size_bytes: int
-    version: str  # S3: the ETag; local: "size-mtime_ns"; "" for a link that leads nowhere
-
 
 def stat_file(uri: str) -> Stored:
     """Size and version of one file; NotFoundError when there is none (a folder is none)."""
+    if is_s3(uri):
+        return s3.stat_object(uri)
     with storage_errors(uri):
-        if is_s3(uri):
-            return _stored_object(_s3().info(_key(uri)))
         found = os.stat(uri)
         if not stat.S_ISREG(found.st_mode):
             raise FileNotFoundError(uri)
@@ -72,14 +65,7 @@ def stat_file(uri: str) -> Stored:
 
 def exists(uri: str) -> bool:
     """Whether a file or folder is there."""
-    with storage_errors(uri):
-        if not is_s3(uri):
-            return os.path.exists(uri)
-        try:
-            _s3().info(_key(uri))
-        except FileNotFoundError:
-            return False
-        return True
+    return s3.object_exists(uri) if is_s3(uri) else os.path.exists(uri)
 
 
 def is_file(uri: str) -> bool:
@@ -93,11 +79,13 @@ def is_file(uri: str) -> bool:
 
 def is_empty(folder: str) -> bool:
     """Whether neither files nor folders are in a folder, which need not exist."""
-    with storage_errors(folder):
-        try:
-            return not (_s3().ls(_key(folder)) if is_s3(folder) else os.listdir(folder))
-        except FileNotFoundError:
-            return True
+    if is_s3(folder):
+        return s3.is_empty(folder)
+    try:
+        with storage_errors(folder):
+            return not os.listdir(folder)
+    except NotFoundError:
+        return True
 
 
 def list_files(folder: str, *, recursive: bool = True) -> list[Stored]:
@@ -107,7 +95,7 @@ def list_files(folder: str, *, recursive: bool = True) -> list[Stored]:
     """
     with storage_errors(folder):
         if is_s3(folder):
-            files = _list_objects(folder, recursive)
+            files = list(s3.list_objects(folder, recursive=recursive))
         elif os.path.isdir(folder):
             files = list(_walk_local(folder, recursive, ()))
         else:
@@ -120,43 +108,24 @@ def glob_files(pattern: str) -> list[Stored]:
 
     A folder that matches stands for everything below it, except where `**` has been there already.
     """
-    found: dict[str, Stored] = {}
-    folders: list[str] = []
     with storage_errors(pattern):
-        if is_s3(pattern):
-            for info in _s3().glob(_key(pattern), detail=True).values():
-                if info["type"] == "directory":
-                    folders.append(f"s3://{info['name']}")
-                else:
-                    file = _stored_object(info)
-                    found[file.uri] = file
-        else:
-            for path in local_glob.glob(pattern, recursive=True):
-                if os.path.isdir(path):
-                    folders.append(path.rstrip("/"))
-                elif os.path.isfile(path):
-                    found[path] = _stored_local(path, os.stat(path))
-                elif os.path.islink(path):
-                    found[path] = Stored(uri=path, size_bytes=0, version="")
-    for folder in folders if "**" not in pattern else []:
-        found.update((file.uri, file) for file in list_files(folder))
+        matched = list(s3.glob_objects(pattern) if is_s3(pattern) else _glob_local(pattern))
+    found = {file.uri: file for file in matched if isinstance(file, Stored)}
+    for folder in matched if "**" not in pattern else []:
+        if isinstance(folder, str):
+            found.update((file.uri, file) for file in list_files(folder))
     return [found[uri] for uri in sorted(found)]
 
 
-def _list_objects(folder: str, recursive: bool) -> list[Stored]:
-    try:
-        if recursive:
-            infos = list(_s3().find(_key(folder), detail=True).values())
-        else:
-            infos = _s3().ls(_key(folder), detail=True)
-    except FileNotFoundError:
-        return []
-    prefix = f"{_key(folder)}/"  # s3fs answers with the object itself where there is no folder
-    return [
-        _stored_object(info)
-        for info in infos
-        if info["type"] == "file" and info["name"].startswith(prefix) and info["name"][-1] != "/"
-    ]
+def _glob_local(pattern: str) -> Iterator[Stored | str]:
+    """Files, and the paths of folders."""
+    for path in local_glob.glob(pattern, recursive=True):
+        if os.path.isdir(path):
+            yield path.rstrip("/")
+        elif os.path.isfile(path):
+            yield _stored_local(path, os.stat(path))
+        elif os.path.islink(path):
+            yield Stored(uri=path, size_bytes=0, version="")
 
 
 def _walk_local(folder: str, recursive: bool, above: tuple[int, ...]) -> Iterator[Stored]:
@@ -182,18 +151,15 @@ def _local_version(found: os.stat_result) -> str:
     return f"{found.st_size}-{found.st_mtime_ns}"
 
 
-def _stored_object(info: dict[str, Any]) -> Stored:
-    if info["type"] == "directory":
-        raise FileNotFoundError(info["name"])
-    version = str(info.get("ETag", "")).strip('"')
-    return Stored(uri=f"s3://{info['name']}", size_bytes=info["size"], version=version)
+class _LocalFile(io.RawIOBase):
+    """A local file whose faults are StorageErrors, and so is a change underneath."""
 
+    def __init__(self, path: str, file: io.FileIO):
+        self._path, self._file = path, file
+        self.version = self._version()
 
-class _WatchedFile(io.RawIOBase):
-    """A file read from storage: its faults are StorageErrors, and so is a change underneath."""
-
-    def __init__(self, uri: str, file: Any, is_changed: Callable[[], bool]):
-        self._uri, self._file, self._is_changed = uri, file, is_changed
+    def _version(self) -> str:
+        return _local_version(os.fstat(self._file.fileno()))
 
     def readable(self) -> bool:
         return True
@@ -202,17 +168,17 @@ class _WatchedFile(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        with storage_errors(self._uri):
-            count: int = self._file.readinto(buffer)
-            if self._is_changed():
-                raise ChangedError(f"{self._uri}: overwritten while it was being read")
-        return count
+        with storage_errors(self._path):
+            count = self._file.readinto(buffer)
+            if self._version() != self.version:
+                raise ChangedError(f"{self._path}: overwritten while it was being read")
+        return count or 0
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        return int(self._file.seek(offset, whence))
+        return self._file.seek(offset, whence)
 
     def tell(self) -> int:
-        return int(self._file.tell())
+        return self._file.tell()
 
     def close(self) -> None:
         if not self.closed:
@@ -227,109 +193,89 @@ def open_read(uri: str, *, version: str = "") -> io.BufferedReader:
     (S3: every ranged GET asks for the ETag seen at the start; local: size and time of the file).
     """
     with storage_errors(uri):
-        if is_s3(uri):
-            file: Any = _s3().open(_key(uri), "rb", block_size=READ_BLOCK_BYTES)
-            found = str(file.details.get("ETag", "")).strip('"')
-            watched = _WatchedFile(uri, file, lambda: False)
-        else:
-            file = open(uri, "rb", buffering=0)  # noqa: SIM115 (closed by _WatchedFile)
-            found = _local_version(os.fstat(file.fileno()))
-            watched = _WatchedFile(
-                uri, file, lambda: _local_version(os.fstat(file.fileno())) != found
-            )
-    if version and version != found:
-        watched.close()
+        file = ObjectFile(uri) if is_s3(uri) else _LocalFile(uri, io.FileIO(uri))
+    if version and version != file.version:
+        file.close()
         raise ChangedError(f"{uri}: overwritten since the input was listed")
-    return io.BufferedReader(watched, buffer_size=2**18)
+    return io.BufferedReader(file, buffer_size=2**18)
 
 
 def read_bytes(uri: str, *, limit_bytes: int = 5 * 2**40) -> bytes:
-    """A whole file, or its first `limit_bytes`; one request on S3."""
-    with storage_errors(uri):
-        if not is_s3(uri):
-            with open(uri, "rb") as file:
-                return file.read(min(limit_bytes, os.fstat(file.fileno()).st_size))
-        try:
-            data: bytes = _s3().cat_file(_key(uri), start=0, end=limit_bytes)
-        except OSError as error:
-            if error_code(error) in ("InvalidRange", "416"):  # an object of zero bytes
-                return b""
-            raise
-        return data
+    """A whole file, or its first `limit_bytes`; one request on S3, unless it is large."""
+    if is_s3(uri):
+        return read_object(uri, limit_bytes)
+    with storage_errors(uri), open(uri, "rb") as file:
+        return file.read(min(limit_bytes, os.fstat(file.fileno()).st_size))
 
 
 def write_bytes(uri: str, data: bytes) -> None:
     """Writes or replaces a file; a reader sees the old one or the whole new one."""
-    with storage_errors(uri):
-        if is_s3(uri):
-            _s3().pipe_file(_key(uri), data)
-        else:
-            with _beside(uri) as temporary:
-                temporary.write_bytes(data)
-                os.replace(temporary, uri)
+    if is_s3(uri):
+        put_object(uri, data)
+        return
+    with storage_errors(uri), _beside(uri) as temporary:
+        temporary.write_bytes(data)
+        os.replace(temporary, uri)
 
 
 def write_new(uri: str, data: bytes) -> None:
     """Writes a file that must not exist yet: of several writers one wins.
 
     The others get FileExistsError. A reader sees nothing or the whole file. A local folder must
-    be on a file system with hard links.
+    be on a file system with hard links; of S3 servers see `ignores_create_only`.
     """
+    if is_s3(uri):
+        put_object(uri, data, create=True)
+        return
+    with storage_errors(uri), _beside(uri) as temporary:
+        temporary.write_bytes(data)
+        os.link(temporary, uri)
+
+
+def ignores_create_only(folder: str) -> bool:
+    """Whether a server lets `write_new` overwrite: some S3 servers ignore that it must not.
+
+    Tried with a file of a few bytes, which is deleted afterwards.
+    """
+    uri = join(folder, f".create-only-{uuid.uuid4().hex}")
+    write_new(uri, b"first")
     try:
-        with storage_errors(uri):
-            if is_s3(uri):
-                _s3().pipe_file(_key(uri), data, mode="create")
-            else:
-                with _beside(uri) as temporary:
-                    temporary.write_bytes(data)
-                    os.link(temporary, uri)
-    except ChangedError as error:  # a server that does not say which condition failed
-        raise FileExistsError(uri) from error
+        write_new(uri, b"second")
+    except FileExistsError:
+        return False
+    finally:
+        delete_file(uri)
+    return True
 
 
 def put_file(path: str | Path, uri: str) -> None:
     """Copies a finished local file to a URI; a reader sees the old one or the whole new one."""
-    with storage_errors(uri):
-        if is_s3(uri):
-            _s3().put_file(str(path), _key(uri))
-        else:
-            with _beside(uri) as temporary:
-                shutil.copyfile(path, temporary)
-                os.replace(temporary, uri)
+    if is_s3(uri):
+        put_object(uri, Path(path))
+        return
+    with storage_errors(uri), _beside(uri) as temporary:
+        shutil.copyfile(path, temporary)
+        os.replace(temporary, uri)
 
 
 def delete_file(uri: str) -> None:
     """Deletes one file, which need not exist."""
+    if is_s3(uri):
+        s3.delete_object(uri)
+        return
     with storage_errors(uri):
-        if is_s3(uri):
-            _delete_objects(uri, [_key(uri)])
-        else:
-            Path(uri).unlink(missing_ok=True)
+        Path(uri).unlink(missing_ok=True)
 
 
 def delete_folder(uri: str) -> None:
     """Deletes everything below a folder, which need not exist; never a bucket or the root."""
     if parent(uri) == uri:
         raise UsageError(f"{uri}: refusing to delete a whole bucket or file system")
-    with storage_errors(uri):
-        if not is_s3(uri):
-            with contextlib.suppress(FileNotFoundError):
-                shutil.rmtree(uri)
-            return
-        prefix = f"{_key(uri)}/"
-        keys = [key for key in _s3().find(_key(uri)) if key.startswith(prefix)]
-        for start in range(0, len(keys), _DELETE_KEYS):
-            _delete_objects(uri, keys[start : start + _DELETE_KEYS])
-
-
-def _delete_objects(uri: str, keys: list[str]) -> None:
-    bucket = keys[0].partition("/")[0]
-    objects = [{"Key": key.partition("/")[2]} for key in keys]
-    answer = _s3().call_s3(
-        "delete_objects", Bucket=bucket, Delete={"Objects": objects, "Quiet": True}
-    )
-    if failed := answer.get("Errors"):  # the request succeeds even where deletions do not
-        raise StorageError(f"{uri}: {len(failed)} objects not deleted ({failed[0].get('Code')})")
+    if is_s3(uri):
+        s3.delete_objects(uri)
+        return
+    with storage_errors(uri), contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(uri)
 
 
 @contextlib.contextmanager
@@ -345,25 +291,3 @@ def _beside(path: str) -> Iterator[Path]:
         yield temporary
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _key(uri: str) -> str:
-    return uri[len("s3://") :]
-
-
-def _s3() -> Any:
-    return _s3_of_process(os.getpid())
-
-
-@functools.lru_cache(maxsize=1)
-def _s3_of_process(pid: int) -> Any:
-    """One client per process, shared by its threads; listings are never cached."""
-    import s3fs  # 0.5 s, and local runs need none of it
-
-    return s3fs.S3FileSystem(
-        anon=False,
-        use_listings_cache=False,
-        skip_instance_cache=True,
-        # s3fs tries 5 times around these: 10 requests in all, not its default of 25.
-        config_kwargs={"retries": {"mode": "standard", "max_attempts": 2}},
-    )

@@ -1,4 +1,4 @@
-"""URIs as users write them, in the one form that the rest uses.
+"""URIs as users write them, in the one form that the rest uses, and what was found under one.
 
 A URI is a local path, `file://` or `s3://`. Credentials are never part of one.
 """
@@ -7,11 +7,21 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import dataclass
 from urllib.parse import unquote
 
 from pipeline.errors import UsageError
 
 _BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}|arn:aws[A-Za-z0-9:._-]*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """One file or object as it was when listed."""
+
+    uri: str
+    size_bytes: int
+    version: str  # S3: the ETag; local: "size-mtime_ns"; "" for a link that leads nowhere
 
 
 def check_uri(uri: str) -> str:

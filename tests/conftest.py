@@ -60,6 +60,16 @@ def s3() -> Iterator[Any]:
     server.wait(30)
 
 
+@pytest.fixture
+def fresh_client(s3: Any) -> Iterator[None]:
+    """The S3 client is made anew in the test, from the environment as the test leaves it."""
+    from pipeline.s3 import _client_of
+
+    _client_of.cache_clear()
+    yield
+    _client_of.cache_clear()
+
+
 @pytest.fixture(scope="session")
 def local_ray(s3: Any) -> Iterator[None]:
     """One Ray for all tests; it starts after S3, whose endpoint its workers inherit."""

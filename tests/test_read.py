@@ -126,14 +126,13 @@ def test_a_shard_overwritten_while_it_is_read_has_changed(folder: str, name: str
 
 
 @pytest.fixture
-def dead_endpoint(s3: Any, monkeypatch: pytest.MonkeyPatch):
+def dead_endpoint(fresh_client: None, monkeypatch: pytest.MonkeyPatch):
     """S3 refuses connections: a bound port that nobody listens on."""
-    storage._s3_of_process.cache_clear()
+    monkeypatch.setenv("CLIPSEG_RAY_STORAGE_TIMEOUT_S", "0.5")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{taken.getsockname()[1]}")
         yield
-    storage._s3_of_process.cache_clear()
 
 
 def test_a_storage_that_fails_leaves_a_shard_to_be_retried(dead_endpoint: None):
@@ -146,9 +145,8 @@ def test_a_storage_that_fails_leaves_a_shard_to_be_retried(dead_endpoint: None):
 
 
 def test_missing_credentials_stop_the_reader(
-    s3: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    fresh_client: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    storage._s3_of_process.cache_clear()
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
@@ -157,7 +155,6 @@ def test_missing_credentials_stop_the_reader(
     for refused in (shard, replace(shard, format="parquet"), images):
         with pytest.raises(CredentialsError):
             list(read_shard(refused))
-    storage._s3_of_process.cache_clear()
 
 
 # ------------------------------------------------------------------------------- Parquet

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -18,14 +19,6 @@ from pipeline.errors import (
     TransientError,
     UsageError,
 )
-
-
-@pytest.fixture
-def fresh_client(s3: Any):
-    """The S3 client is made anew in the test, from the environment as the test leaves it."""
-    storage._s3_of_process.cache_clear()
-    yield
-    storage._s3_of_process.cache_clear()
 
 
 def names(files: list[storage.Stored], folder: str) -> list[str]:
@@ -330,11 +323,13 @@ def test_refused_credentials_are_told_without_secrets(
 def test_a_server_that_does_not_answer_is_transient(
     s3: Any, fresh_client: None, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setenv("CLIPSEG_RAY_STORAGE_TIMEOUT_S", "2")
     with socket.socket() as taken:  # bound but not listening: connections are refused
         taken.bind(("127.0.0.1", 0))
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{taken.getsockname()[1]}")
-        with pytest.raises(TransientError, match="s3://bucket/x: the storage does not answer"):
+        with pytest.raises(TransientError, match="s3://bucket/x: the storage does not answer") as e:
             storage.read_bytes("s3://bucket/x")
+        assert re.search(r"tried \d+ times in \d\.\d s", str(e.value))
 
 
 def test_whether_a_folder_is_empty(folder: str):
