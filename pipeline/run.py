@@ -92,7 +92,7 @@ def _require_token() -> None:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     os.environ["RAY_AUTH_MODE"] = "token"
     # Ray looked at the mode when it was imported; before 2.60 it turns nothing on by itself.
-    ray._raylet.Config.initialize("")
+    ray._raylet.Config.initialize("")  # type: ignore[attr-defined]
 
 
 def share_cluster(options: WorkerOptions) -> Shares:
