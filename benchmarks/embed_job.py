@@ -27,10 +27,13 @@ import transformers
 from benchmarks.shards import photos, write_tars
 from benchmarks.watch import Watched, run_watched
 
-SMALL = {
-    "vision_config": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2},
-    "text_config": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2},
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
 }
+SMALL = {"vision_config": TINY, "text_config": TINY}
 NAMES = {
     "ours": "clipseg-ray embed",
     "chain": "its chain, Ray's write_parquet",
@@ -41,6 +44,7 @@ NAMES = {
 
 def save_model(folder: Path, size: str) -> None:
     """A random CLIP of 224 x 224 pixels, with its preprocessing."""
+    transformers.logging.disable_progress_bar()
     torch.manual_seed(0)
     model = transformers.CLIPModel(transformers.CLIPConfig(**(SMALL if size == "small" else {})))
     model.save_pretrained(folder)

@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-MIB = 2**20
-
 
 @dataclass(frozen=True, kw_only=True)
 class Watched:
@@ -20,6 +18,8 @@ class Watched:
     """From its start to its exit."""
     peak_pss_mib: float
     """Largest sum of proportional set sizes: a page that several share is counted once in all."""
+    peak_private_mib: float
+    """Largest sum of what of it is private: heaps, not Ray's object store and no mapped files."""
     peak_rss_mib: float
     """Largest sum of resident set sizes: a shared page, Ray's object store's too, counts for each
     process that has touched it."""
@@ -33,20 +33,25 @@ def run_watched(
     """Run to the end, sampling every `period_s`. Raises CalledProcessError if it fails."""
     start = time.perf_counter()
     process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL)
-    pss = rss = processes = 0
+    peaks = [0, 0, 0]
+    processes = 0
     while process.poll() is None:
         pids = descendants(process.pid)
-        sizes = [memory_kib(pid) for pid in pids]
-        pss = max(pss, sum(size[0] for size in sizes))
-        rss = max(rss, sum(size[1] for size in sizes))
+        sums = [sum(sizes) for sizes in zip(*map(memory_kib, pids), strict=True)]
+        peaks = [max(pair) for pair in zip(peaks, sums, strict=True)]
         processes = max(processes, len(pids))
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(period_s)
     seconds = time.perf_counter() - start
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command)
+    pss, private, rss = (peak / 1024 for peak in peaks)
     return Watched(
-        seconds=seconds, peak_pss_mib=pss / 1024, peak_rss_mib=rss / 1024, processes=processes
+        seconds=seconds,
+        peak_pss_mib=pss,
+        peak_private_mib=private,
+        peak_rss_mib=rss,
+        processes=processes,
     )
 
 
@@ -64,12 +69,12 @@ def descendants(root: int) -> list[int]:
     return found
 
 
-def memory_kib(pid: int) -> tuple[int, int]:
-    """(PSS, RSS) of a process; zeros when it is gone."""
-    sizes = {"Pss:": 0, "Rss:": 0}
+def memory_kib(pid: int) -> tuple[int, int, int]:
+    """(PSS, private part of it, RSS) of a process; zeros when it is gone."""
+    sizes = {"Pss:": 0, "Pss_Anon:": 0, "Rss:": 0}
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
             name, *rest = line.split()
             if name in sizes:
                 sizes[name] = int(rest[0])
-    return sizes["Pss:"], sizes["Rss:"]
+    return sizes["Pss:"], sizes["Pss_Anon:"], sizes["Rss:"]

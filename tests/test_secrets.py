@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import quote, urlsplit
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -53,13 +54,16 @@ class Refusing(BaseHTTPRequestHandler):
     """Hands requests on to the S3 server, but refuses whatever has `refused` in its path."""
 
     behind: ClassVar[str] = ""
+    tokens: ClassVar[set[str]] = set()
     protocol_version = "HTTP/1.1"
 
     def forward(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        token = self.headers.get("x-amz-security-token", "")
+        self.tokens.add(token)
         if "refused" in self.path:
-            token = self.headers.get("x-amz-security-token", "")
-            text = f"<Error><Code>InvalidToken</Code><Message>Bad token {token}</Message>"
+            quoted = f"Bad token {token} {self.headers.get('Authorization', '')}"
+            text = f"<Error><Code>InvalidToken</Code><Message>{quoted}</Message>"
             self.answer(400, {}, f"{text}<Token-0>{token}</Token-0></Error>".encode())
             return
         connection = http.client.HTTPConnection(self.behind)
@@ -173,12 +177,14 @@ def test_a_job_refused_while_it_reads(
 ) -> None:
     """The listing shows the shard; the worker that reads it is refused, and Ray logs its error."""
     storage.write_bytes(f"{bucket}/in/refused.tar", SHARD)
+    Refusing.tokens.clear()
     output = tmp_path / "out"
     code, said = run(
         endpoint, ray_folder, "embed", f"{bucket}/in", str(output), "--model", str(MODEL)
     )
     assert code == 1, said
     assert "access denied" in said
+    assert {SECRETS["AWS_SESSION_TOKEN"]} == Refusing.tokens
     assert not leaks(said)
     assert not leaks_of_folder(output)
     assert list(ray_folder.rglob("*.log"))
@@ -220,3 +226,15 @@ def test_jobs_that_fail(
     assert not leaks(said)
     assert not leaks_of_folder(tmp_path)
     assert not leaks_of_folder(ray_folder)
+
+
+def test_a_leak_is_found(tmp_path: Path) -> None:
+    """What the tests above rest on, for each form and wherever it is compressed."""
+    assert all(leaks(f"said {secret} aloud") for secret in SECRETS.values())
+    for name, secret in SECRETS.items():
+        table = pa.table({"detail": [secret]}).replace_schema_metadata({"note": secret})
+        pq.write_table(table, tmp_path / f"{name}.parquet", compression="zstd")
+        (tmp_path / f"{name}.json").write_text(
+            f'{{"url": "http://host/?{quote(secret, safe="")}"}}'
+        )
+    assert len(leaks_of_folder(tmp_path)) == 2 * len(SECRETS)
