@@ -31,9 +31,8 @@ def run_job(job: str, images: int, shards: int, store_mib: int) -> Watched:
         write_tars(source, small_images(images, 64), shards)
         prompt = ["--prompt", "star"] if job == "segment" else []
         options = ["--model", str(MODEL), "--batch-size", "64", "--quiet", *prompt]
-        return run_watched(
-            [sys.executable, "-m", f"jobs.{job}", str(source), str(output), *options]
-        )
+        command = [sys.executable, "-m", f"jobs.{job}", str(source), str(output), *options]
+        return run_watched(command, env=env)
 
 
 def main() -> int:
