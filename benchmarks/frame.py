@@ -10,19 +10,16 @@ The job is timed as a command, from start to exit; the loop from after its impor
 from __future__ import annotations
 
 import argparse
-import io
 import statistics
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
-from PIL import Image
 
+from benchmarks.shards import small_images, write_tars
 from pipeline.config import SegmentConfig
 from pipeline.demo import MODEL
 from pipeline.plan import plan_shards
@@ -31,21 +28,6 @@ from pipeline.read import read_batches, shard_to_row
 from pipeline.segment import SegmentImages, encode_prompts
 from pipeline.tables import MakeTables
 from pipeline.write import WriteFragments
-
-
-def write_shards(folder: Path, images: int, shards: int) -> None:
-    """Tars of noisy 96 x 96 JPEG images."""
-    rng = np.random.default_rng(0)
-    for shard in range(shards):
-        with tarfile.open(folder / f"{shard:05}.tar", "w") as tar:
-            for i in range(shard, images, shards):
-                small = rng.integers(0, 255, (12, 12, 3), dtype=np.uint8)
-                file = io.BytesIO()
-                Image.fromarray(small).resize((96, 96)).save(file, "JPEG")
-                member = tarfile.TarInfo(f"{i:08}.jpg")
-                member.size = file.tell()
-                file.seek(0)
-                tar.addfile(member, file)
 
 
 def plain_loop(source: Path, output: Path) -> float:
@@ -86,8 +68,7 @@ def main() -> None:
         for _ in range(arguments.repeats):
             with tempfile.TemporaryDirectory() as name:
                 folder = Path(name)
-                (folder / "in").mkdir()
-                write_shards(folder / "in", images, arguments.shards)
+                write_tars(folder / "in", small_images(images, 96), arguments.shards)
                 loops.append(plain_loop(folder / "in", folder / "loop"))
                 jobs.append(ray_job(folder / "in", folder / "job"))
         print(f"{images:6} {statistics.median(loops):12.1f} {statistics.median(jobs):12.1f}")

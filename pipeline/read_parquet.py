@@ -101,9 +101,16 @@ def _open(file: BinaryIO) -> pq.ParquetFile:
     if file.seek(0, 2) == 0:
         raise RowError("read", "shard_empty", "zero bytes")
     file.seek(0)
-    return pq.ParquetFile(
-        file, buffer_size=2**20, pre_buffer=False, page_checksum_verification=True
-    )
+    try:
+        return pq.ParquetFile(
+            file, buffer_size=2**20, pre_buffer=False, page_checksum_verification=True
+        )
+    except pa.ArrowException:
+        raise
+    # Ray registers extension types, whose code fails in its own ways on what only claims to be one.
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        detail = f"a column does not have the type it claims ({type(error).__name__})"
+        raise RowError("read", "shard_corrupt", detail) from error
 
 
 @contextlib.contextmanager

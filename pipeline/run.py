@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,10 +64,13 @@ def ray_session() -> Iterator[None]:
     if not ray.is_initialized():
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-        options["include_dashboard"] = None if os.environ.get("RAY_ADDRESS") else False
         if storage_timeout() != DEFAULT_TIMEOUT_S:  # the workers' default, too
             told = {TIMEOUT_VARIABLE: str(storage_timeout())}
             options["runtime_env"] = {"env_vars": told}
+        if not os.environ.get("RAY_ADDRESS"):
+            _require_token()
+            # Not any cluster that /tmp says is running on this machine: it may be another user's.
+            options |= {"address": "local", "include_dashboard": False}
         try:
             ray.init(**options)
         except (ConnectionError, RuntimeError) as error:
@@ -80,6 +84,22 @@ def ray_session() -> Iterator[None]:
         yield
     except ray.exceptions.RayError as error:
         raise _as_pipeline_error(error) from error
+
+
+def _require_token() -> None:
+    """Let the Ray that starts here answer only to who knows its token: this process and its own.
+
+    Without one, whoever reaches its ports can run code. The token lives in the environment of
+    these processes and no longer than they do; no file is written or read. RAY_AUTH_MODE, where
+    it is set, has the last word, and so has a token that is named.
+    """
+    if "RAY_AUTH_MODE" in os.environ:
+        return
+    if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    os.environ["RAY_AUTH_MODE"] = "token"
+    # Ray looked at the mode when it was imported; before 2.60 it turns nothing on by itself.
+    ray._raylet.Config.initialize("")  # type: ignore[attr-defined]
 
 
 def share_cluster(options: WorkerOptions) -> Shares:

@@ -15,7 +15,6 @@ import pyarrow.compute as pc
 
 from pipeline import schema
 from pipeline.config import SegmentConfig
-from pipeline.masks import masks_of_image, probability_map
 from pipeline.write import pack_tables
 
 
@@ -43,6 +42,8 @@ class MakeTables:
 
     def _per_prompt(self, good: pa.Table) -> dict[str, pa.Table]:
         """Masks, and probability maps if wanted."""
+        from pipeline.masks import masks_of_image, probability_map  # torch: not for embeddings
+
         masks: list[dict[str, Any]] = []
         maps: list[dict[str, Any]] = []
         for record, logits in _logits(good):

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import importlib
 import os
+import pickle
 import socket
 from collections.abc import Callable
 from dataclasses import replace
@@ -231,6 +233,36 @@ def test_a_damaged_parquet_shard(folder: str, change: Callable[[bytes], bytes], 
     assert (end["reason"], end["retryable"]) == (reason, False)
     if reason == "column_missing":
         assert "'jpg'" in end["detail"]
+
+
+@pytest.mark.parametrize(
+    "claim",
+    ["arrow_pickled_object", "arrow_tensor", "arrow_tensor_v2", "arrow_variable_shaped_tensor"],
+)
+def test_a_column_that_claims_to_be_a_type_of_rays(claim: str, folder: str, tmp_path: Path):
+    """Ray registers these with pyarrow, and once took pickles from what a file says of them."""
+    importlib.import_module("ray.data.extensions")
+    loaded = tmp_path / "loaded"
+    evil = pickle.dumps(_Touch(loaded))
+    metadata = {"ARROW:extension:name": f"ray.data.{claim}", "ARROW:extension:metadata": evil}
+    field = pa.field("jpg", pa.binary(), metadata=metadata)
+    data = make_parquet(pa.table([pa.array([evil], pa.binary())], schema=pa.schema([field])))
+    storage.write_bytes(f"{folder}/0.parquet", make_parquet({"jpg": [b"x"]}))
+    storage.write_bytes(f"{folder}/1.parquet", data)
+    good, bad = plan_shards(folder)
+    assert len(read_whole(good)) == 1
+    assert read_failed(bad)["reason"] in ("column_missing", "shard_corrupt")
+    assert not loaded.exists()
+
+
+class _Touch:
+    """Leaves a file where it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
 
 
 def test_damage_in_the_middle_of_parquet_keeps_the_rows_before(folder: str):

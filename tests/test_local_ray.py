@@ -1,0 +1,78 @@
+"""The Ray that a job starts on this machine: who may use it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+_START = """
+import os, sys, ray
+from pipeline.run import ray_session
+with ray_session():
+    print(ray.get_runtime_context().gcs_address, flush=True)
+    print(os.environ.get("RAY_AUTH_TOKEN", ""), flush=True)
+    sys.stdin.read()
+"""
+_ASK = """
+import sys, ray
+ray.init(address=sys.argv[1], logging_level="CRITICAL", log_to_driver=False)
+print("ran", ray.get(ray.remote(num_cpus=0)(lambda: 1).remote()))
+"""
+
+
+def environment(home: Path, **variables: str) -> dict[str, str]:
+    """Without Ray's variables, and with a home of its own: no token that lies about is found."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return {**kept, "HOME": str(home), **variables}
+
+
+def ask(address: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Another process of this machine that wants to run code in that cluster."""
+    command = [sys.executable, "-W", "ignore", "-c", _ASK, address]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+
+
+def test_only_who_knows_the_token_can_run_code(tmp_path: Path) -> None:
+    home, stranger = tmp_path / "home", tmp_path / "stranger"
+    home.mkdir()
+    stranger.mkdir()
+    job = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", _START],
+        env=environment(home),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert job.stdin is not None
+    assert job.stdout is not None
+    try:
+        address, token = job.stdout.readline().strip(), job.stdout.readline().strip()
+        assert len(token) == 64
+        mode = {"RAY_AUTH_MODE": "token"}
+        tokens = ({}, mode | {"RAY_AUTH_TOKEN": "0" * 64}, mode | {"RAY_AUTH_TOKEN": token})
+        with ThreadPoolExecutor() as pool:  # a refused client tries for 20 s
+            asked = pool.map(lambda t: ask(address, environment(stranger, **t)), tokens)
+            without, wrong, right = asked
+    finally:
+        job.stdin.close()
+        job.wait(60)
+    assert "ran 1" in right.stdout, right.stderr
+    for refused in (without, wrong):
+        assert refused.returncode != 0
+        assert "ran" not in refused.stdout
+    assert not list(home.rglob("auth_token"))
+
+
+def test_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.run import _require_token
+
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    _require_token()
+    assert os.environ["RAY_AUTH_MODE"] == "disabled"
+    assert "RAY_AUTH_TOKEN" not in os.environ

@@ -1,0 +1,240 @@
+"""No credential comes out of a job: not on the terminal, in a table, page, picture or Ray's logs.
+
+Real commands against an S3 server, with credentials that are found again wherever they turn up. In
+front of the server stands a proxy that refuses some objects as AWS does, quoting the session token.
+"""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+from urllib.parse import quote, urlsplit
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from shards import make_tar
+
+from pipeline import storage
+from pipeline.demo import MODEL
+
+ROOT = Path(__file__).parent.parent
+SHARD = (ROOT / "pipeline/demo/shards/scenes-000000.tar").read_bytes()
+SECRETS = {
+    "AWS_SECRET_ACCESS_KEY": "CANARYsecretkey/7Qz+aa9",
+    "AWS_SESSION_TOKEN": "CANARYsessiontoken//3fK+x8==",
+    "HF_TOKEN": "hf_CANARYhubtokenW2vB6",
+    "RAY_AUTH_TOKEN": "CANARYraytoken0123456789abcdef",
+}
+IN_URI = "CANARYinuri9Zt4"
+FORMS = {
+    form
+    for secret in [*SECRETS.values(), IN_URI]
+    for form in (
+        secret,
+        quote(secret),
+        quote(secret, safe=""),
+        base64.b64encode(secret.encode()).decode(),
+    )
+}
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """Hands requests on to the S3 server, but refuses whatever has `refused` in its path."""
+
+    behind: ClassVar[str] = ""
+    tokens: ClassVar[set[str]] = set()
+    protocol_version = "HTTP/1.1"
+
+    def forward(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        token = self.headers.get("x-amz-security-token", "")
+        self.tokens.add(token)
+        if "refused" in self.path:
+            quoted = f"Bad token {token} {self.headers.get('Authorization', '')}"
+            text = f"<Error><Code>InvalidToken</Code><Message>{quoted}</Message>"
+            self.answer(400, {}, f"{text}<Token-0>{token}</Token-0></Error>".encode())
+            return
+        connection = http.client.HTTPConnection(self.behind)
+        connection.request(self.command, self.path, body, dict(self.headers))
+        found = connection.getresponse()
+        self.answer(found.status, dict(found.getheaders()), found.read())
+        connection.close()
+
+    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = forward  # noqa: N815
+
+    def answer(self, status: int, headers: dict[str, str], body: bytes) -> None:
+        self.send_response_only(status)
+        kept = {
+            k: v for k, v in headers.items() if k.lower() not in ("transfer-encoding", "connection")
+        }
+        for name, value in ({"Content-Length": str(len(body))} | kept).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture(scope="module")
+def endpoint(s3: Any) -> Iterator[str]:
+    """The address of the proxy."""
+    Refusing.behind = urlsplit(s3.meta.endpoint_url).netloc
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def ray_folder() -> Iterator[Path]:
+    """Where Ray keeps its logs; its sockets lie there too, so the path must be short."""
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder)
+
+
+def run(endpoint: str, ray_folder: Path, *arguments: str, **variables: str) -> tuple[int, str]:
+    """A command with the secrets in its environment: its exit code, and all that it said."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    env |= {**SECRETS, "AWS_ENDPOINT_URL": endpoint, "RAY_TMPDIR": str(ray_folder), **variables}
+    command = [sys.executable, "-W", "ignore", "-m", "jobs", *arguments]
+    done = subprocess.run(
+        command, cwd=ROOT, env=env, timeout=240, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    return done.returncode, done.stdout.decode()
+
+
+def leaks(text: str | bytes) -> list[str]:
+    data = text if isinstance(text, bytes) else text.encode()
+    return [form for form in FORMS if form.encode() in data]
+
+
+def leaks_of_folder(folder: Path) -> dict[str, list[str]]:
+    """What each file gives away: its bytes, and what is compressed in them."""
+    found: dict[str, list[str]] = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        texts: list[str | bytes] = [path.read_bytes()]
+        if path.suffix == ".parquet":
+            table = pq.read_table(path)
+            texts += [repr(table.to_pylist()), repr(table.schema.metadata)]
+        elif path.suffix == ".png":
+            texts.append(repr(Image.open(path).info))
+        if names := [form for text in texts for form in leaks(text)]:
+            found[str(path)] = names
+    return found
+
+
+def download(uri: str, folder: Path) -> None:
+    for i, file in enumerate(storage.list_files(uri)):
+        path = folder / f"{i}-{file.uri.rpartition('/')[2]}"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(storage.read_bytes(file.uri))
+
+
+def test_jobs_that_end_well(endpoint: str, bucket: str, ray_folder: Path, tmp_path: Path) -> None:
+    """With a shard that breaks off and one without images: errors have a detail."""
+    storage.write_bytes(f"{bucket}/in/00000.tar", SHARD)
+    storage.write_bytes(f"{bucket}/in/00001.tar", SHARD[:70_000])
+    storage.write_bytes(f"{bucket}/in/00002.tar", make_tar([("a.jpg", b"not an image")]))
+    model, sheet = ("--model", str(MODEL)), tmp_path / "out/sheet.png"
+    page, table = tmp_path / "out/found.html", tmp_path / "out/found.parquet"
+    source, masks, vectors = (f"{bucket}/{name}" for name in ("in", "masks", "vectors"))
+    more = ("--keep-probabilities", "88", "--embed", "--contact-sheet", str(sheet))
+    files = ("--gallery", str(page), "--output", str(table))
+    for arguments in (
+        ("segment", source, masks, "--prompt", "star", *model, *more),
+        ("embed", source, vectors, *model),
+        ("search", vectors, "--text", "red", *model, *files),
+    ):
+        code, said = run(endpoint, ray_folder, *arguments)
+        assert code == 0, said
+        assert not leaks(said)
+    for name in ("masks", "vectors"):
+        download(f"{bucket}/{name}", tmp_path / "out" / name)
+    assert sheet.exists() and page.exists() and len(list((tmp_path / "out").rglob("*.parquet"))) > 8
+    assert not leaks_of_folder(tmp_path / "out")
+    assert len(list(ray_folder.rglob("*.log"))) > 5
+    assert not leaks_of_folder(ray_folder)
+
+
+def test_a_job_refused_while_it_reads(
+    endpoint: str, bucket: str, ray_folder: Path, tmp_path: Path
+) -> None:
+    """The listing shows the shard; the worker that reads it is refused, and Ray logs its error."""
+    storage.write_bytes(f"{bucket}/in/refused.tar", SHARD)
+    Refusing.tokens.clear()
+    output = tmp_path / "out"
+    code, said = run(
+        endpoint, ray_folder, "embed", f"{bucket}/in", str(output), "--model", str(MODEL)
+    )
+    assert code == 1, said
+    assert "access denied" in said
+    assert {SECRETS["AWS_SESSION_TOKEN"]} == Refusing.tokens
+    assert not leaks(said)
+    assert not leaks_of_folder(output)
+    assert list(ray_folder.rglob("*.log"))
+    assert not leaks_of_folder(ray_folder)
+
+
+@pytest.mark.parametrize(
+    ("source", "output", "model"),
+    [
+        ("s3://no-such-bucket-here/in", "{local}", str(MODEL)),
+        ("{bucket}/refused", "{local}", str(MODEL)),
+        ("{bucket}/in", "{bucket}/refused", str(MODEL)),
+        ("{bucket}/in", "{local}", "{bucket}/no-model"),
+        ("{bucket}/in", "{local}", "{bucket}/refused"),
+        ("{bucket}/in", "{local}", "org/no-such-model"),
+        (f"s3://KEY:{IN_URI}@bucket/in", "{local}", str(MODEL)),
+        ("{bucket}/in", f"s3://KEY:{IN_URI}@bucket/out", str(MODEL)),
+        ("{bucket}/in", "{local}", f"s3://KEY:{IN_URI}@bucket/model"),
+        (f"https://user:{IN_URI}@host/in", "{local}", str(MODEL)),
+    ],
+)
+def test_jobs_that_fail(
+    source: str,
+    output: str,
+    model: str,
+    endpoint: str,
+    bucket: str,
+    ray_folder: Path,
+    tmp_path: Path,
+) -> None:
+    storage.write_bytes(f"{bucket}/in/00000.tar", SHARD)
+    names = {"bucket": bucket, "local": str(tmp_path / "out")}
+    paths = [text.format(**names) for text in (source, output, model)]
+    # The hub refuses as well: the proxy knows no such address.
+    hub = {"HF_ENDPOINT": f"{endpoint}/refused", "HF_HOME": str(tmp_path / "hub")}
+    code, said = run(endpoint, ray_folder, "embed", paths[0], paths[1], "--model", paths[2], **hub)
+    assert code in (1, 2), said
+    assert "Traceback" not in said
+    assert not leaks(said)
+    assert not leaks_of_folder(tmp_path)
+    assert not leaks_of_folder(ray_folder)
+
+
+def test_a_leak_is_found(tmp_path: Path) -> None:
+    """What the tests above rest on, for each form and wherever it is compressed."""
+    assert all(leaks(f"said {secret} aloud") for secret in SECRETS.values())
+    for name, secret in SECRETS.items():
+        table = pa.table({"detail": [secret]}).replace_schema_metadata({"note": secret})
+        pq.write_table(table, tmp_path / f"{name}.parquet", compression="zstd")
+        (tmp_path / f"{name}.json").write_text(
+            f'{{"url": "http://host/?{quote(secret, safe="")}"}}'
+        )
+    assert len(leaks_of_folder(tmp_path)) == 2 * len(SECRETS)
