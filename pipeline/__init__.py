@@ -19,7 +19,8 @@ The modules in the order of the flow:
     pixels, segment, embed, classify
                  pixels -> mask logits, embeddings or labels, on the actors that hold the model
     masks        logits -> mask at the image's size -> RLE, box, area, scores
-    write        rows -> fragments -> one part per shard and table -> a receipt
+    receipts, write, commit
+                 rows -> fragments -> one part per shard and table -> a receipt
     tables       what the model gave -> rows of the output's tables, gathered by shard
     account      what a run was asked to do, and what of it is done
     progress     what the terminal shows meanwhile

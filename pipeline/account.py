@@ -2,7 +2,7 @@
 
     OUTPUT/_run.json     the whole configuration, versions, counts; its fingerprint names what
                          decides the results, and another fingerprint is another run
-    OUTPUT/_receipts/    one file per finished shard, written last (see write.finish_shard)
+    OUTPUT/_receipts/    one file per finished shard, written last (see receipts and commit)
     OUTPUT/_SUCCESS      there when the receipts equal the plan
 
 A run that was stopped is completed by the same command: shards with a receipt are not read again.
@@ -13,18 +13,19 @@ from __future__ import annotations
 import datetime
 import json
 import platform
-from collections import Counter
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+import sys
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any, ClassVar, Protocol
 
 from pipeline import __version__, storage
+from pipeline.commit import DECISION
+from pipeline.config import RunOptions
 from pipeline.errors import JobError, NotFoundError, UsageError
+from pipeline.receipts import RECEIPTS, Receipt, list_receipts, read_receipt, stem, version_hash
 from pipeline.schema import SCHEMA_VERSION, Table
 from pipeline.shard import Shard
-from pipeline.write import RECEIPTS, STAGING, receipt_name, stem, write_empty_parts
+from pipeline.write import STAGING, write_empty_parts
 
 RUN, SUCCESS = "_run.json", "_SUCCESS"
 
@@ -44,6 +45,11 @@ class JobConfig(Protocol):
         """Folder of the tables, as the user wrote it."""
         ...
 
+    @property
+    def run(self) -> RunOptions:
+        """How the run deals with trouble."""
+        ...
+
     def fingerprint(self) -> dict[str, Any]:
         """What of the configuration decides the results."""
         ...
@@ -56,12 +62,14 @@ class Run:
     output: str
     record: dict[str, Any]
     """The content of _run.json."""
+    plan: list[Shard]
+    """Every shard of the input."""
     todo: list[Shard]
-    """Shards without a receipt."""
-    done: list[str]
-    """Names of the receipts that were there already."""
+    """Those without a receipt."""
     tables: dict[str, Table]
     """The tables of the job beside `errors`."""
+    max_error_rate: float
+    """The share of failed rows, of 1,000 or more, at which the job stops."""
 
 
 def open_run(
@@ -75,78 +83,95 @@ def open_run(
     source, output = storage.check_uri(config.input), storage.check_uri(config.output)
     if f"{output}/".startswith(f"{source}/"):
         raise UsageError(f"{output}: lies inside the input, which would then read its own tables")
-    fingerprint = {**config.fingerprint(), **model, "schema_version": SCHEMA_VERSION}
-    fingerprint = json.loads(json.dumps(fingerprint))  # as it will be read back
-    record = {
-        "status": "running",
-        "fingerprint": fingerprint,
-        "config": asdict(config) | {"input": source, "output": output},
-        "versions": _versions(),
-        "started_at": now(),
-    }
-    try:
-        found = json.loads(storage.read_bytes(storage.join(output, RUN)))
-    except NotFoundError:
-        _refuse_foreign_files(output)
-        storage.write_bytes(storage.join(output, RUN), _json(record))
-        write_empty_parts(output, tables)
-        return Run(output=output, record=record, todo=plan, done=[], tables=tables)
-    except ValueError as error:
-        raise UsageError(
-            f"{output}/{RUN}: not readable ({error}); choose another output"
-        ) from error
-    _refuse_other_run(output, found.get("fingerprint", {}), fingerprint)
+    record = _record(config, plan, source, output, model, tables)
+    found = read_run(output)
+    if found is not None and config.run.restart:
+        _delete_run(output, found)
+        found = None
+    if found is None:
+        found = _start(output, record)
+    _refuse_other_run(output, found.get("fingerprint", {}), record["fingerprint"])
     record["started_at"] = found["started_at"]
-    names = {receipt_name(shard.name, shard.version): shard for shard in plan}
-    receipts = [r.uri.rpartition("/")[2] for r in storage.list_files(_receipts(output))]
-    done = [name for name in receipts if name in names]
-    stale = [name for name in receipts if name not in names]
-    _discard(output, stale, {stem(shard.name) for shard in plan})
-    finished = set(done)
-    todo = [shard for name, shard in names.items() if name not in finished]
+    write_empty_parts(output, tables)
+    todo = _left(output, plan, list(tables))
     if todo:
         storage.delete_file(storage.join(output, SUCCESS))  # of a smaller plan
-    return Run(output=output, record=record, todo=todo, done=done, tables=tables)
+        _warn_of_careless_storage(output)
+    storage.write_bytes(storage.join(output, RUN), _json(record))
+    return Run(
+        output=output,
+        record=record,
+        plan=plan,
+        todo=todo,
+        tables=tables,
+        max_error_rate=config.run.max_error_rate,
+    )
 
 
-def close_run(run: Run, receipts: list[dict[str, Any]], seconds: float) -> dict[str, int]:
-    """Check that the account closes, write the counts into _run.json, and _SUCCESS.
+def read_run(output: str) -> dict[str, Any] | None:
+    """The content of _run.json; None where there is none. Raises UsageError if it is damaged."""
+    uri = storage.join(output, RUN)
+    try:
+        record = json.loads(storage.read_bytes(uri))
+    except NotFoundError:
+        return None
+    except ValueError as error:
+        raise UsageError(f"{uri}: not readable ({error}); choose another output") from error
+    if not isinstance(record, dict):
+        raise UsageError(f"{uri}: not the record of a run; choose another output")
+    return record
 
-    `receipts` are those of the shards finished now, `seconds` what they took. Returns the counts
-    over all shards. Raises JobError if a shard has no receipt or a row is missing.
+
+def close_run(run: Run, seconds: float) -> dict[str, int]:
+    """Check that the receipts equal the plan, write the counts into _run.json, and _SUCCESS.
+
+    `seconds`: what the shards that were left took. Returns the counts over all shards. Raises
+    JobError if a shard has no receipt.
     """
-    missing = {s.name for s in run.todo} - {r["shard"] for r in receipts}
+    receipts = list_receipts(run.output)
+    found: dict[str, Receipt] = {}
+    for shard in run.plan:
+        of_shard = receipts.pop(stem(shard.name), [])
+        if [r.version for r in of_shard] == [version_hash(shard)]:
+            found[shard.name] = of_shard[0]
+    missing = [shard.name for shard in run.plan if shard.name not in found]
     if missing:
         some = ", ".join(sorted(missing)[:3])
         raise JobError(f"{len(missing)} shards were not finished ({some}, ...); run it again")
-    with ThreadPoolExecutor(32) as pool:
-        earlier = list(pool.map(lambda name: _read_receipt(run.output, name), run.done))
-    counts = count(earlier + receipts, run.tables)
-    if counts["rows_in"] != counts["rows_ok"] + counts["rows_error"]:
-        raise JobError(f"rows in and rows out differ: {counts}")
-    images = sum(r["rows_in"] for r in receipts)
+    counts = count(list(found.values()), run.tables)
+    removed = _report_removed(run.output, receipts)
+    images = sum(found[shard.name].ok + found[shard.name].error for shard in run.todo)
     last = {"seconds": round(seconds, 2), "images": images, "images_per_s": images / seconds}
     record = run.record | {"status": "complete", "finished_at": now()}
-    record |= {"counts": counts, "throughput": last}
+    record |= {"counts": counts, "throughput": last, "removed_shards": removed}
     storage.write_bytes(storage.join(run.output, RUN), _json(record))
     storage.write_bytes(storage.join(run.output, SUCCESS), b"")
     storage.delete_folder(storage.join(run.output, STAGING))
     return counts
 
 
-def count(receipts: list[dict[str, Any]], tables: Iterable[str]) -> dict[str, int]:
+def count(receipts: list[Receipt], tables: dict[str, Table]) -> dict[str, int]:
     """Sums over receipts: shards, shards cut short, rows in, ok and error, and rows of tables."""
-    rows: Counter[str] = Counter()
-    for receipt in receipts:
-        rows.update({part["table"]: part["rows"] for part in receipt["parts"]})
+    ok, error = sum(r.ok for r in receipts), sum(r.error for r in receipts)
     return {
         "shards": len(receipts),
-        "shards_failed": sum(r["shard_error"] is not None for r in receipts),
-        "rows_in": sum(r["rows_in"] for r in receipts),
-        "rows_ok": sum(r["rows_ok"] for r in receipts),
-        "rows_error": sum(r["rows_error"] for r in receipts),
-        **{name: rows[name] for name in tables},
+        "shards_failed": sum(r.cut for r in receipts),
+        "rows_in": ok + error,
+        "rows_ok": ok,
+        "rows_error": error,
+        **{name: ok * table.rows_per_image for name, table in tables.items()},
     }
+
+
+def discard_shard(output: str, stem: str, tables: list[str]) -> None:
+    """Forget what a shard has left: its rows are made anew. The receipt goes last.
+
+    Killed before, the receipt is still there, and the same is done again.
+    """
+    for table in (*tables, "errors"):
+        storage.delete_file(storage.join(output, table, f"{stem}.parquet"))
+    storage.delete_folder(storage.join(output, STAGING, stem))
+    storage.delete_folder(storage.join(output, RECEIPTS, stem))
 
 
 def summary(run: Run, counts: dict[str, int]) -> str:
@@ -171,11 +196,6 @@ def now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
-def _refuse_foreign_files(output: str) -> None:
-    if not storage.is_empty(output):
-        raise UsageError(f"{output}: holds files that are not from a run; choose another output")
-
-
 def _refuse_other_run(output: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Raise UsageError naming each field in which two fingerprints differ."""
     fields = [k for k in {**found, **wanted} if found.get(k) != wanted.get(k)]
@@ -183,7 +203,10 @@ def _refuse_other_run(output: str, found: dict[str, Any], wanted: dict[str, Any]
         differences = "; ".join(
             f"{k} was {_short(found.get(k))}, now {_short(wanted.get(k))}" for k in fields
         )
-        raise UsageError(f"{output}: holds another run ({differences}); choose another output")
+        raise UsageError(
+            f"{output}: holds another run ({differences}); "
+            "choose another output, or --restart to delete it and start over"
+        )
 
 
 def _short(value: Any) -> str:
@@ -191,22 +214,107 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _discard(output: str, stale: list[str], planned: set[str]) -> None:
-    """Forget shards that changed since: their rows are made anew. Others keep what they have."""
-    for name in stale:
-        if name.split(".")[0] in planned:
-            for part in _read_receipt(output, name)["parts"]:
-                storage.delete_file(storage.join(output, part["path"]))
-            storage.delete_file(storage.join(_receipts(output), name))
+def _record(
+    config: JobConfig,
+    plan: list[Shard],
+    source: str,
+    output: str,
+    model: dict[str, Any],
+    tables: dict[str, Table],
+) -> dict[str, Any]:
+    """What _run.json says while the run is going on."""
+    decides = {**config.fingerprint(), "input": source, **model, "schema_version": SCHEMA_VERSION}
+    return {
+        "status": "running",
+        "fingerprint": json.loads(json.dumps(decides)),  # as it will be read back
+        "config": asdict(config) | {"input": source, "output": output},
+        "plan": {"shards": len(plan), "bytes": sum(shard.size_bytes for shard in plan)},
+        "tables": list(tables),
+        "versions": _versions(),
+        "started_at": now(),
+    }
 
 
-def _receipts(output: str) -> str:
-    return storage.join(output, RECEIPTS)
+def _start(output: str, record: dict[str, Any]) -> dict[str, Any]:
+    """Write the record of a new run; returns that of another driver which was faster."""
+    if not storage.is_empty(output):
+        found = read_run(output)  # of a driver that began a moment ago
+        if found is None:
+            raise UsageError(
+                f"{output}: holds files that are not from a run; choose another output"
+            )
+        return found
+    try:
+        storage.write_new(storage.join(output, RUN), _json(record))
+    except FileExistsError:
+        return read_run(output) or record
+    return record
 
 
-def _read_receipt(output: str, name: str) -> dict[str, Any]:
-    receipt: dict[str, Any] = json.loads(storage.read_bytes(storage.join(_receipts(output), name)))
-    return receipt
+def _left(output: str, plan: list[Shard], tables: list[str]) -> list[Shard]:
+    """The shards without a receipt; what is there of another content of theirs is discarded."""
+    # Decisions before receipts: one that goes meanwhile has left its receipt.
+    decided = _list_decisions(output)
+    receipts = list_receipts(output)
+    todo = []
+    for shard in plan:
+        name, version = stem(shard.name), version_hash(shard)
+        versions = [receipt.version for receipt in receipts.get(name, [])]
+        if versions == [version]:
+            continue
+        todo.append(shard)
+        if versions or decided.get(name, {version}) != {version}:
+            discard_shard(output, name, tables)
+    planned = {stem(shard.name) for shard in plan}
+    for name in decided.keys() - planned - receipts.keys():  # killed half-way, and gone since
+        discard_shard(output, name, tables)
+    return todo
+
+
+def _list_decisions(output: str) -> dict[str, set[str]]:
+    """The shards that were being written when a run stopped: stem -> hashes of their versions."""
+    found: dict[str, set[str]] = {}
+    for file in storage.list_files(storage.join(output, STAGING)):
+        folder, name = file.uri.rsplit("/", 2)[1:]
+        if name.endswith(DECISION) and not name.startswith("."):
+            found.setdefault(folder, set()).add(name.removesuffix(DECISION))
+    return found
+
+
+def _report_removed(output: str, receipts: dict[str, list[Receipt]]) -> list[str]:
+    """Say which finished shards are no longer in the input; their rows stay in the tables.
+
+    Returns the names of the first 100.
+    """
+    some = sorted(receipts.items())[:100]
+    names = [str(read_receipt(output, name, found[0])["shard"]) for name, found in some]
+    if names:
+        print(
+            f"warning: {len(receipts)} finished shards are no longer in the input "
+            f"({', '.join(names[:3])}{', ...' if len(receipts) > 3 else ''}): "
+            "their rows stay in the tables and are not counted",
+            file=sys.stderr,
+        )
+    return names
+
+
+def _warn_of_careless_storage(output: str) -> None:
+    if storage.ignores_create_only(storage.join(output, STAGING)):
+        print(
+            f"warning: {output}: this storage lets a create-only write overwrite: "
+            "never run two jobs into this output at the same time",
+            file=sys.stderr,
+        )
+
+
+def _delete_run(output: str, record: dict[str, Any]) -> None:
+    """Delete what a run left, the record last: killed before, --restart does the rest."""
+    storage.delete_file(storage.join(output, SUCCESS))
+    tables = [str(name) for name in record.get("tables", ())]
+    for name in (*tables, "errors", STAGING, RECEIPTS):
+        if "/" not in name and name not in ("", ".", ".."):
+            storage.delete_folder(storage.join(output, name))
+    storage.delete_file(storage.join(output, RUN))
 
 
 def _json(record: dict[str, Any]) -> bytes:

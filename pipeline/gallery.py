@@ -24,10 +24,10 @@ from pipeline.account import RUN
 from pipeline.errors import CredentialsError, NotFoundError, PipelineError, RowError, UsageError
 from pipeline.prepare import decode_image
 from pipeline.read import plan_shards, read_shard
+from pipeline.receipts import receipts_of
 from pipeline.results import one_line
 from pipeline.search import Hit
 from pipeline.shard import Shard
-from pipeline.write import RECEIPTS, receipt_name
 
 THUMBNAIL_PX = 320  # the longer side
 MOST_THUMBNAILS = 5000  # of a page: about 100 MB
@@ -172,8 +172,7 @@ def read_thumbnails(
 
 def _is_unchanged(output: str, shard: Shard) -> bool:
     """Whether the shard is what the run read: then its receipt has this name."""
-    receipt = receipt_name(shard.name, shard.version)
-    return storage.exists(storage.join(output, RECEIPTS, receipt))
+    return bool(receipts_of(output, shard))
 
 
 def _read_records(shard: Shard, rows: set[int]) -> Iterator[tuple[int, dict[str, Any]]]:

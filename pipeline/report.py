@@ -25,8 +25,8 @@ from pipeline import storage
 from pipeline.errors import RowError
 from pipeline.prepare import decode_image
 from pipeline.read import read_shard
+from pipeline.receipts import stem
 from pipeline.shard import Shard
-from pipeline.write import stem
 
 CELL_PX = 232
 GAP_PX = 16

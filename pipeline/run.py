@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,17 +23,19 @@ import ray.data
 
 from pipeline import errors
 from pipeline.account import Run, close_run
+from pipeline.commit import finish_shard
 from pipeline.config import WorkerOptions
 from pipeline.errors import JobError, PipelineError, StorageError, UsageError
 from pipeline.progress import ProgressDisplay
 from pipeline.retry import DEFAULT_TIMEOUT_S, TIMEOUT_VARIABLE, storage_timeout
 from pipeline.shard import Shard, shard_to_row
-from pipeline.write import finish_shard
 
 # Blocks of the plan. Ray keeps each as an object; beyond this several shards share a task.
 READ_TASKS = 5_000
 # Shards whose parts are being put together at the same time.
 FINISHING_AT_ONCE = 8
+# Rows after which a job may be stopped for too many that failed.
+ERROR_RATE_ROWS = 1_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +180,7 @@ def finish(accounts: ray.data.Dataset, run: Run, *, quiet: bool) -> dict[str, in
     task = ray.remote(num_cpus=0, max_retries=3)(finish_shard)
     open_shards: dict[str, _Open] = {}
     finishing: list[Any] = []
-    receipts: list[dict[str, Any]] = []
+    reasons: Counter[str] = Counter()
 
     def collect(at_most: int) -> None:
         """Take in finished shards until at most so many are still being put together."""
@@ -185,7 +188,6 @@ def finish(accounts: ray.data.Dataset, run: Run, *, quiet: bool) -> dict[str, in
         while len(finishing) > at_most:
             ready, finishing = ray.wait(finishing)
             for receipt in ray.get(ready):
-                receipts.append(receipt)
                 progress.shard(shards[receipt["shard"]].size_bytes)
 
     outputs = sum(table.rows_per_image for name, table in run.tables.items() if name != "images")
@@ -195,6 +197,9 @@ def finish(accounts: ray.data.Dataset, run: Run, *, quiet: bool) -> dict[str, in
             account = open_shards.setdefault(row["shard"], _Open())
             account.add(row)
             progress.rows(row["images"], row["errors"])
+            if row["reason"]:
+                reasons[row["reason"]] += row["errors"]
+                _stop_at_errors(run, progress.images, reasons)
             if account.closes(outputs):
                 shard = shards[row["shard"]]
                 ref = task.remote(run.output, shard, account.fragments, account.total, run.tables)
@@ -202,7 +207,20 @@ def finish(accounts: ray.data.Dataset, run: Run, *, quiet: bool) -> dict[str, in
                 del open_shards[row["shard"]]
                 collect(FINISHING_AT_ONCE)
         collect(0)
-    return close_run(run, receipts, time.monotonic() - started)
+    return close_run(run, time.monotonic() - started)
+
+
+def _stop_at_errors(run: Run, images: int, reasons: Counter[str]) -> None:
+    """Raise JobError when too large a share of the rows failed."""
+    errors = reasons.total()
+    rows = images + errors
+    if rows >= ERROR_RATE_ROWS and errors > run.max_error_rate * rows:
+        often, _ = reasons.most_common(1)[0]
+        raise JobError(
+            f"{errors:,} of the first {rows:,} rows failed, most often with {often}, which is more "
+            f"than --max-error-rate {run.max_error_rate:g} allows: look at {run.output}/errors, "
+            "and raise it if the input is like that"
+        )
 
 
 def _as_pipeline_error(error: BaseException) -> PipelineError:

@@ -88,6 +88,7 @@ _COUNTS = [
     ("images", pa.int64()),  # records that came out well
     ("outputs", pa.int64()),  # rows of the other tables
     ("errors", pa.int64()),  # records that failed; a shard's own failure is not among them
+    ("reason", pa.string()),  # the most frequent one among the errors; "" without any
     ("total", pa.int64()),  # records of the shard, where its end record was seen; -1 elsewhere
 ]
 FRAGMENTS = pa.schema([*_COUNTS, ("tables", pa.large_binary())])  # packed by write.pack_tables

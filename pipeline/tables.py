@@ -6,6 +6,7 @@ The stage between the model and the writer: every record becomes one row of `ima
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -154,17 +155,24 @@ def make_fragments(
         ends = records.filter(pc.equal(records["row"], -1))
         tables = tables_of(records)
         first = next(iter(tables.values()))
+        of_rows = failed.filter(pc.greater_equal(failed["row"], 0))
         rows.append(
             {
                 "shard": shard,
                 "images": len(pc.unique(first["row"])),
                 "outputs": sum(len(t) for name, t in tables.items() if name != "images"),
-                "errors": len(failed.filter(pc.greater_equal(failed["row"], 0))),
+                "errors": len(of_rows),
+                "reason": _most_frequent(of_rows["reason"]),
                 "total": ends["total"][0].as_py() if len(ends) else -1,
                 "tables": pack_tables({**tables, "errors": _errors(failed)}),
             }
         )
     return pa.Table.from_pylist(rows, schema=schema.FRAGMENTS)
+
+
+def _most_frequent(values: pa.ChunkedArray) -> str:
+    """The value that is there most often; "" where there is none."""
+    return max(Counter(values.to_pylist()).items(), key=lambda item: item[1], default=("", 0))[0]
 
 
 def image_rows(images: pa.Table) -> pa.Table:

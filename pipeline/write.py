@@ -1,51 +1,32 @@
-"""Finished rows -> fragments -> one part per shard and table -> a receipt.
+"""Finished rows -> fragments -> one Parquet part per shard and table.
 
 A batch mixes rows of several shards, so a worker writes what it has of each shard as a fragment
 under `_staging/` and hands on an account row. When the accounts of a shard add up to its total,
-`finish_shard` puts its fragments together, each row exactly once and in order, writes the final
-parts whole under names that only the shard decides, and last of all the shard's receipt. A reader
-of `OUTPUT/masks/*.parquet` therefore only ever sees complete parts.
+its fragments are put together (`commit` says when), each row exactly once and in order, and the
+parts are written whole under names that only the shard decides: a reader of
+`OUTPUT/masks/*.parquet` only ever sees complete parts.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import json
-import re
 import uuid
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import schema, storage
 from pipeline.errors import JobError
-from pipeline.shard import Shard
+from pipeline.receipts import stem
 
 STAGING = "_staging"
-RECEIPTS = "_receipts"
 # The file of each table that exists from the start and holds no rows, so that a reader's glob
 # always matches something, even where no row ever failed.
 EMPTY_PART = "_schema.parquet"
 # Rows of a row group: small enough for range reads, large enough to compress.
 ROW_GROUP_ROWS = 10_000
-
-
-def stem(shard: str) -> str:
-    """The file name, without ending, of everything this shard leaves behind.
-
-    The readable part is cut and cleaned, since shard names are whatever the storage holds; the
-    hash makes it unique.
-    """
-    readable = re.sub(r"[^A-Za-z0-9]+", "-", shard).strip("-")[-60:]
-    return f"{readable}-{hashlib.sha256(shard.encode()).hexdigest()[:16]}"
-
-
-def receipt_name(shard: str, version: str) -> str:
-    """The receipt's file name: it changes when the shard's content does."""
-    return f"{stem(shard)}.{hashlib.sha256(version.encode()).hexdigest()[:8]}.json"
 
 
 def pack_tables(tables: dict[str, pa.Table]) -> bytes:
@@ -93,57 +74,19 @@ class WriteFragments:
 
 def write_empty_parts(output: str, tables: dict[str, schema.Table]) -> None:
     """Give every table of a run its part without rows."""
-    for name, columns in _schemas(tables).items():
+    for name, columns in schemas_of(tables).items():
         sink = io.BytesIO()
         # No row group either: Hugging Face datasets stumbles over one that is empty.
         pq.ParquetWriter(sink, columns.with_metadata(_metadata(columns))).close()
         storage.write_bytes(storage.join(output, name, EMPTY_PART), sink.getvalue())
 
 
-def finish_shard(
-    output: str,
-    shard: Shard,
-    fragments: list[str],
-    total: int,
-    tables: dict[str, schema.Table],
-) -> dict[str, Any]:
-    """Assemble a shard's fragments into its parts and write its receipt, which is returned.
-
-    Raises JobError if the fragments do not hold records 0..total-1 exactly once each, as images or
-    as errors, and every image's rows of the other tables; then nothing is written.
-    """
-    found = _assemble(output, fragments, _schemas(tables))
-    # Every table has rows of every image that came out well; `images`, where it is, has one.
-    images, failed = pc.unique(found[next(iter(tables))]["row"]), found["errors"]
-    shard_errors = failed.filter(pc.is_null(failed["row"]))
-    rows = sorted([*images.to_pylist(), *failed["row"].drop_null().to_pylist()])
-    wanted = {name: len(images) * table.rows_per_image for name, table in tables.items()}
-    if rows != list(range(total)) or any(len(found[name]) != n for name, n in wanted.items()):
-        counts = {name: len(table) for name, table in found.items()}
-        raise JobError(f"shard {shard.name}: {total} records read, but {counts} came out")
-    receipt = {
-        "shard": shard.name,
-        "uri": shard.uri,
-        "version": shard.version,
-        "rows_in": total,
-        "rows_ok": len(images),
-        "rows_error": len(failed) - len(shard_errors),
-        "shard_error": next(iter(shard_errors["reason"].to_pylist()), None),
-        "parts": [_write_part(output, name, shard.name, t) for name, t in found.items() if len(t)],
-    }
-    name = receipt_name(shard.name, shard.version)
-    text = json.dumps(receipt, indent=1).encode()
-    storage.write_bytes(storage.join(output, RECEIPTS, name), text)
-    storage.delete_folder(storage.join(output, STAGING, stem(shard.name)))
-    return receipt
-
-
-def _schemas(tables: dict[str, schema.Table]) -> dict[str, pa.Schema]:
+def schemas_of(tables: dict[str, schema.Table]) -> dict[str, pa.Schema]:
     """The schema of every table of a run, the errors' too."""
     return {**{name: table.schema for name, table in tables.items()}, "errors": schema.ERRORS}
 
 
-def _assemble(
+def assemble(
     output: str, fragments: list[str], schemas: dict[str, pa.Schema]
 ) -> dict[str, pa.Table]:
     """All tables of a shard, sorted by row, and by prompt or rank."""
@@ -159,7 +102,7 @@ def _assemble(
     return {name: pa.concat_tables(some).sort_by(order[name]) for name, some in pieces.items()}
 
 
-def _write_part(output: str, name: str, shard: str, table: pa.Table) -> dict[str, Any]:
+def write_part(output: str, name: str, shard: str, table: pa.Table) -> dict[str, Any]:
     """Write one part, whole; returns what the receipt says of it."""
     data = _parquet(table)
     path = f"{name}/{stem(shard)}.parquet"

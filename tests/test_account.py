@@ -12,9 +12,9 @@ import pytest
 from test_write import SHARD, TABLES, images, masks, part, write
 
 from pipeline.account import close_run, open_run
+from pipeline.commit import finish_shard
 from pipeline.config import SegmentConfig, WorkerOptions
 from pipeline.errors import JobError, UsageError
-from pipeline.write import finish_shard
 
 MODEL = {"weights_hash": "abc"}
 OTHER = replace(SHARD, name="c.tar", version="v1")
@@ -41,7 +41,8 @@ def test_every_table_can_be_read_from_the_start(tmp_path: Path) -> None:
 
 def test_the_record_of_a_run_tells_everything(tmp_path: Path) -> None:
     run = open_run(config(tmp_path), [SHARD], model=MODEL, tables=TABLES)
-    counts = close_run(run, [finish(tmp_path)], 2.0)
+    finish(tmp_path)
+    counts = close_run(run, 2.0)
     assert counts == {
         "shards": 1,
         "shards_failed": 0,
@@ -62,9 +63,9 @@ def test_the_record_of_a_run_tells_everything(tmp_path: Path) -> None:
 
 
 def test_success_is_taken_back_while_there_is_more_to_do(tmp_path: Path) -> None:
-    close_run(
-        open_run(config(tmp_path), [SHARD], model=MODEL, tables=TABLES), [finish(tmp_path)], 1.0
-    )
+    run = open_run(config(tmp_path), [SHARD], model=MODEL, tables=TABLES)
+    finish(tmp_path)
+    close_run(run, 1.0)
     open_run(config(tmp_path), [SHARD], model=MODEL, tables=TABLES)
     assert (tmp_path / "_SUCCESS").exists()  # nothing was added
     open_run(config(tmp_path), [SHARD, OTHER], model=MODEL, tables=TABLES)
@@ -77,8 +78,8 @@ def test_a_finished_shard_is_not_done_again(tmp_path: Path) -> None:
     faster = config(tmp_path, workers=WorkerOptions(batch_size=3, actors=2, quiet=True))
     run = open_run(faster, [SHARD, OTHER], model=MODEL, tables=TABLES)
     assert run.todo == [OTHER]
-    receipt = finish(tmp_path, OTHER, rows=0)
-    assert close_run(run, [receipt], 1.0)["images"] == 2
+    finish(tmp_path, OTHER, rows=0)
+    assert close_run(run, 1.0)["images"] == 2
 
 
 def test_a_shard_that_changed_is_done_again(tmp_path: Path) -> None:
@@ -88,7 +89,8 @@ def test_a_shard_that_changed_is_done_again(tmp_path: Path) -> None:
     run = open_run(config(tmp_path), [changed], model=MODEL, tables=TABLES)
     assert run.todo == [changed]
     assert not part(tmp_path, "masks").exists()  # old rows never stand beside new ones
-    assert close_run(run, [finish(tmp_path, changed, rows=3)], 1.0)["images"] == 3
+    finish(tmp_path, changed, rows=3)
+    assert close_run(run, 1.0)["images"] == 3
 
 
 def test_another_run_is_refused_with_the_difference(tmp_path: Path) -> None:
@@ -120,6 +122,7 @@ def test_a_damaged_record_is_refused(tmp_path: Path) -> None:
 
 def test_a_run_without_all_its_shards_is_not_closed(tmp_path: Path) -> None:
     run = open_run(config(tmp_path), [SHARD, OTHER], model=MODEL, tables=TABLES)
+    finish(tmp_path)
     with pytest.raises(JobError, match=r"1 shards were not finished \(c\.tar"):
-        close_run(run, [finish(tmp_path)], 1.0)
+        close_run(run, 1.0)
     assert not (tmp_path / "_SUCCESS").exists()

@@ -22,8 +22,8 @@ from pipeline import storage
 from pipeline.errors import UsageError
 from pipeline.gallery import Images, draw_gallery, open_gallery, read_thumbnails, write_gallery
 from pipeline.plan import plan_shards
+from pipeline.receipts import write_receipt
 from pipeline.search import Hit
-from pipeline.write import RECEIPTS, receipt_name
 
 CHROMIUM = shutil.which("chromium")
 HOSTILE = [
@@ -50,8 +50,7 @@ def write_run(output: str, source: str, **options: Any) -> Images:
     config = {"input": source, "images": {"image_column": None, "max_pixels": 10**6, **options}}
     storage.write_bytes(f"{output}/_run.json", json.dumps({"config": config}).encode())
     for shard in plan_shards(source):
-        name = receipt_name(shard.name, shard.version)
-        storage.write_bytes(f"{output}/{RECEIPTS}/{name}", b"{}")
+        write_receipt(output, shard, {"rows_ok": 1, "rows_error": 0, "shard_error": None})
     return open_gallery(output, 10)
 
 

@@ -17,8 +17,8 @@ from PIL import Image
 from pipeline import schema
 from pipeline.masks import masks_of_image
 from pipeline.read import plan_shards
+from pipeline.receipts import stem
 from pipeline.report import CELL_PX, GAP_PX, MARGIN_PX, Cell, SheetRow, contact_sheet, draw_sheet
-from pipeline.write import stem
 
 HEIGHT, WIDTH = 60, 120
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import schema
+from pipeline.commit import finish_shard
 from pipeline.errors import JobError
+from pipeline.receipts import receipts_of, stem, version_hash
 from pipeline.shard import Shard
-from pipeline.write import (
-    WriteFragments,
-    finish_shard,
-    pack_tables,
-    receipt_name,
-    stem,
-    unpack_tables,
-)
+from pipeline.write import WriteFragments, pack_tables, unpack_tables
 
 TABLES = {"images": schema.Table(schema.IMAGES, 1), "masks": schema.Table(schema.MASKS, 2)}
 SHARD = Shard(name="a/b.tar", uri="/in/a/b.tar", format="tar", size_bytes=1, version="v1")
@@ -58,7 +54,7 @@ def errors(*rows: int | None) -> pa.Table:
 
 def write(output: Path, *fragments: dict[str, pa.Table]) -> list[str]:
     """What WriteFragments leaves in the staging folder; returns the fragments' names."""
-    zeros = {"images": 0, "outputs": 0, "errors": 0, "total": -1}
+    zeros = {"images": 0, "outputs": 0, "errors": 0, "reason": "", "total": -1}
     batch = [{"shard": SHARD.name, **zeros, "tables": pack_tables(f)} for f in fragments]
     table = pa.Table.from_pylist(batch, schema=schema.FRAGMENTS)
     accounts = WriteFragments(str(output))(table)
@@ -94,8 +90,10 @@ def test_a_part_holds_every_row_once_and_in_order(tmp_path: Path) -> None:
     ]
     counts = {"rows_in": 4, "rows_ok": 3, "rows_error": 1, "shard_error": "no_image"}
     assert {k: receipt[k] for k in counts} == counts
-    written = json.loads((tmp_path / "_receipts" / receipt_name("a/b.tar", "v1")).read_text())
+    name = f"{version_hash(SHARD)}.3-1.cut.json"
+    written = json.loads((tmp_path / "_receipts" / stem("a/b.tar") / name).read_text())
     assert written == receipt
+    assert [r.name for r in receipts_of(str(tmp_path), SHARD)] == [name]
     assert not list((tmp_path / "_staging").iterdir())
 
 
@@ -138,4 +136,4 @@ def test_file_names_never_come_from_the_input_as_they_are() -> None:
     stems = [stem(name) for name in names]
     assert len(set(stems)) == len(names)
     assert all(len(s) < 80 and "/" not in s and "." not in s and s.isascii() for s in stems)
-    assert receipt_name("a", "v1") != receipt_name("a", "v2")
+    assert version_hash(SHARD) != version_hash(replace(SHARD, version="v2"))
