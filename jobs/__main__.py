@@ -11,6 +11,8 @@ COMMANDS = {
     "segment": "image shards and prompts -> masks, as Parquet tables",
     "embed": "image shards -> CLIP embeddings, as Parquet tables",
     "classify": "image shards or embeddings, and labels -> the labels that fit best, as tables",
+    "status": "what of a run is done, failed and left",
+    "retry-failed": "run a job again for the shards in which rows failed that may work now",
     "search": "table of embeddings -> the nearest rows to texts and images",
     "duplicates": "table of embeddings -> groups of near-duplicates",
 }
@@ -20,13 +22,13 @@ def main() -> int:
     """Run the job that the first argument names."""
     arguments = sys.argv[1:]
     if arguments and arguments[0] in COMMANDS:
-        job = importlib.import_module(f"jobs.{arguments[0]}")
+        job = importlib.import_module(f"jobs.{arguments[0].replace('-', '_')}")
         return job.main(arguments[1:])
     if arguments == ["--version"]:
         print(f"clipseg-ray {__version__}")
         return 0
     usage = "usage: clipseg-ray COMMAND ...\n\ncommands:\n" + "".join(
-        f"  {name:10} {text}\n" for name, text in COMMANDS.items()
+        f"  {name:12} {text}\n" for name, text in COMMANDS.items()
     )
     if arguments in ([], ["-h"], ["--help"]):
         print(usage)

@@ -4,7 +4,7 @@ The modules in the order of the flow:
 
     errors       every error the pipeline raises, in one tree
     schema       the columns of every table: the contract with readers
-    config, config_classify, config_search
+    config, config_classify, config_search, config_status
                  what a job is asked to do, checked before anything starts
     command      the command line of every job, made from its config
     uri, faults, retry, s3, s3_read, s3_write, storage
@@ -22,7 +22,8 @@ The modules in the order of the flow:
     receipts, write, commit
                  rows -> fragments -> one part per shard and table -> a receipt
     tables       what the model gave -> rows of the output's tables, gathered by shard
-    account      what a run was asked to do, and what of it is done
+    account, status
+                 what a run was asked to do, and what of it is done
     progress     what the terminal shows meanwhile
     run          the one module here that knows Ray: share its CPUs, run the stream, add it up
     vectors, read_embeddings, query, search, results, duplicates

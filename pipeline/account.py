@@ -10,6 +10,7 @@ A run that was stopped is completed by the same command: shards with a receipt a
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import platform
@@ -21,7 +22,7 @@ from typing import Any, ClassVar, Protocol
 from pipeline import __version__, storage
 from pipeline.commit import DECISION
 from pipeline.config import RunOptions
-from pipeline.errors import JobError, NotFoundError, UsageError
+from pipeline.errors import JobError, NotFoundError, StorageError, UsageError
 from pipeline.receipts import RECEIPTS, Receipt, list_receipts, read_receipt, stem, version_hash
 from pipeline.schema import SCHEMA_VERSION, Table
 from pipeline.shard import Shard
@@ -146,7 +147,8 @@ def close_run(run: Run, seconds: float) -> dict[str, int]:
     record |= {"counts": counts, "throughput": last, "removed_shards": removed}
     storage.write_bytes(storage.join(run.output, RUN), _json(record))
     storage.write_bytes(storage.join(run.output, SUCCESS), b"")
-    storage.delete_folder(storage.join(run.output, STAGING))
+    with contextlib.suppress(StorageError):  # another driver may just be adding to it
+        storage.delete_folder(storage.join(run.output, STAGING))
     return counts
 
 

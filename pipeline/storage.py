@@ -12,10 +12,11 @@ import contextlib
 import glob as local_glob
 import io
 import os
+import re
 import shutil
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,9 @@ __all__ = [
     "write_new",
 ]
 
+_FOLDER_GONE_TRIES = 5
+_TEMPORARY = re.compile(r"\..*\.[0-9a-f]{32}\.tmp", re.DOTALL)  # as _beside names them
+
 
 def stat_file(uri: str) -> Stored:
     """Size and version of one file; NotFoundError when there is none (a folder is none)."""
@@ -78,12 +82,15 @@ def is_file(uri: str) -> bool:
 
 
 def is_empty(folder: str) -> bool:
-    """Whether neither files nor folders are in a folder, which need not exist."""
+    """Whether neither files nor folders are in a folder, which need not exist.
+
+    Files that a writer here has not finished, or was killed in, are nothing.
+    """
     if is_s3(folder):
         return s3.is_empty(folder)
     try:
         with storage_errors(folder):
-            return not os.listdir(folder)
+            return all(_TEMPORARY.fullmatch(name) for name in os.listdir(folder))
     except NotFoundError:
         return True
 
@@ -213,9 +220,7 @@ def write_bytes(uri: str, data: bytes) -> None:
     if is_s3(uri):
         put_object(uri, data)
         return
-    with storage_errors(uri), _beside(uri) as temporary:
-        temporary.write_bytes(data)
-        os.replace(temporary, uri)
+    _place(uri, lambda temporary: temporary.write_bytes(data), os.replace)
 
 
 def write_new(uri: str, data: bytes) -> None:
@@ -227,9 +232,7 @@ def write_new(uri: str, data: bytes) -> None:
     if is_s3(uri):
         put_object(uri, data, create=True)
         return
-    with storage_errors(uri), _beside(uri) as temporary:
-        temporary.write_bytes(data)
-        os.link(temporary, uri)
+    _place(uri, lambda temporary: temporary.write_bytes(data), os.link)
 
 
 def ignores_create_only(folder: str) -> bool:
@@ -253,9 +256,7 @@ def put_file(path: str | Path, uri: str) -> None:
     if is_s3(uri):
         put_object(uri, Path(path))
         return
-    with storage_errors(uri), _beside(uri) as temporary:
-        shutil.copyfile(path, temporary)
-        os.replace(temporary, uri)
+    _place(uri, lambda temporary: shutil.copyfile(path, temporary), os.replace)
 
 
 def delete_file(uri: str) -> None:
@@ -276,6 +277,22 @@ def delete_folder(uri: str) -> None:
         return
     with storage_errors(uri), contextlib.suppress(FileNotFoundError):
         shutil.rmtree(uri)
+
+
+def _place(path: str, fill: Callable[[Path], object], publish: Callable[[Path, str], None]) -> None:
+    """Fill a temporary file beside `path`, and publish it there once it is on the disk."""
+    with storage_errors(path):
+        for tries_left in range(_FOLDER_GONE_TRIES, 0, -1):
+            try:
+                with _beside(path) as temporary:
+                    fill(temporary)
+                    with open(temporary, "rb") as file:
+                        os.fsync(file.fileno())  # or a power cut keeps the name and not the bytes
+                    publish(temporary, path)
+                return
+            except FileNotFoundError:  # somebody has just deleted the folder
+                if tries_left == 1:
+                    raise
 
 
 @contextlib.contextmanager

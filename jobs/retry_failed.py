@@ -1,0 +1,55 @@
+"""Make the shards of a run anew in which rows failed that may work another time.
+
+    python -m jobs.retry_failed OUTPUT
+
+`clipseg-ray retry-failed` is the same. The job is run with the configuration that OUTPUT keeps; its
+other shards are not read again. A shard's rows are missing from the tables until they are made.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+from pipeline.command import run_command
+from pipeline.config import EmbedConfig, SegmentConfig
+from pipeline.config_classify import ClassifyConfig
+from pipeline.config_status import RetryConfig, config_from_record
+from pipeline.errors import UsageError
+from pipeline.status import forget_failed, open_output
+
+JOBS: dict[str, type[SegmentConfig | EmbedConfig | ClassifyConfig]] = {
+    "segment": SegmentConfig,
+    "embed": EmbedConfig,
+    "classify": ClassifyConfig,
+}
+
+
+def retry_failed(config: RetryConfig) -> None:
+    """Forget the shards with failures -> run the job again."""
+    output, record = open_output(config.output)
+    name = record.get("fingerprint", {}).get("job")
+    if name not in JOBS:
+        raise UsageError(f"{output}/_run.json: of an unknown job {name!r}")
+    job = config_from_record(JOBS[name], record["config"])
+    if isinstance(job, SegmentConfig):  # the file of the prompts may be gone
+        job = replace(job, prompt=tuple(record["fingerprint"]["prompts"]), prompts=None)
+    job = replace(job, workers=config.workers, run=replace(job.run, restart=False))
+    shards = forget_failed(output, record, every=config.every)
+    if not shards:
+        hint = "" if config.every else "; --all makes those with other failures anew, too"
+        print(f"{output}: no shard has rows that failed and may work another time{hint}")
+        return
+    print(f"{output}: {shards:,} shards are made anew")
+    getattr(importlib.import_module(f"jobs.{name}"), name)(job)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    return run_command(RetryConfig, retry_failed, "clipseg-ray retry-failed", argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

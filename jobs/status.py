@@ -1,0 +1,29 @@
+"""Tell what of a run is done, failed and left.
+
+    python -m jobs.status OUTPUT
+
+`clipseg-ray status` is the same. Reads OUTPUT alone, while the job runs or afterwards, without Ray.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from pipeline.command import run_command
+from pipeline.config_status import StatusConfig
+from pipeline.status import describe, open_output
+
+
+def status(config: StatusConfig) -> None:
+    """Print where the run stands."""
+    print(describe(*open_output(config.output)))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    return run_command(StatusConfig, status, "clipseg-ray status", argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""What a run tells of itself, and which of its shards are made anew on request."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from PIL import Image
+from shards import make_tar
+from test_commit import PLAN, TABLES, drive, write_fragments
+from test_write import rows_of
+
+from jobs import retry_failed, segment, status
+from pipeline import schema
+from pipeline.account import open_run
+from pipeline.commit import finish_shard
+from pipeline.config import SegmentConfig, WorkerOptions
+from pipeline.config_status import config_from_record
+from pipeline.errors import UsageError
+from pipeline.write import WriteFragments, pack_tables
+
+MODEL = Path(__file__).parent.parent / "pipeline" / "demo" / "model"
+
+
+def begin(output: str) -> None:
+    """A run of two shards of which one is finished."""
+    config = SegmentConfig(input="in", output=output, prompt=("x", "y"))
+    open_run(config, PLAN, model={"weights_hash": "abc"}, tables=TABLES)
+    finish_shard(output, PLAN[0], write_fragments(output, PLAN[0]), 4, TABLES)
+
+
+def test_status_of_a_run_that_stopped(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    begin(folder)
+    assert status.main([folder]) == 0
+    said = capsys.readouterr().out
+    assert "segment, not complete: the same command again does the rest" in said
+    assert "1 done, 1 left of 2" in said
+    assert "3 came out well, 1 failed" in said
+    assert "no_image: 1" in said
+    drive(folder)
+    assert status.main([folder]) == 0
+    assert "segment, complete" in capsys.readouterr().out
+
+
+def test_status_needs_neither_ray_nor_torch(tmp_path: Path) -> None:
+    begin(str(tmp_path))
+    code = (
+        "import sys; sys.modules['ray'] = sys.modules['torch'] = None\n"
+        f"from jobs import status; sys.exit(status.main([{str(tmp_path)!r}]))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.parametrize("job", [status, retry_failed])
+def test_what_is_no_run_is_refused(job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert job.main([str(tmp_path)]) == 2
+    assert "no _run.json there" in capsys.readouterr().err
+    (tmp_path / "_run.json").write_text("[]")
+    assert job.main([str(tmp_path)]) == 2
+    assert "not the record of a run" in capsys.readouterr().err
+
+
+def test_nothing_is_forgotten_where_another_time_changes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drive(str(tmp_path))
+    before = sorted(tmp_path.rglob("*"))
+    assert retry_failed.main([str(tmp_path)]) == 0
+    assert "--all makes those with other failures anew" in capsys.readouterr().out
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_config_comes_back_from_its_record() -> None:
+    config = SegmentConfig(
+        input="in", output="out", prompt=("x",), workers=WorkerOptions(actors=2, quiet=True)
+    )
+    from dataclasses import asdict
+
+    assert config_from_record(SegmentConfig, asdict(config)) == config
+    with pytest.raises(UsageError, match="another version"):
+        config_from_record(SegmentConfig, {"prompt": ["x"]})
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_failed_shards_are_made_anew_and_others_are_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A shard whose rows failed for a passing reason; the run then looks as without the fault."""
+    source, output = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    picture = io.BytesIO()
+    Image.new("RGB", (40, 30), (0, 0, 255)).save(picture, "PNG")
+    for name in ("a.tar", "b.tar"):
+        (source / name).write_bytes(make_tar([("0.png", picture.getvalue())]))
+    arguments = [str(source), str(output), "--model", str(MODEL), "--prompt", "blue", "--quiet"]
+    assert segment.main(arguments) == 0
+    wanted = {path.name: path.read_bytes() for path in output.glob("masks/a-*.parquet")}
+    others = {path: path.stat().st_mtime_ns for path in output.glob("*/b-*.parquet")}
+    make_failed(output, source)
+    (tmp_path / "prompts.txt").unlink(missing_ok=True)
+    assert status.main([str(output)]) == 0
+    assert f"1 may work another time: clipseg-ray retry-failed {output}" in capsys.readouterr().out
+    assert retry_failed.main([str(output), "--quiet"]) == 0
+    assert "1 shards are made anew" in capsys.readouterr().out
+    assert {p.name: p.read_bytes() for p in output.glob("masks/a-*.parquet")} == wanted
+    assert {path: path.stat().st_mtime_ns for path in output.glob("*/b-*.parquet")} == others
+    assert not list(output.glob("errors/a-*.parquet"))
+    assert (output / "_SUCCESS").exists()
+
+
+def make_failed(output: Path, source: Path) -> None:
+    """Put the shard a.tar where a storage that failed would have left it."""
+    from pipeline.account import discard_shard
+    from pipeline.read import plan_shards
+    from pipeline.receipts import stem
+
+    shard = plan_shards(str(source))[0]
+    discard_shard(str(output), stem(shard.name), ["images", "masks"])
+    failed = rows_of(
+        "errors", {"shard": "a.tar", "row": 0, "reason": "file_unreadable", "retryable": True}
+    )
+    counts = {"images": 0, "outputs": 0, "errors": 1, "reason": "", "total": 1}
+    batch = [{"shard": "a.tar", **counts, "tables": pack_tables({"errors": failed})}]
+    names = WriteFragments(str(output))(pa.Table.from_pylist(batch, schema=schema.FRAGMENTS))
+    finish_shard(str(output), shard, names["fragment"].to_pylist(), 1, TABLES)
