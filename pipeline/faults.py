@@ -1,7 +1,7 @@
 """What the layers below storage raise, sorted into the branches of StorageError.
 
-The one place where faults of botocore and the operating system get their name and their one line,
-which holds the URI and nothing secret. What is tried again is decided in `retry`.
+The one place where faults of aiohttp, botocore and the operating system get their name and their
+one line, which holds the URI and nothing secret. What is tried again is decided in `retry`.
 """
 
 from __future__ import annotations
@@ -67,10 +67,14 @@ def storage_errors(uri: str) -> Iterator[None]:
 def _faults(uri: str) -> tuple[type[Exception], ...]:
     if not is_s3(uri):
         return (OSError,)
+    import asyncio
+
+    import aiohttp
     from botocore.exceptions import BotoCoreError, ClientError
     from botocore.parsers import ResponseParserError
 
-    return (OSError, BotoCoreError, ClientError, ResponseParserError)
+    of_aio = (aiohttp.ClientError, asyncio.TimeoutError)
+    return (OSError, BotoCoreError, ClientError, ResponseParserError, *of_aio)
 
 
 def sort_fault(uri: str, error: Exception) -> StorageError:
@@ -113,6 +117,9 @@ def sort_code(uri: str, code: str, status: int = 200) -> StorageError:
 
 def _sort_broken_answer(uri: str, error: Exception, kind: str) -> StorageError:
     """For what is no answer of S3 at all: no connection, none in time, or one that breaks off."""
+    import asyncio
+
+    import aiohttp
     from botocore.exceptions import (
         ConnectionError,
         FlexibleChecksumError,
@@ -125,6 +132,8 @@ def _sort_broken_answer(uri: str, error: Exception, kind: str) -> StorageError:
     if isinstance(error, SSLError) and "CERTIFICATE_VERIFY_FAILED" in str(error):
         return StorageError(f"{uri}: the storage's certificate cannot be verified")
     passing = (
+        aiohttp.ClientError,
+        asyncio.TimeoutError,
         ConnectionError,
         FlexibleChecksumError,
         HTTPClientError,

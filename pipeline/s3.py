@@ -1,6 +1,7 @@
-"""S3 through botocore: find and delete objects; `s3_read` and `s3_write` do what their names say.
+"""S3 through s3fs: find and delete objects; `s3_read` and `s3_write` do what their names say.
 
-botocore's own retries are off: `retry.persist` is the only layer that sends a request again.
+Requests go to the client inside s3fs, past its own retries and with those of botocore off:
+`retry.persist` is the only layer that sends a request again.
 Everything here is one request, or pages that are requests of their own: what has arrived before a
 fault is kept.
 """
@@ -12,7 +13,7 @@ import fnmatch
 import functools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from pipeline.errors import NotFoundError
@@ -29,23 +30,67 @@ _PARTS = re.compile(
 )
 
 
-def client() -> Any:
-    """The botocore client of this process, shared by its threads."""
+def client() -> _Client:
+    """The client of this process, shared by its threads."""
     return _client_of(os.getpid(), patience_s())
 
 
 @functools.lru_cache(maxsize=4)
-def _client_of(pid: int, patience_s: float) -> Any:
-    import botocore.config  # 0.2 s, and local runs need none of it
-    import botocore.session
+def _client_of(pid: int, patience_s: float) -> _Client:
+    return _Client(patience_s)
 
-    config = botocore.config.Config(
-        retries={"total_max_attempts": 1},
-        connect_timeout=patience_s,
-        read_timeout=patience_s,  # for each read of the socket: a slow body is not cut
-        max_pool_connections=_CONNECTIONS,
-    )
-    return botocore.session.Session().create_client("s3", config=config)
+
+class _Client:
+    """The S3 client of s3fs, whose methods are coroutines, called from threads.
+
+    Methods and parameters are botocore's (get_object, put_object, ...). The loop that they run on
+    is that of fsspec.
+    """
+
+    def __init__(self, patience_s: float):
+        import s3fs  # 0.5 s, and local runs need none of it
+
+        self._files = s3fs.S3FileSystem(
+            anon=False,
+            use_listings_cache=False,
+            skip_instance_cache=True,
+            config_kwargs={
+                "retries": {"total_max_attempts": 1},
+                "connect_timeout": patience_s,
+                "read_timeout": patience_s,  # for each read of the socket: a slow body is not cut
+                "max_pool_connections": _CONNECTIONS,
+            },
+        )
+
+    def __getattr__(self, method: str) -> Callable[..., dict[str, Any]]:
+        from fsspec.asyn import sync
+
+        loop = self._files.loop
+
+        def request(**parameters: Any) -> dict[str, Any]:
+            answer = sync(loop, getattr(self._files.s3, method), **parameters)
+            if "Body" in answer:
+                answer["Body"] = _Body(answer["Body"], loop)
+            return answer
+
+        return request
+
+
+class _Body:
+    """The content of an object while it arrives; close it."""
+
+    def __init__(self, stream: Any, loop: Any):
+        self._stream, self._loop = stream, loop
+
+    def read(self, size: int) -> bytes:
+        """At most `size` bytes; none at the end."""
+        from fsspec.asyn import sync
+
+        data: bytes = sync(self._loop, self._stream.read, size)
+        return data
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._stream.close)
 
 
 def split(uri: str) -> tuple[str, str]:

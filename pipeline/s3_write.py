@@ -2,7 +2,7 @@
 
 A reply can be lost after the write has happened. Writing once more is harmless, except where a
 file must not exist yet: there the second attempt is refused because of the first. So after a
-refusal that follows a failed attempt, what is stored is compared with what was to be written.
+refusal what is stored is compared with what was to be written.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from typing import Any
 
 from pipeline.errors import ChangedError, NotFoundError, StorageError
 from pipeline.faults import storage_errors
-from pipeline.retry import persist
-from pipeline.s3 import client, request, split, stat_object
+from pipeline.s3 import request, split, stat_object
 from pipeline.s3_read import read_range
 
 PART_BYTES = 32 * 2**20  # of an upload in parts, which begins at two of them
@@ -29,8 +28,8 @@ _ABORT_TIMEOUT_S = 5.0  # the upload has failed already: nobody should wait long
 def put_object(uri: str, source: bytes | Path, *, create: bool = False) -> None:
     """Writes bytes or a local file. With `create`, FileExistsError if there is an object already.
 
-    Equal bytes that another writer stored pass for ours after a lost reply: whoever needs to know
-    which of several writers won puts a name of its own into the bytes.
+    Equal bytes that another writer stored pass for ours, since the reply to ours may have been lost:
+    whoever needs to know which of several writers won puts a name of its own into the bytes.
     """
     size = _size(source)
     kind, _ = mimetypes.guess_type(uri)
@@ -78,18 +77,11 @@ def _put_parts(
 
 def _finish(uri: str, method: str, source: bytes | Path, create: bool, **parameters: Any) -> None:
     """The request that makes the object appear."""
-    bucket, _ = split(uri)
-    tries = 0
-
-    def send() -> None:
-        nonlocal tries
-        tries += 1
-        getattr(client(), method)(Bucket=bucket, **parameters)
-
     try:
-        persist(uri, send)
+        request(uri, method, **parameters)
     except (ChangedError, NotFoundError) as error:  # it exists; or the upload is over already
-        if tries > 1 and _is_stored(uri, source):
+        # Perhaps by ourselves, and the answer was lost: aiohttp, too, sends a PUT again then.
+        if _is_stored(uri, source):
             return
         if create and isinstance(error, ChangedError):
             raise FileExistsError(uri) from error

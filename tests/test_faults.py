@@ -191,7 +191,8 @@ def test_a_body_that_stops_midway_is_asked_for_from_there(
         assert storage.read_bytes(f"{folder}/x") == data
         first, second = [r.headers["range"] for r in proxy.requests]
         assert first.startswith("bytes=0-")
-        assert second.startswith(f"bytes={2 * MIB}-")
+        # What lay in a buffer when the connection broke may be asked for again.
+        assert 0 < int(second.removeprefix("bytes=").partition("-")[0]) <= 2 * MIB
 
 
 def test_a_slow_body_is_not_cut(proxy: FaultProxy, folder: str, monkeypatch: pytest.MonkeyPatch):
