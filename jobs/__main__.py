@@ -10,6 +10,7 @@ from pipeline import __version__
 COMMANDS = {
     "segment": "image shards and prompts -> masks, as Parquet tables",
     "embed": "image shards -> CLIP embeddings, as Parquet tables",
+    "index": "table of embeddings -> a vector index, for faster searches",
     "search": "table of embeddings -> the nearest rows to texts and images",
     "duplicates": "table of embeddings -> groups of near-duplicates",
 }

@@ -134,6 +134,12 @@ def close_run(run: Run, receipts: list[dict[str, Any]], seconds: float) -> dict[
     return counts
 
 
+def is_unfinished(output: str) -> bool:
+    """Whether the folder holds a run that has not closed: rows of its tables may be missing."""
+    has_run = storage.exists(storage.join(output, RUN))
+    return has_run and not storage.exists(storage.join(output, SUCCESS))
+
+
 def count(receipts: list[dict[str, Any]], tables: Iterable[str]) -> dict[str, int]:
     """Sums over receipts: shards, shards cut short, rows in, ok and error, and rows of tables."""
     rows: Counter[str] = Counter()
