@@ -13,6 +13,7 @@ COMMANDS = {
     "classify": "image shards or embeddings, and labels -> the labels that fit best, as tables",
     "status": "what of a run is done, failed and left",
     "retry-failed": "run a job again for the shards in which rows failed that may work now",
+    "index": "table of embeddings -> a vector index, for faster searches",
     "search": "table of embeddings -> the nearest rows to texts and images",
     "duplicates": "table of embeddings -> groups of near-duplicates",
 }

@@ -29,7 +29,6 @@ from pipeline.prepare import PrepareImages
 from pipeline.read import plan_shards, read_batches
 from pipeline.read_embeddings import (
     ReadEmbeddings,
-    is_finished,
     open_embeddings,
     plan_embeddings,
 )
@@ -107,7 +106,7 @@ def open_for_table(table: EmbeddingTable, config: ClassifyConfig) -> Classifier:
             f"{checkpoint.name}: its head classifies images, and {table.uri} holds embeddings"
         )
     check_weights(table, checkpoint.name, checkpoint.weights_hash)
-    if not is_finished(table):
+    if table.unfinished:
         print(
             f"clipseg-ray classify: {table.output}: its run is not finished; "
             "what it has so far is classified, and the same command later adds the rest",
@@ -118,7 +117,7 @@ def open_for_table(table: EmbeddingTable, config: ClassifyConfig) -> Classifier:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    return run_command(ClassifyConfig, classify, "clipseg-ray classify", argv)
+    return run_command(ClassifyConfig, classify, "clipseg-ray classify", argv, resumes=True)
 
 
 if __name__ == "__main__":

@@ -17,12 +17,13 @@ from pipeline.command import run_command
 from pipeline.config_search import DuplicatesConfig
 from pipeline.duplicates import DUPLICATES, find_duplicates
 from pipeline.results import show_groups, write_parquet
-from pipeline.vectors import open_table
+from pipeline.vectors import open_table, warn_of_missing_rows
 
 
 def duplicates(config: DuplicatesConfig) -> None:
     """Open the table -> compare blocks of rows -> groups -> show, Parquet."""
     table = open_table(config.embeddings)
+    warn_of_missing_rows(table)
     console = Console(stderr=True)
     hidden = config.quiet or not console.is_terminal
     with Progress(console=console, transient=True, disable=hidden) as progress:

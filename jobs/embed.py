@@ -59,7 +59,7 @@ def embed(config: EmbedConfig) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    return run_command(EmbedConfig, embed, "clipseg-ray embed", argv)
+    return run_command(EmbedConfig, embed, "clipseg-ray embed", argv, resumes=True)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def retry_failed(config: RetryConfig) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    return run_command(RetryConfig, retry_failed, "clipseg-ray retry-failed", argv)
+    return run_command(RetryConfig, retry_failed, "clipseg-ray retry-failed", argv, resumes=True)
 
 
 if __name__ == "__main__":

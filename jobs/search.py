@@ -2,8 +2,9 @@
 
     python -m jobs.search EMBEDDINGS --text "a red bicycle" --top 20 --gallery found.html
 
-where EMBEDDINGS is the output of `clipseg-ray embed`. Texts and images together are one query:
-`--text "a street" --image photo.jpg --minus cars`; `--queries FILE` answers many in one pass.
+where EMBEDDINGS is the output of `clipseg-ray embed`, or of `clipseg-ray index`. Texts and images
+together are one query: `--text "a street" --image photo.jpg --minus cars`; `--queries FILE` answers
+many in one pass.
 
 `clipseg-ray search` is the same. A table is searched in this process; a large one by Ray tasks,
 on the cluster that RAY_ADDRESS names or on this machine.
@@ -23,11 +24,12 @@ from rich.progress import track
 from pipeline.command import run_command
 from pipeline.config_search import SearchConfig
 from pipeline.gallery import open_gallery, write_gallery
+from pipeline.index import is_index, open_index, search_index
 from pipeline.query import encode_queries, queries_of
 from pipeline.results import RESULTS, results_table, show_results, write_parquet
 from pipeline.search import ExactSearch, Hit, search_files
 from pipeline.storage import Stored
-from pipeline.vectors import EmbeddingTable, open_table
+from pipeline.vectors import EmbeddingTable, open_table, warn_of_missing_rows
 
 # Smaller tables are searched sooner than Ray starts: a core reads about 0.5 GB/s.
 RAY_FROM_BYTES = 2 * 2**30
@@ -37,17 +39,18 @@ T = TypeVar("T")
 
 
 def search(config: SearchConfig) -> None:
-    """Open the table -> encode the queries -> compare with every row -> show, Parquet, gallery."""
-    table = open_table(config.embeddings, config.column)
+    """Open the table -> encode the queries -> find the nearest rows -> show, Parquet, gallery."""
+    index = open_index(config.embeddings, config.column) if is_index(config.embeddings) else None
+    table = index.table if index else open_table(config.embeddings, config.column)
+    warn_of_missing_rows(table)
     queries = queries_of(config)
     names = [query.name for query in queries]
     images = open_gallery(table.output, len(queries) * config.top) if config.gallery else None
     vectors = encode_queries(queries, table, config.model)
-    if len(table.files) > 1 and sum(file.size_bytes for file in table.files) >= RAY_FROM_BYTES:
-        hits = search_on_ray(table, vectors, config.top, quiet=config.quiet)
+    if index:
+        hits = search_index(index, vectors, config.top)
     else:
-        files = _track(table.files, len(table.files), config.quiet)
-        hits = search_files(table, files, vectors, config.top)
+        hits = search_exactly(table, vectors, config.top, quiet=config.quiet)
     results = results_table(names, hits)
     if not config.quiet:
         show_results(results)
@@ -58,6 +61,15 @@ def search(config: SearchConfig) -> None:
     for file in (config.output, config.gallery):
         if file and not config.quiet:
             print(f"  {file}")
+
+
+def search_exactly(
+    table: EmbeddingTable, queries: np.ndarray, top: int, *, quiet: bool = True
+) -> list[list[Hit]]:
+    """As search_files over all parts of a table: in this process, or a large one by Ray tasks."""
+    if len(table.files) > 1 and sum(file.size_bytes for file in table.files) >= RAY_FROM_BYTES:
+        return search_on_ray(table, queries, top, quiet=quiet)
+    return search_files(table, _track(table.files, len(table.files), quiet), queries, top)
 
 
 def search_on_ray(

@@ -61,7 +61,7 @@ def segment(config: SegmentConfig) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    return run_command(SegmentConfig, segment, "clipseg-ray segment", argv)
+    return run_command(SegmentConfig, segment, "clipseg-ray segment", argv, resumes=True)
 
 
 if __name__ == "__main__":

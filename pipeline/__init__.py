@@ -26,7 +26,7 @@ The modules in the order of the flow:
                  what a run was asked to do, and what of it is done
     progress     what the terminal shows meanwhile
     run          the one module here that knows Ray: share its CPUs, run the stream, add it up
-    vectors, read_embeddings, query, search, results, duplicates
+    vectors, read_embeddings, query, search, index, recall, results, duplicates
                  what is done with a finished table of embeddings
     report, gallery
                  finished tables -> a picture, a page

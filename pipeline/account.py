@@ -152,6 +152,12 @@ def close_run(run: Run, seconds: float) -> dict[str, int]:
     return counts
 
 
+def is_unfinished(output: str) -> bool:
+    """Whether the folder holds a run that has not closed: rows of its tables may be missing."""
+    has_run = storage.exists(storage.join(output, RUN))
+    return has_run and not storage.exists(storage.join(output, SUCCESS))
+
+
 def count(receipts: list[Receipt], tables: dict[str, Table]) -> dict[str, int]:
     """Sums over receipts: shards, shards cut short, rows in, ok and error, and rows of tables."""
     ok, error = sum(r.ok for r in receipts), sum(r.error for r in receipts)

@@ -22,9 +22,17 @@ Config = TypeVar("Config")
 
 
 def run_command(
-    config: type[Config], job: Callable[[Config], None], prog: str, argv: Sequence[str] | None
+    config: type[Config],
+    job: Callable[[Config], None],
+    prog: str,
+    argv: Sequence[str] | None,
+    *,
+    resumes: bool = False,
 ) -> int:
-    """Build `config` from `argv` (default: the process's own), run `job`, return the exit code."""
+    """Build `config` from `argv` (default: the process's own), run `job`, return the exit code.
+
+    `resumes` says that a job which was interrupted is continued where it was, not begun anew.
+    """
     try:
         job(_parse(config, prog, argv))
     except UsageError as error:
@@ -34,7 +42,8 @@ def run_command(
     except BrokenPipeError:  # who read our output, `head` for one, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        return _say(prog, "interrupted; the same command again completes the run", 130)
+        hint = "; the same command again completes the run" if resumes else ""
+        return _say(prog, f"interrupted{hint}", 130)
     return 0
 
 

@@ -14,11 +14,37 @@ _Embeddings = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="EMBEDD
 
 
 @dataclass(frozen=True, kw_only=True)
+class IndexConfig:
+    """Build a vector index of a table of embeddings; `clipseg-ray search DEST` then uses it."""
+
+    embeddings: _Embeddings
+    """A run's OUTPUT folder, or the folder embeddings/ in it; local or s3://."""
+
+    dest: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DEST")]
+    """Folder of the index; local or s3://."""
+
+    column: Literal["vector", "text_vector"] = "vector"
+    """Index the embeddings of the images, or those of their texts."""
+
+    overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Build the index in DEST anew, if there is one."""
+
+    recall: Annotated[int, tyro.conf.arg(metavar="N")] = 0
+    """Then search for N rows of the table, by the index and exactly, and print recall@10, the
+    share of the ten nearest other rows that the index finds, and the time of a query by each."""
+
+    def __post_init__(self) -> None:
+        if self.recall < 0:
+            raise UsageError(f"--recall {self.recall}: must be at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SearchConfig:
     """Find the rows of a table of embeddings that are nearest to texts and images, by cosine."""
 
     embeddings: _Embeddings
-    """A run's OUTPUT folder, or the folder embeddings/ in it; local or s3://."""
+    """A run's OUTPUT folder, or the folder embeddings/ in it, or the DEST of clipseg-ray index;
+    local or s3://."""
 
     text: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """What to look for, in words. Texts and images given several times are added into one query;

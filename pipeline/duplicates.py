@@ -1,7 +1,9 @@
 """Near-duplicates in a table of embeddings: what hangs together by pairs of a large cosine.
 
 All pairs are compared, a block of rows with a tile of rows at a time, so the N x N matrix never
-exists. What stays in memory for each row of the table is one integer: the row it hangs on.
+exists. As many rows are held as HELD_BYTES has room for, while the rest of the table passes by: a
+table that fits is read once. What stays for each row of any table is one integer: the row it
+hangs on.
 
 Shapes: N rows of the table, I rows of a block, J of a tile, D dimension.
 """
@@ -23,8 +25,9 @@ from pipeline.vectors import (
     read_vectors,
 )
 
-BLOCK_ROWS = 16384  # held while the rest of the table passes by: 32 MB at 512 dimensions
-TILE_ROWS = 256  # 16 MB of cosines with such a block
+HELD_BYTES = 2**30  # of float32 vectors: half a million rows at 512 dimensions
+BLOCK_ROWS = 16384  # of those, compared at once with
+TILE_ROWS = 256  # rows that pass by: 16 MB of cosines
 BATCH_ROWS = 8192
 # Of the groups that are gathered in one pass over the table: 64 MB of first members, and their ids.
 GROUPS_AT_ONCE = 2**15
@@ -136,48 +139,59 @@ def find_duplicates(
     table: EmbeddingTable,
     cosine: float,
     *,
+    held_bytes: int = HELD_BYTES,
     block_rows: int = BLOCK_ROWS,
     tile_rows: int = TILE_ROWS,
     on_progress: Callable[[float], None] = lambda share: None,
 ) -> Duplicates:
     """The groups of rows that pairs of at least this cosine join, whatever the sizes of the blocks.
 
-    Takes N^2 / 2 products of D terms, and reads the table N / `block_rows` times. A vector that is
-    zero or not finite is in no group. `on_progress` is called with the share of the work done.
-    Raises UsageError, JobError, StorageError as read_vectors.
+    Takes N^2 / 2 products of D terms, and reads the table N D 4 / `held_bytes` times, rounded up;
+    each time the rows that were held before are left out. A vector that is zero or not finite is
+    in no group. `on_progress` is called with the share of the work done. Raises UsageError,
+    JobError, StorageError as read_vectors.
     """
     ends = list(accumulate(count_rows(file) for file in table.files))
-    forest = Forest(ends[-1])
-    for start in range(0, ends[-1], block_rows):
-        block = _read_block(table, ends, start, block_rows)
-        numbers = np.arange(start, start + len(block))
-        batches = _read_rows(table, ends, start=start, batch_rows=block_rows, ids=False)
+    rows, pairs = ends[-1], 0
+    forest = Forest(rows)
+    held_rows = max(1, held_bytes // (4 * table.dimension))
+    for start in range(0, rows, held_rows):
+        held = np.empty((min(held_rows, rows - start), table.dimension), np.float32)
+        batches = _read_rows(table, ends, start=start, batch_rows=BATCH_ROWS, ids=False)
         for offset, batch in batches:
-            for first in range(0, len(batch.matrix), tile_rows):
-                tile = normalize(batch.matrix[first : first + tile_rows])
-                others = np.arange(offset + first, offset + first + len(tile))
-                _join_near(forest, numbers, others, block @ tile.T >= cosine - ROUNDING)
-        left = max(0, ends[-1] - start - block_rows) / ends[-1]
-        on_progress(1 - left**2)
-    return Duplicates(table, ends, forest.roots(np.arange(ends[-1])))
+            passing, end = normalize(batch.matrix), offset - start + len(batch.matrix)
+            if (room := len(held) - (offset - start)) > 0:
+                held[offset - start : end] = passing[:room]
+            known = held[:end]  # with the rows that pass by, as far as they are held
+            for i in range(0, len(known), block_rows):
+                block = known[i : i + block_rows]
+                _join_near(forest, start + i, block, offset, passing, cosine, tile_rows)
+            pairs += len(known) * len(passing)
+            on_progress(min(1.0, pairs / (rows * rows / 2)))
+    return Duplicates(table, ends, forest.roots(np.arange(rows)))
 
 
-def _join_near(forest: Forest, rows: np.ndarray, others: np.ndarray, near: np.ndarray) -> None:
-    """Join the pairs that are marked in `near`, bool (I, J)."""
-    i, j = np.nonzero(near)
-    a, b = forest.roots(rows)[i], forest.roots(others)[j]
-    apart = a != b  # few, once a large group hangs together
-    forest.join(a[apart], b[apart])
+def _join_near(
+    forest: Forest,
+    start: int,
+    block: np.ndarray,
+    offset: int,
+    passing: np.ndarray,
+    cosine: float,
+    tile_rows: int,
+) -> None:
+    """Join the pairs of a block (I, D) and rows that pass by (B, D), a tile at a time.
 
-
-def _read_block(table: EmbeddingTable, ends: list[int], start: int, count: int) -> np.ndarray:
-    """The normalised rows start..start+count-1, (I, D); fewer at the end of the table."""
-    pieces: list[np.ndarray] = []
-    for offset, batch in _read_rows(table, ends, start=start, batch_rows=count, ids=False):
-        pieces.append(normalize(batch.matrix[: start + count - offset]))
-        if offset + len(batch.matrix) >= start + count:
-            break
-    return np.concatenate(pieces)
+    `start` and `offset` are the numbers of their first rows.
+    """
+    rows = np.arange(start, start + len(block))
+    for first in range(0, len(passing), tile_rows):
+        tile = passing[first : first + tile_rows]
+        others = np.arange(offset + first, offset + first + len(tile))
+        i, j = np.nonzero(block @ tile.T >= cosine - ROUNDING)
+        a, b = forest.roots(rows)[i], forest.roots(others)[j]
+        apart = a != b  # few, once a large group hangs together
+        forest.join(a[apart], b[apart])
 
 
 def _read_rows(

@@ -17,7 +17,6 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline import storage
-from pipeline.account import RUN, SUCCESS
 from pipeline.errors import (
     CredentialsError,
     JobError,
@@ -62,12 +61,6 @@ def open_embeddings(source: str) -> EmbeddingTable | None:
     except RowError:
         return None  # damaged, so who reads it as images says what is wrong with it
     return open_table(source) if b"clipseg_ray.dimension" in (metadata or {}) else None
-
-
-def is_finished(table: EmbeddingTable) -> bool:
-    """Whether the run that makes a table is complete; True where no run is beside it."""
-    success, run = (storage.join(table.output, name) for name in (SUCCESS, RUN))
-    return storage.exists(success) or not storage.exists(run)
 
 
 def plan_embeddings(table: EmbeddingTable) -> list[Shard]:

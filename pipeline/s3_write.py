@@ -28,8 +28,8 @@ _ABORT_TIMEOUT_S = 5.0  # the upload has failed already: nobody should wait long
 def put_object(uri: str, source: bytes | Path, *, create: bool = False) -> None:
     """Writes bytes or a local file. With `create`, FileExistsError if there is an object already.
 
-    Equal bytes that another writer stored pass for ours, since the reply to ours may have been lost:
-    whoever needs to know which of several writers won puts a name of its own into the bytes.
+    Equal bytes that another writer stored pass for ours, since the reply to ours may have been
+    lost: whoever needs to know which of several writers won puts a name of its own into the bytes.
     """
     size = _size(source)
     kind, _ = mimetypes.guess_type(uri)

@@ -12,6 +12,7 @@ Shapes: B rows of a batch, D dimension.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
+from pipeline.account import is_unfinished
 from pipeline.errors import JobError, UsageError
 from pipeline.storage import Stored
 from pipeline.write import EMPTY_PART
@@ -45,6 +47,10 @@ class EmbeddingTable:
     """Name of the model, as the user who made the table gave it."""
     weights_hash: str
     dimension: int
+    normalized: bool
+    """Whether the vectors were written with length 1."""
+    unfinished: bool
+    """Whether the run that made it had not closed when it was opened: rows may be missing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,14 +80,17 @@ def open_table(source: str, column: str = "vector") -> EmbeddingTable:
         raise UsageError(f"{source}: the table of embeddings has no rows (yet)")
     with open_part(files[0]) as parquet:
         found = _read_metadata(parquet.schema_arrow, files[0].uri, column)
+    output = storage.parent(folder)
     return EmbeddingTable(
         uri=folder,
-        output=storage.parent(folder),
+        output=output,
         column=column,
         files=tuple(files),
         model=found["model"],
         weights_hash=found["weights_hash"],
         dimension=int(found["dimension"]),
+        normalized=found["normalized"] == "true",
+        unfinished=is_unfinished(output),
     )
 
 
@@ -102,6 +111,16 @@ def check_weights(table: EmbeddingTable, model: str, weights_hash: str) -> None:
             f"the table is of the model {table.model} with the weights {table.weights_hash[:16]}, "
             f"but {model} has the weights {weights_hash[:16]}: "
             "vectors of different models cannot be compared"
+        )
+
+
+def warn_of_missing_rows(table: EmbeddingTable) -> None:
+    """One line on stderr where the table is of a run that is not finished."""
+    if table.unfinished:
+        print(
+            f"clipseg-ray: warning: the run in {table.output} was not finished, so rows are "
+            "missing; the command that made it completes it",
+            file=sys.stderr,
         )
 
 
@@ -190,7 +209,7 @@ def _read_metadata(schema: pa.Schema, uri: str, column: str) -> dict[str, str]:
     kind, size = schema.field(index).type, int(found["dimension"])
     if not pa.types.is_fixed_size_list(kind) or kind.list_size != size or not _is_float(kind):
         raise UsageError(f"{uri}: {column} is {kind}, not a list of {size} float32 or float16")
-    return found
+    return found | {"normalized": metadata.get("clipseg_ray.normalized", "")}
 
 
 def _is_float(kind: pa.FixedSizeListType) -> bool:

@@ -13,7 +13,7 @@ from embeddings import embedding_part, ids_of, random_vectors, write_part, write
 
 from jobs import duplicates
 from pipeline.duplicates import Forest, find_duplicates
-from pipeline.vectors import open_table
+from pipeline.vectors import open_table, read_vectors
 
 
 def clustered(count: int = 400, dimension: int = 24) -> np.ndarray:
@@ -71,6 +71,33 @@ def test_groups_are_the_components_of_the_whole_matrix(
     assert len({row["group"] for row in rows}) > 10
     assert found.rows == len(rows)
     assert found.kept == len(set(components(vectors, 0.97)))
+
+
+@pytest.mark.parametrize("held_rows", [1, 37, 133, 134, 399, 400, 10_000])
+def test_the_table_is_read_once_for_each_time_the_memory_is_full(
+    held_rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vectors = clustered()
+    table = open_table(write_table(str(tmp_path), vectors))
+    read: list[str] = []
+
+    def counted(table: Any, file: Any, **options: Any) -> Any:
+        read.append(file.uri)
+        return read_vectors(table, file, **options)
+
+    monkeypatch.setattr("pipeline.duplicates.read_vectors", counted)
+    found = find_duplicates(table, 0.97, held_bytes=held_rows * 24 * 4, block_rows=90, tile_rows=50)
+
+    assert read.count(table.files[-1].uri) == -(-400 // held_rows)
+    assert pa.concat_tables(found.read()).to_pylist() == expected(vectors, 0.97)
+
+
+def test_progress_grows_to_the_whole(tmp_path: Path) -> None:
+    table = open_table(write_table(str(tmp_path), clustered()))
+    shares: list[float] = []
+    find_duplicates(table, 0.97, held_bytes=100 * 24 * 4, on_progress=shares.append)
+    assert shares == sorted(shares)
+    assert 0.9 < shares[-1] <= 1
 
 
 def test_groups_are_gathered_in_several_passes(
