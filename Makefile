@@ -19,8 +19,11 @@ check: $(VENV)/.installed-dev  ## format, lint, types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.installed-dev  ## transformers and ours side by side; an hour at full size
+bench: $(VENV)/.installed-dev  ## transformers, Ray Data and ours side by side; hours at full size
 	$(BIN)/python -m benchmarks.encode_once
+	$(BIN)/python -m benchmarks.encoders
+	$(BIN)/python -m benchmarks.embed_job
+	$(BIN)/python -m benchmarks.memory
 
 model: $(VENV)/.installed  ## train and measure the bundled model again; about an hour on 2 cores
 	$(BIN)/python -m pipeline.demo.train

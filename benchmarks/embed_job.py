@@ -5,7 +5,8 @@
 JPEGs of 500 x 375, a random CLIP B/32 (or a small one, whose cost is next to nothing), float32 on
 the CPU; embed_peers.py says what the contenders are. Each is a command in its own process, timed
 from its start to its exit, once on one image a shard and once on all; images/s "running" is that of
-the difference, which leaves start-up out. Memory is the peak over all its processes (watch.py).
+the difference, which leaves start-up out. Memory is the peak over all its processes,
+sampled every 2 s (watch.py).
 At the end the vectors of all are compared; exits with 1 if any differs by more than 1e-4.
 """
 
@@ -59,7 +60,7 @@ def run(peer: str, source: Path, output: Path, model: Path) -> Watched:
         command = ["-m", "jobs.embed", str(source), str(output), *options]
     else:
         command = ["-m", "benchmarks.embed_peers", peer, str(source), str(output), str(model)]
-    return run_watched([sys.executable, *command])
+    return run_watched([sys.executable, *command], period_s=2.0)
 
 
 def vectors_of(output: Path) -> dict[str, np.ndarray]:
