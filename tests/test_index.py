@@ -47,10 +47,10 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """A clustered table of 80,000 rows, more than a query looks at, and the index of it."""
+    """A clustered table of 150,000 rows, more than a query looks at, and the index of it."""
     random = np.random.default_rng(0)
     centres = random.standard_normal((400, 16))
-    rows = centres[random.integers(0, 400, 80_000)] + random.normal(0, 0.3, (80_000, 16))
+    rows = centres[random.integers(0, 400, 150_000)] + random.normal(0, 0.3, (150_000, 16))
     folder = tmp_path_factory.mktemp("large")
     table = write_table(str(folder / "t"), rows.astype(np.float32))
     assert index.main([table, str(folder / "i")]) == 0
@@ -79,7 +79,7 @@ def test_a_small_table_is_searched_as_exactly_as_ever(dtype: type, folder: str) 
 
 def test_a_large_table_is_searched_by_its_index(large: tuple[str, str]) -> None:
     table, built = open_table(large[0]), open_index(large[1])
-    assert (built.rows, built.partitions) == (80_000, 78)
+    assert (built.rows, built.partitions) == (150_000, 146)
     measured = measure_recall(built, table, 50)
     assert measured is not None
     assert measured.queries == 50
