@@ -41,7 +41,8 @@ PARTITION_ROWS = 1024  # at least; a large table has as many partitions as a par
 TRAINING_ROWS = 256  # of a partition, for its centre: LanceDB's own default
 TRAINING_BYTES = 2**31  # of all of them, held at once
 # Partitions that a query looks into: all of them up to 131,072 rows. With 390 partitions (400,000
-# rows of noise, 128 wide) 64 gave a recall of 0.52 in 21.0 ms, 128 one of 0.75 in 21.3 ms.
+# rows of noise, 128 wide) 64 gave a recall of 0.52 in 21.0 ms, 128 one of 0.75 in 21.3 ms,
+# on 2 CPU cores.
 PROBES = 128
 CANDIDATES = 10  # for each row that is asked for
 
