@@ -5,9 +5,8 @@
 JPEGs of 500 x 375, a random CLIP B/32 (or a small one, whose cost is next to nothing), float32 on
 the CPU; embed_peers.py says what the contenders are. Each is a command in its own process, timed
 from its start to its exit, once on one image a shard and once on all; images/s "running" is that of
-the difference, which leaves start-up out. Memory is the peak over all its processes,
-sampled every 2 s (watch.py).
-At the end the vectors of all are compared; exits with 1 if any differs by more than 1e-4.
+the difference, which leaves start-up out. Memory is the peak over all its processes, sampled every
+2 s (watch.py). At the end the vectors are compared; exits with 1 if any differs by more than 1e-4.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def run_watched(
 ) -> Watched:
     """Run to the end, sampling every `period_s`. Raises CalledProcessError if it fails.
 
-    A sample of Ray's 15 processes costs 0.05 to 0.1 s of a core: what is timed is sampled rarely.
+    A sample of Ray's 15 processes takes a core 0.05 to 0.1 s: sample rarely what is timed.
     """
     start = time.perf_counter()
     process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL)
