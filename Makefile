@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= demo-output
 
-.PHONY: demo test check bench model clean
+.PHONY: demo test soak check bench model clean
 
 demo: $(VENV)/.installed  ## segment the bundled shards with the bundled model
 	$(BIN)/clipseg-ray segment pipeline/demo/shards $(OUT) --model pipeline/demo/model \
@@ -13,6 +13,9 @@ demo: $(VENV)/.installed  ## segment the bundled shards with the bundled model
 
 test: $(VENV)/.installed-dev  ## all tests
 	$(BIN)/python -m pytest
+
+soak: $(VENV)/.installed-dev  ## more kills and storage faults than `make test` has time for
+	$(BIN)/python -m pytest -m "soak or not soak" tests/test_commit.py tests/test_faults.py tests/test_kills.py
 
 check: $(VENV)/.installed-dev  ## format, lint, types
 	$(BIN)/ruff format --check .

@@ -601,6 +601,7 @@ def test_a_job_whose_credentials_are_refused_midway_ends_at_once(
     assert ended - writes[0].at < 20
 
 
+@pytest.mark.soak
 def test_a_job_ends_when_the_storage_stays_away_for_longer_than_its_timeout(
     proxy: FaultProxy, shards: str, bucket: str
 ):

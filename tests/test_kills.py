@@ -131,7 +131,13 @@ def test_the_driver_is_killed_and_the_same_command_completes_the_run(
     assert (output / "_SUCCESS").exists()
 
 
-@pytest.mark.parametrize("title", ["ray::MapWorker(MapBatches(SegmentImages))", "ray::MapBatches("])
+@pytest.mark.parametrize(
+    "title",
+    [
+        "ray::MapWorker(MapBatches(SegmentImages))",
+        pytest.param("ray::MapBatches(", marks=pytest.mark.soak),
+    ],
+)
 def test_a_worker_is_killed_and_the_job_goes_on(
     source: Path, undisturbed: dict[str, Any], tmp_path: Path, title: str
 ) -> None:
