@@ -74,6 +74,24 @@ def reference(model: Path) -> np.ndarray:
     return oracle.get_image_features(pixels).pooler_output.numpy()
 
 
+def assert_every_part_tells_what_it_holds(output: Path, model: Path) -> None:
+    record = json.loads((output / "_run.json").read_text())["fingerprint"]
+    parts = list((output / "embeddings").glob("*.parquet"))
+    assert len(parts) == 2
+    for part in parts:
+        file = pq.ParquetFile(part)
+        metadata = file.schema_arrow.metadata
+        assert metadata[b"clipseg_ray.weights_hash"].decode() == record["weights_hash"]
+        assert metadata[b"clipseg_ray.model"].decode() == str(model)
+        assert metadata[b"clipseg_ray.dimension"] == str(DIMENSION).encode()
+        assert metadata[b"clipseg_ray.normalized"] == b"true"
+        if file.metadata.num_rows:
+            column = file.metadata.row_group(0).column(3)
+            assert column.path_in_schema == "vector.list.element"
+            assert "BYTE_STREAM_SPLIT" in column.encodings
+            assert not {"PLAIN_DICTIONARY", "RLE_DICTIONARY"} & set(column.encodings)
+
+
 def test_vectors_equal_the_reference(tmp_path: Path, shards: Path, model: Path) -> None:
     run(shards, tmp_path, model)
     frame = read(tmp_path)
@@ -85,6 +103,7 @@ def test_vectors_equal_the_reference(tmp_path: Path, shards: Path, model: Path) 
     assert errors.select("row", "key", "reason").rows() == [(2, "bad", "not_an_image")]
     counts = json.loads((tmp_path / "_run.json").read_text())["counts"]
     assert (counts["rows_in"], counts["embeddings"], counts["rows_error"]) == (5, 4, 1)
+    assert_every_part_tells_what_it_holds(tmp_path, model)
 
 
 def test_vectors_as_the_model_gives_them(tmp_path: Path, shards: Path, model: Path) -> None:
@@ -114,25 +133,6 @@ def test_one_pass_gives_masks_and_embeddings(
         for name in ("both", "masks")
     ]
     assert masks[0].equals(masks[1])
-
-
-def test_every_part_tells_what_it_holds(tmp_path: Path, shards: Path, model: Path) -> None:
-    run(shards, tmp_path, model)
-    record = json.loads((tmp_path / "_run.json").read_text())["fingerprint"]
-    parts = list((tmp_path / "embeddings").glob("*.parquet"))
-    assert len(parts) == 2
-    for part in parts:
-        file = pq.ParquetFile(part)
-        metadata = file.schema_arrow.metadata
-        assert metadata[b"clipseg_ray.weights_hash"].decode() == record["weights_hash"]
-        assert metadata[b"clipseg_ray.model"].decode() == str(model)
-        assert metadata[b"clipseg_ray.dimension"] == str(DIMENSION).encode()
-        assert metadata[b"clipseg_ray.normalized"] == b"true"
-        if file.metadata.num_rows:
-            column = file.metadata.row_group(0).column(3)
-            assert column.path_in_schema == "vector.list.element"
-            assert "BYTE_STREAM_SPLIT" in column.encodings
-            assert not {"PLAIN_DICTIONARY", "RLE_DICTIONARY"} & set(column.encodings)
 
 
 CAPTIONS = ["a cat", "猫 don't", "", "a red star of 12"]

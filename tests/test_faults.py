@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import pytest
 from fault_proxy import PASSING, Fault, FaultProxy
 from shards import make_tar
 
+from jobs import segment
 from pipeline import retry, s3_read, s3_write, storage
 from pipeline.errors import (
     ChangedError,
@@ -544,11 +546,18 @@ def test_a_tar_for_which_the_token_expires_stops_the_reader(proxy: FaultProxy, b
 # ------------------------------------------------------------------------------ whole jobs
 
 
+WORDS = ["--model", str(ROOT / "pipeline/demo/model"), "--prompt", "blue", "--quiet"]
+
+
 def run_segment(source: str, output: str, *options: str) -> subprocess.CompletedProcess[str]:
-    model = str(ROOT / "pipeline/demo/model")
-    words = ["--model", model, "--prompt", "blue", "--quiet"]
-    command = [sys.executable, "-m", "jobs.segment", source, output, *words, *options]
+    command = [sys.executable, "-m", "jobs.segment", source, output, *WORDS, *options]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def segment_here(folder: Path) -> str:
+    """The same job on the disk and the Ray of the tests; its output."""
+    assert segment.main([str(ROOT / "pipeline/demo/shards"), str(folder / "calm"), *WORDS]) == 0
+    return str(folder / "calm")
 
 
 def said(done: subprocess.CompletedProcess[str]) -> list[str]:
@@ -574,9 +583,11 @@ def shards(proxy: FaultProxy, bucket: str) -> str:
     return f"{bucket}/in"
 
 
-def test_a_job_under_faults_gives_the_same_tables(proxy: FaultProxy, shards: str, bucket: str):
-    assert run_segment(shards, f"{bucket}/calm").returncode == 0
-    calm = rows_of(f"{bucket}/calm")
+@pytest.mark.usefixtures("local_ray")
+def test_a_job_under_faults_gives_the_same_tables(
+    proxy: FaultProxy, shards: str, bucket: str, tmp_path: Path
+):
+    calm = rows_of(segment_here(tmp_path))
     assert calm["masks"]
     faults = [proxy.add(Fault(kind, times=None, rate=0.05)) for kind in (*PASSING, "lost_reply")]
     done = run_segment(shards, f"{bucket}/stormy")
@@ -586,10 +597,14 @@ def test_a_job_under_faults_gives_the_same_tables(proxy: FaultProxy, shards: str
     assert rows_of(f"{bucket}/stormy") == calm
 
 
-def test_a_job_whose_credentials_are_refused_midway_ends_at_once(
-    proxy: FaultProxy, shards: str, bucket: str
+@pytest.mark.parametrize(
+    "key", ["*_staging/.*", pytest.param("*_staging/*/*", marks=pytest.mark.soak)]
+)
+def test_a_job_whose_writes_are_refused_ends_at_once(
+    proxy: FaultProxy, shards: str, bucket: str, key: str
 ):
-    refused = proxy.add(Fault("expired", operation="PutObject", key="*_staging*", times=None))
+    """Those of the driver, or those of the workers."""
+    refused = proxy.add(Fault("expired", operation="PutObject", key=key, times=None))
     done = run_segment(shards, f"{bucket}/out")
     ended = time.monotonic()
     assert done.returncode == 1
@@ -597,8 +612,10 @@ def test_a_job_whose_credentials_are_refused_midway_ends_at_once(
     assert line.startswith("clipseg-ray segment: error: s3://")
     assert "access denied" in line and "CANARY" not in line
     assert done.stdout == ""
-    writes = [r for r in proxy.requests if r.operation == "PutObject" and "_staging" in r.key]
-    assert refused.hits == len(writes) < 5
+    writes = [
+        r for r in proxy.requests if fnmatchcase(f"{r.operation} {r.key}", f"PutObject {key}")
+    ]
+    assert 1 <= refused.hits == len(writes) < 5
     assert ended - writes[0].at < 20
 
 
@@ -607,7 +624,7 @@ def test_a_job_ends_when_the_storage_stays_away_for_longer_than_its_timeout(
     proxy: FaultProxy, shards: str, bucket: str
 ):
     """The workers know of the timeout: they write what is refused here."""
-    proxy.add(Fault("slow_down", operation="PutObject", key="*_staging*", times=None))
+    proxy.add(Fault("slow_down", operation="PutObject", key="*_staging/*/*", times=None))
     done = run_segment(shards, f"{bucket}/out", "--storage-timeout", "1.5")
     assert done.returncode == 1
     [line] = said(done)

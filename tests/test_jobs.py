@@ -190,7 +190,19 @@ FORMS: dict[str, Callable[[str], str]] = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
+# Each from S3; from disk, too, where the reader itself differs: the others are `make soak`'s.
+BOTH = [
+    pytest.param(
+        form,
+        where,
+        marks=[pytest.mark.soak] if where == "local" and form not in ("parquet", "folders") else [],
+    )
+    for form in FORMS
+    for where in ("local", "s3")
+]
+
+
+@pytest.mark.parametrize(("form", "folder"), BOTH, indirect=["folder"])
 def test_every_input_form_gives_the_reference_masks(
     form: str, folder: str, checkpoint: Path
 ) -> None:

@@ -26,8 +26,10 @@ import pytest
 from PIL import Image
 from shards import make_tar
 
+from jobs import embed
 from pipeline import storage
 from pipeline.demo import MODEL
+from pipeline.s3 import _client_of
 
 ROOT = Path(__file__).parent.parent
 SHARD = (ROOT / "pipeline/demo/shards/scenes-000000.tar").read_bytes()
@@ -153,19 +155,17 @@ def test_jobs_that_end_well(endpoint: str, bucket: str, ray_folder: Path, tmp_pa
     storage.write_bytes(f"{bucket}/in/00002.tar", make_tar([("a.jpg", b"not an image")]))
     model, sheet = ("--model", str(MODEL)), tmp_path / "out/sheet.png"
     page, table = tmp_path / "out/found.html", tmp_path / "out/found.parquet"
-    source, masks, vectors = (f"{bucket}/{name}" for name in ("in", "masks", "vectors"))
+    source, masks = f"{bucket}/in", f"{bucket}/masks"
     more = ("--keep-probabilities", "88", "--embed", "--contact-sheet", str(sheet))
     files = ("--gallery", str(page), "--output", str(table))
     for arguments in (
         ("segment", source, masks, "--prompt", "star", *model, *more),
-        ("embed", source, vectors, *model),
-        ("search", vectors, "--text", "red", *model, *files),
+        ("search", masks, "--text", "red", *model, *files),
     ):
         code, said = run(endpoint, ray_folder, *arguments)
         assert code == 0, said
         assert not leaks(said)
-    for name in ("masks", "vectors"):
-        download(f"{bucket}/{name}", tmp_path / "out" / name)
+    download(masks, tmp_path / "out" / "masks")
     assert sheet.exists() and page.exists() and len(list((tmp_path / "out").rglob("*.parquet"))) > 8
     assert not leaks_of_folder(tmp_path / "out")
     assert len(list(ray_folder.rglob("*.log"))) > 5
@@ -199,33 +199,49 @@ def test_a_job_refused_while_it_reads(
         ("{bucket}/in", "{bucket}/refused", str(MODEL)),
         ("{bucket}/in", "{local}", "{bucket}/no-model"),
         ("{bucket}/in", "{local}", "{bucket}/refused"),
-        ("{bucket}/in", "{local}", "org/no-such-model"),
         (f"s3://KEY:{IN_URI}@bucket/in", "{local}", str(MODEL)),
         ("{bucket}/in", f"s3://KEY:{IN_URI}@bucket/out", str(MODEL)),
         ("{bucket}/in", "{local}", f"s3://KEY:{IN_URI}@bucket/model"),
         (f"https://user:{IN_URI}@host/in", "{local}", str(MODEL)),
     ],
 )
+@pytest.mark.usefixtures("fresh_client")
 def test_jobs_that_fail(
     source: str,
     output: str,
     model: str,
     endpoint: str,
     bucket: str,
-    ray_folder: Path,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
+    """Before Ray starts, so that they need no process of their own."""
     storage.write_bytes(f"{bucket}/in/00000.tar", SHARD)
+    _client_of.cache_clear()
+    for name, value in {**SECRETS, "AWS_ENDPOINT_URL": endpoint}.items():
+        monkeypatch.setenv(name, value)
     names = {"bucket": bucket, "local": str(tmp_path / "out")}
-    paths = [text.format(**names) for text in (source, output, model)]
-    # The hub refuses as well: the proxy knows no such address.
+    source, output, model = (text.format(**names) for text in (source, output, model))
+    code = embed.main([source, output, "--model", model])
+    said = "".join(capfd.readouterr())
+    assert code in (1, 2), said
+    assert said.startswith("clipseg-ray embed: error: ")
+    assert "Traceback" not in said
+    assert not leaks(said)
+    assert not leaks_of_folder(tmp_path)
+
+
+def test_a_hub_that_refuses(endpoint: str, bucket: str, ray_folder: Path, tmp_path: Path) -> None:
+    """In a process of its own: huggingface_hub reads its environment once."""
+    storage.write_bytes(f"{bucket}/in/00000.tar", SHARD)
     hub = {"HF_ENDPOINT": f"{endpoint}/refused", "HF_HOME": str(tmp_path / "hub")}
-    code, said = run(endpoint, ray_folder, "embed", paths[0], paths[1], "--model", paths[2], **hub)
+    arguments = (f"{bucket}/in", str(tmp_path / "out"), "--model", "org/no-such-model")
+    code, said = run(endpoint, ray_folder, "embed", *arguments, **hub)
     assert code in (1, 2), said
     assert "Traceback" not in said
     assert not leaks(said)
     assert not leaks_of_folder(tmp_path)
-    assert not leaks_of_folder(ray_folder)
 
 
 def test_a_leak_is_found(tmp_path: Path) -> None:
