@@ -6,6 +6,7 @@ import functools
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from shards import hugging_face_column, make_parquet, make_tar, write_img2datase
 from jobs import segment
 from pipeline import storage
 from pipeline.masks import mask_from_probabilities
+from pipeline.segment import BLOCK_BYTES
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -299,20 +301,21 @@ def test_what_fails_is_a_row_of_errors_and_never_stops_the_job(
     }
 
 
-def test_many_prompts_come_in_runs_and_come_out_whole(
-    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """4,200 prompts make more logits per image than one block of the stream may hold."""
-    file = tmp_path / "prompts.txt"
-    file.write_text("\n".join(f"a cat {i}" for i in range(4200)))
+def test_many_prompts_come_in_runs_and_come_out_whole(tmp_path: Path, checkpoint: Path) -> None:
+    """On a grid of 512 x 512, 67 prompts make more logits than one block of the stream may hold."""
+    large = tmp_path / "model"
+    shutil.copytree(checkpoint, large)
+    size = {"size": {"height": 512, "width": 512}}
+    (large / "preprocessor_config.json").write_text(json.dumps(PIXELS | size))
+    prompts = [argument for i in range(64) for argument in ("--prompt", f"a cat {i}")]
     (tmp_path / "in").mkdir()
     tar = make_tar([("a.jpg", photos()[0]), ("b.jpg", b""), ("c.jpg", photos()[1])])
     (tmp_path / "in" / "0.tar").write_bytes(tar)
-    options = ["--prompts", str(file), "--mask-size", "model"]
-    assert run(str(tmp_path / "in"), str(tmp_path / "out"), checkpoint, *options) == 0
+    assert BLOCK_BYTES // (4 * 512 * 512) < 67
+    assert run(str(tmp_path / "in"), str(tmp_path / "out"), large, *prompts) == 0
     masks = table(str(tmp_path / "out"), "masks")
     ids = [(m["row"], m["prompt_id"]) for m in masks]
-    assert ids == [(row, i) for row in (0, 2) for i in range(4203)]
+    assert ids == [(row, i) for row in (0, 2) for i in range(67)]
 
 
 def test_the_same_command_completes_a_run(tmp_path: Path, checkpoint: Path) -> None:
