@@ -11,11 +11,11 @@ demo: $(VENV)/.installed  ## segment the bundled shards with the bundled model
 	    --prompt blue --prompt star --prompt "a purple star" \
 	    --contact-sheet $(OUT)/contact-sheet.png
 
-test: $(VENV)/.installed-dev  ## all tests
-	$(BIN)/python -m pytest
+test: $(VENV)/.installed-dev  ## all tests, two files of them at a time
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-soak: $(VENV)/.installed-dev  ## more kills and storage faults than `make test` has time for
-	$(BIN)/python -m pytest -m "soak or not soak" tests/test_commit.py tests/test_faults.py tests/test_kills.py
+soak: $(VENV)/.installed-dev  ## what `make test` has no time for
+	$(BIN)/python -m pytest -m soak
 
 check: $(VENV)/.installed-dev  ## format, lint, types
 	$(BIN)/ruff format --check .
