@@ -123,7 +123,7 @@ def chain(source: Path, output: Path, model: str) -> None:
     from pipeline.tables import embedding_rows
 
     embedder = open_embedder(model, text=False, normalize=True)
-    columns = embeddings(embedder.dimension, "float32", {}, text=False)
+    columns = embeddings(embedder.checkpoint.dimension, "float32", {}, text=False)
 
     def vectors_of(batch: pa.Table) -> pa.Table:
         return embedding_rows(batch.filter(pc.greater_equal(batch["row"], 0)), columns)
@@ -133,7 +133,7 @@ def chain(source: Path, output: Path, model: str) -> None:
         (
             dataset_of(plan_shards(str(source)))
             .map_batches(read_batches, **shares.read)
-            .map_batches(PrepareImages(embedder.processor, 50_000_000), **shares.task)
+            .map_batches(PrepareImages(embedder.checkpoint.processor, 50_000_000), **shares.task)
             .map_batches(
                 EmbedImages,
                 fn_constructor_args=(embedder, shares.device, shares.threads),
