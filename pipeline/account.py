@@ -24,7 +24,15 @@ from pipeline import __version__, storage
 from pipeline.added import PROMPTS, add_prompts, read_added, tables_of_pass
 from pipeline.config import RunOptions
 from pipeline.errors import JobError, NotFoundError, StorageError, UsageError
-from pipeline.receipts import RECEIPTS, Receipt, list_receipts, stem_of, version_hash
+from pipeline.receipts import (
+    RECEIPTS,
+    Receipt,
+    covers,
+    list_receipts,
+    stem,
+    stem_of,
+    version_hash,
+)
 from pipeline.resume import left_to_do, report_removed
 from pipeline.schema import SCHEMA_VERSION, Table
 from pipeline.shard import Shard
@@ -181,10 +189,11 @@ def close_run(run: Run, seconds: float) -> dict[str, int]:
         of_shard = receipts.pop(stem_of(shard), [])
         if [r.version for r in of_shard] == [version_hash(shard)]:
             found[stem_of(shard)] = of_shard[0]
-    missing = [shard.name for shard in plan if stem_of(shard) not in found]
+    missing = [shard.name for shard in plan if not _is_done(shard, found)]
     if missing:
         some = ", ".join(sorted(missing)[:3])
         raise JobError(f"{len(missing)} shards were not finished ({some}, ...); run it again")
+    _refuse_more_prompts(run)
     counts = _count(run, found)
     removed = report_removed(run.output, receipts)
     todo = [found[stem_of(shard)] for each in run.passes for shard in each.todo]
@@ -194,9 +203,11 @@ def close_run(run: Run, seconds: float) -> dict[str, int]:
     record |= {"counts": counts, "throughput": last, "removed_shards": removed}
     storage.write_bytes(storage.join(run.output, RUN), _json(record))
     storage.write_bytes(storage.join(run.output, SUCCESS), b"")
-    if read_added(run.output).keys() != {each.first_prompt for each in run.added}:
+    try:
+        _refuse_more_prompts(run)  # added while we wrote that
+    except JobError:
         storage.delete_file(storage.join(run.output, SUCCESS))
-        raise JobError(f"{run.output}: prompts were added meanwhile; the same command tells which")
+        raise
     with contextlib.suppress(StorageError):  # another driver may just be adding to it
         storage.delete_folder(storage.join(run.output, STAGING))
     return counts
@@ -206,6 +217,19 @@ def is_unfinished(output: str) -> bool:
     """Whether the folder holds a run that has not closed: rows of its tables may be missing."""
     has_run = storage.exists(storage.join(output, RUN))
     return has_run and not storage.exists(storage.join(output, SUCCESS))
+
+
+def _is_done(shard: Shard, found: dict[str, Receipt]) -> bool:
+    receipt = found.get(stem_of(shard))
+    if receipt is None or shard.first_prompt == 0:
+        return receipt is not None
+    first = found.get(stem(shard.name))
+    return first is not None and covers(receipt, [first])
+
+
+def _refuse_more_prompts(run: Run) -> None:
+    if read_added(run.output).keys() != {each.first_prompt for each in run.added}:
+        raise JobError(f"{run.output}: prompts were added meanwhile; the same command tells which")
 
 
 def _count(run: Run, found: dict[str, Receipt]) -> dict[str, int]:

@@ -8,8 +8,10 @@ covers the rows that came out well in the run's first pass: what failed there is
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -18,7 +20,7 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.errors import JobError, NotFoundError, UsageError
-from pipeline.receipts import stem
+from pipeline.receipts import receipts_of, stem
 from pipeline.schema import Table
 from pipeline.shard import Shard
 
@@ -79,8 +81,11 @@ def only_known_rows(output: str, shard: Shard, found: dict[str, pa.Table]) -> di
 def _first_images(output: str, shard: Shard) -> pa.Table:
     """Row and key of the images that came out well in the first pass."""
     uri = storage.join(output, "images", f"{stem(shard.name)}.parquet")
-    try:
-        data = storage.read_bytes(uri)
-    except NotFoundError:  # no image at all
-        return pa.table({"row": pa.array([], pa.int64()), "key": pa.array([], pa.string())})
-    return pq.read_table(io.BytesIO(data), columns=["row", "key"]).combine_chunks()
+    images = pa.table({"row": pa.array([], pa.int64()), "key": pa.array([], pa.string())})
+    with contextlib.suppress(NotFoundError):  # no image at all, if the receipt agrees
+        data = io.BytesIO(storage.read_bytes(uri))
+        images = pq.read_table(data, columns=["row", "key"]).combine_chunks()
+    receipts = receipts_of(output, replace(shard, first_prompt=0))
+    if [receipt.ok for receipt in receipts] != [len(images)]:
+        raise JobError(f"shard {shard.name}: being made anew by another command; run it again")
+    return images

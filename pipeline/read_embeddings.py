@@ -26,6 +26,7 @@ from pipeline.errors import (
 )
 from pipeline.read import shard_failure
 from pipeline.read_parquet import read_schema
+from pipeline.receipts import is_added
 from pipeline.schema import VECTORS
 from pipeline.shard import Shard, printable, shard_from_row
 from pipeline.storage import Stored
@@ -70,6 +71,8 @@ def plan_embeddings(table: EmbeddingTable) -> list[Shard]:
     for a damaged part.
     """
     errors = storage.list_files(storage.join(table.output, ERRORS), recursive=False)
+    # Prompts that were added have errors of their own, of images that do have vectors.
+    errors = [file for file in errors if not is_added(file.uri.rpartition("/")[2])]
     parts: dict[str, list[Stored]] = {}
     for file in [*table.files, *errors]:
         name = file.uri.rpartition("/")[2]

@@ -62,6 +62,20 @@ def is_added(stem: str) -> bool:
     return ".from-" in stem
 
 
+def without_pass(stem: str) -> str:
+    """The stem of the shard's first pass."""
+    return stem.partition(".from-")[0]
+
+
+def covers(added: Receipt, first: list[Receipt]) -> bool:
+    """Whether an added pass accounts for every image of the first one, whose receipts are given.
+
+    It does not when the first was discarded and made anew meanwhile, with another outcome.
+    """
+    wanted = (added.version, added.ok + added.error)
+    return [(receipt.version, receipt.ok) for receipt in first] == [wanted]
+
+
 def stem_of(shard: Shard) -> str:
     """See stem."""
     return stem(shard.name, shard.first_prompt)

@@ -11,13 +11,16 @@ from pipeline.commit import DECISION
 from pipeline.receipts import (
     RECEIPTS,
     Receipt,
+    covers,
     is_added,
     list_receipts,
     of_pass,
     read_receipt,
     receipts_of,
+    stem,
     stem_of,
     version_hash,
+    without_pass,
 )
 from pipeline.shard import Shard
 from pipeline.write import STAGING
@@ -32,22 +35,25 @@ def left_to_do(
     receipts = list_receipts(output)
     todo: dict[int, list[Shard]] = {first: [] for first in sorted(plans)}
     stale = []
-    again: set[str] = set()  # shards of which the first pass is made (anew)
     for first, left in todo.items():
         for shard in plans[first]:
             name, version = stem_of(shard), version_hash(shard)
-            versions = [receipt.version for receipt in receipts.get(name, [])]
-            begun = shard.name in again and not receipts_of(output, replace(shard, first_prompt=0))
-            if versions == [version] and not begun:
+            found = receipts.get(name, [])
+            if [receipt.version for receipt in found] == [version] and (
+                first == 0
+                or covers(found[0], receipts.get(stem(shard.name), []))
+                # The listing may have passed by the first receipt just before it came.
+                or covers(found[0], receipts_of(output, replace(shard, first_prompt=0)))
+            ):
                 continue
             left.append(shard)
-            if first == 0:
-                again.add(shard.name)
-            if versions or decided.get(name, {version}) != {version}:
+            if found or decided.get(name, {version}) != {version}:
                 stale.append(name)
-    planned = {stem_of(shard) for plan in plans.values() for shard in plan}
-    # Killed half-way, and gone since.
-    stale += sorted(decided.keys() - planned - receipts.keys())
+    # Killed half-way, and gone since. Of a shard that is there, what is not in our plans is being
+    # made by another driver, who has just added prompts.
+    gone = sorted(decided.keys() - receipts.keys())
+    planned = {stem(shard.name) for shard in plans[0]}
+    stale += [name for name in gone if without_pass(name) not in planned]
     for name in reversed(stale):  # what was added before what it was added to
         discard_pass(output, name, tables)
     return todo

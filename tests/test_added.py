@@ -21,7 +21,7 @@ from test_commit import PLAN, KilledError, Schedule, _named, rows, step  # noqa:
 from test_write import TABLES, errors, images, rows_of
 
 from jobs import status
-from pipeline import schema
+from pipeline import account, commit, resume, schema
 from pipeline.account import Run, close_run, open_run
 from pipeline.commit import finish_shard
 from pipeline.config import RunOptions, SegmentConfig
@@ -156,10 +156,89 @@ def test_a_driver_that_knows_nothing_of_the_addition_does_not_close_the_run(
     with pytest.raises(JobError, match="prompts were added meanwhile"):
         close_run(early, 1.0)
     assert not (tmp_path / "_SUCCESS").exists()
+    assert json.loads((tmp_path / "_run.json").read_text())["status"] == "running"
     for shard in late.added[0].todo:
         finish(tmp_path, late.added[0], shard, GOOD, BAD)
     close_run(late, 1.0)
     assert prompts_of(tmp_path) == [(0, "x"), (1, "y"), (2, "z")]
+
+
+def test_prompts_that_are_added_while_the_run_is_being_closed(
+    tmp_path: Path,
+    step: list[Callable[[str], None]],  # noqa: F811
+) -> None:
+    drive(tmp_path, "xy")
+    early = open_(tmp_path, "xy")
+
+    def add(when: str) -> None:
+        if when == "after" and not early.todo:  # _run.json is written, _SUCCESS is next
+            step.clear()
+            open_(tmp_path, "xyz")
+
+    step[:] = [add]
+    with pytest.raises(JobError, match="prompts were added meanwhile"):
+        close_run(early, 1.0)
+    assert not (tmp_path / "_SUCCESS").exists()
+
+
+def test_a_driver_that_looked_before_the_addition_leaves_its_parts_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drive(tmp_path, "xy")
+    late = open_(tmp_path, "xyz")
+    (added,) = late.added
+
+    def look_round(*arguments: Any) -> None:
+        """Between parts and receipt comes a driver who read the prompts when there were two."""
+        monkeypatch.undo()
+        with monkeypatch.context() as patch:
+            patch.setattr(account, "read_added", lambda output: {})
+            open_(tmp_path, "xy")
+        commit.write_receipt(*arguments)
+
+    monkeypatch.setattr(commit, "write_receipt", look_round)
+    for shard in added.todo:
+        finish(tmp_path, added, shard, GOOD, BAD)
+    close_run(late, 1.0)
+    assert prompts_of(tmp_path) == [(0, "x"), (1, "y"), (2, "z")]
+
+
+def test_an_added_pass_belongs_to_the_first_pass_that_is_there(tmp_path: Path) -> None:
+    """The first pass over a shard is made anew, with another outcome, under a running job."""
+    drive(tmp_path, "xy")
+    run = open_(tmp_path, "xyz")
+    (added,) = run.added
+    finish(tmp_path, added, added.plan[1], GOOD, BAD)
+    kept = [path.name for path in (tmp_path / "masks").glob("a-*")]
+    name = kept[0].removesuffix(".parquet")
+    discard_shard(str(tmp_path), name, ["images", "masks"])
+    with pytest.raises(JobError, match="being made anew"):
+        finish(tmp_path, added, added.plan[0], GOOD, BAD)
+    finish(tmp_path, run, PLAN[0], (0, 1), (2, 3))
+    finish(tmp_path, added, added.plan[0], (0, 1), (2, 3))
+    for path in [*tmp_path.glob(f"*/{name}.parquet"), *tmp_path.glob(f"_receipts/{name}/*")]:
+        path.unlink()
+    finish(tmp_path, run, PLAN[0], GOOD, BAD)
+    with pytest.raises(JobError, match=r"1 shards were not finished \(a\.tar"):
+        close_run(run, 1.0)
+    assert drive(tmp_path, "xyz") == [("a.tar", 2)]
+    assert prompts_of(tmp_path) == [(0, "x"), (1, "y"), (2, "z")]
+
+
+def test_what_is_left_is_told_by_the_listings_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request for each of a million shards would take hours."""
+    run = open_(tmp_path, "xy")
+    finish(tmp_path, run, PLAN[0], GOOD, BAD)
+    finish(tmp_path, (late := open_(tmp_path, "xyz")).added[0], late.added[0].plan[0], GOOD, BAD)
+
+    def refuse(*arguments: Any) -> None:
+        raise AssertionError("a request for one shard")
+
+    monkeypatch.setattr(resume, "receipts_of", refuse)
+    run = open_(tmp_path, "xyz")
+    assert [each.todo for each in run.passes] == [[PLAN[1]], [run.added[0].plan[1]]]
 
 
 def test_only_the_images_of_the_first_pass_count(tmp_path: Path) -> None:

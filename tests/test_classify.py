@@ -305,6 +305,9 @@ def test_every_row_of_a_shard_is_accounted_for(tmp_path: Path) -> None:
     (tmp_path / "errors").mkdir()
     columns = schema.pa.Table.from_pylist(errors, schema=schema.ERRORS)
     pq.write_table(columns, tmp_path / "errors" / "a.tar.parquet")
+    # Row 0 failed when prompts were added to the run, which has its vector all the same.
+    later = schema.pa.Table.from_pylist([errors[0] | {"row": 0}], schema=schema.ERRORS)
+    pq.write_table(later, tmp_path / "errors" / "a.tar.from-2.parquet")
     table = open_embeddings(str(tmp_path))
     assert table is not None
     (shard,) = plan_embeddings(table)
