@@ -23,7 +23,15 @@ from pipeline import __version__, storage
 from pipeline.commit import DECISION
 from pipeline.config import RunOptions
 from pipeline.errors import JobError, NotFoundError, StorageError, UsageError
-from pipeline.receipts import RECEIPTS, Receipt, list_receipts, read_receipt, stem, version_hash
+from pipeline.receipts import (
+    RECEIPTS,
+    Receipt,
+    find_replaced,
+    list_receipts,
+    read_receipt,
+    stem,
+    version_hash,
+)
 from pipeline.schema import SCHEMA_VERSION, Table
 from pipeline.shard import Shard
 from pipeline.write import STAGING, write_empty_parts
@@ -274,7 +282,8 @@ def _left(output: str, plan: list[Shard], tables: list[str]) -> list[Shard]:
         if versions or decided.get(name, {version}) != {version}:
             discard_shard(output, name, tables)
     planned = {stem(shard.name) for shard in plan}
-    for name in decided.keys() - planned - receipts.keys():  # killed half-way, and gone since
+    unfinished = decided.keys() - planned - receipts.keys()  # killed half-way, and gone since
+    for name in unfinished | find_replaced(output, plan, receipts):
         discard_shard(output, name, tables)
     return todo
 
