@@ -248,16 +248,18 @@ def _split(shard: Shard) -> list[Shard]:
 
 
 def _split_by(groups: list[RowGroup], shard: Shard) -> list[Shard]:
-    """Row groups that begin in the same n-th part of the file are one shard.
+    """Row groups whose middle is in the same n-th part of the file are one shard.
 
     The sizes add up to the file's: what the footer says, scaled.
     """
     parts = -(-shard.size_bytes // SPLIT_BYTES)
     rows = [0, *accumulate(group.rows for group in groups)]
     seen = [0, *accumulate(group.size_bytes for group in groups)]
-    ends = [shard.size_bytes * size // max(seen[-1], 1) for size in seen]
+    total = max(seen[-1], 1)
+    ends = [shard.size_bytes * size // total for size in seen]
     filled = [index for index, group in enumerate(groups) if group.rows]
-    runs = [list(run) for _, run in groupby(filled, lambda i: ends[i] * parts // shard.size_bytes)]
+    middles = [sum(pair) * parts // (2 * total) for pair in pairwise(seen)]
+    runs = [list(run) for _, run in groupby(filled, middles.__getitem__)]
     if len(runs) < 2:
         return [shard]
     starts = [0, *(run[0] for run in runs[1:]), len(groups)]

@@ -178,7 +178,7 @@ def write_row_groups(folder: str, name: str, groups: int, rows: int = 10) -> int
 
 
 def test_a_large_parquet_file_is_several_shards(folder: str, monkeypatch: pytest.MonkeyPatch):
-    sizes = {name: write_row_groups(folder, name, n) for name, n in [("a.pq", 2), ("b.pq", 11)]}
+    sizes = {name: write_row_groups(folder, name, n) for name, n in [("a.pq", 3), ("b.pq", 12)]}
     write_row_groups(folder, "one-group.pq", 1, rows=110)
     write_row_groups(folder, "empty-groups.pq", 0)
     before = {shard.name: shard for shard in plan_shards(folder)}
@@ -190,12 +190,10 @@ def test_a_large_parquet_file_is_several_shards(folder: str, monkeypatch: pytest
     assert whole == [before[name] for name in ("a.pq", "empty-groups.pq", "one-group.pq")]
     found = [(s.name, s.first_row_group, s.row_groups) for s in shards if "#" in s.name]
     assert found == [
-        ("b.pq#rows=000-019", 0, 2),
-        ("b.pq#rows=020-039", 2, 2),
-        ("b.pq#rows=040-059", 4, 2),
-        ("b.pq#rows=060-079", 6, 2),
-        ("b.pq#rows=080-099", 8, 2),
-        ("b.pq#rows=100-109", 10, 1),
+        ("b.pq#rows=000-029", 0, 3),
+        ("b.pq#rows=030-059", 3, 3),
+        ("b.pq#rows=060-089", 6, 3),
+        ("b.pq#rows=090-119", 9, 3),
     ]
     split = [shard for shard in shards if "#" in shard.name]
     assert sum(shard.size_bytes for shard in split) == sizes["b.pq"]
