@@ -1,6 +1,7 @@
 """From what the user names (file, folder, glob, braces) to the plan: a sorted list of shards.
 
-Only listings are read, and the schema of one Parquet file; objects need no request each.
+Only listings are read, the schema of one Parquet file, and the footers of large ones; other
+objects need no request each.
 """
 
 from __future__ import annotations
@@ -10,16 +11,36 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import product
+from itertools import accumulate, groupby, pairwise, product
 
 from pipeline import storage
-from pipeline.errors import ChangedError, NotFoundError, RowError, UsageError
-from pipeline.read_parquet import find_image_column, holds_text, list_columns, read_schema
-from pipeline.shard import Shard, file_format, printable, stem
+from pipeline.errors import (
+    ChangedError,
+    CredentialsError,
+    NotFoundError,
+    RowError,
+    StorageError,
+    TransientError,
+    UsageError,
+)
+from pipeline.read_parquet import (
+    RowGroup,
+    find_image_column,
+    holds_text,
+    list_columns,
+    read_row_groups,
+    read_schema,
+)
+from pipeline.shard import Shard, file_format, name_rows, printable, stem
 from pipeline.storage import Stored
 
 GROUP_FILES = 256  # loose images per shard; part of a run's identity, so never an option
+# A larger Parquet file is several shards of about this size: what is lost with a worker, and what
+# one worker does alone, stays small. It decides their names, so it is no option either.
+SPLIT_BYTES = 256 * 2**20
+_FOOTERS_AT_ONCE = 16
 _MAX_BRACES = 1_000_000  # names that one pattern may stand for
 _SCHEMA_TRIES = 8  # Parquet files looked at for a readable schema
 
@@ -50,7 +71,7 @@ def plan_shards(
     parquet = [file for _, file in by_format["parquet"]]
     column = _find_column(parquet, image_column, text_column)
     shards = [_whole_file(name, file) for name, file in by_format["tar"]]
-    shards += [_whole_file(name, file, column) for name, file in by_format["parquet"]]
+    shards += _split_large([_whole_file(n, file, column) for n, file in by_format["parquet"]])
     shards += _group_images(root, by_format["images"])
     shards = [replace(shard, text=text_column or "") for shard in shards]
     return sorted(shards, key=lambda shard: shard.name)
@@ -202,6 +223,56 @@ def _whole_file(name: str, file: Stored, column: str = "") -> Shard:
         version=file.version,
         column=column,
     )
+
+
+def _split_large(files: list[Shard]) -> list[Shard]:
+    """Parquet files, those of more than SPLIT_BYTES by row groups."""
+    large = [file for file in files if file.size_bytes > SPLIT_BYTES]
+    shards = [file for file in files if file.size_bytes <= SPLIT_BYTES]
+    with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
+        return shards + [shard for split in pool.map(_split, large) for shard in split]
+
+
+def _split(shard: Shard) -> list[Shard]:
+    """The shards of a large Parquet file; the file as one where its footer does not split it.
+
+    Only what may pass is raised, not recorded: the names of shards must not depend on it.
+    """
+    try:
+        groups = read_row_groups(shard.uri, shard.version)
+    except (CredentialsError, TransientError):
+        raise
+    except (StorageError, RowError):
+        return [shard]  # reported when the shard is read
+    return _split_by(groups, shard)
+
+
+def _split_by(groups: list[RowGroup], shard: Shard) -> list[Shard]:
+    """Row groups whose middle is in the same n-th part of the file are one shard.
+
+    The sizes add up to the file's: what the footer says, scaled.
+    """
+    parts = -(-shard.size_bytes // SPLIT_BYTES)
+    rows = [0, *accumulate(group.rows for group in groups)]
+    seen = [0, *accumulate(group.size_bytes for group in groups)]
+    total = max(seen[-1], 1)
+    ends = [shard.size_bytes * size // total for size in seen]
+    filled = [index for index, group in enumerate(groups) if group.rows]
+    middles = [sum(pair) * parts // (2 * total) for pair in pairwise(seen)]
+    runs = [list(run) for _, run in groupby(filled, middles.__getitem__)]
+    if len(runs) < 2:
+        return [shard]
+    starts = [0, *(run[0] for run in runs[1:]), len(groups)]
+    return [
+        replace(
+            shard,
+            name=name_rows(shard.name, rows[start], rows[stop], rows[-1]),
+            size_bytes=ends[stop] - ends[start],
+            first_row_group=start,
+            row_groups=stop - start,
+        )
+        for start, stop in pairwise(starts)
+    ]
 
 
 def _group_images(root: str, named: _Named) -> Iterator[Shard]:

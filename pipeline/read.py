@@ -119,7 +119,9 @@ def _read_samples(shard: Shard) -> Iterator[Sample]:
         if shard.format == "tar":
             yield from read_tar(file, text=shard.text)
         else:
-            yield from read_parquet(file, shard.column, text=shard.text)
+            first, count = shard.first_row_group, shard.row_groups
+            groups = range(first, first + count) if count else None
+            yield from read_parquet(file, shard.column, text=shard.text, groups=groups)
 
 
 def shard_failure(error: StorageError) -> RowError:

@@ -1,10 +1,13 @@
-"""Parquet shards: image bytes in a binary column, or in a Hugging Face struct{bytes, path}."""
+"""Parquet shards, files or row groups of one.
+
+Image bytes are in a binary column, or in a Hugging Face struct{bytes, path}.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -43,22 +46,56 @@ def read_schema(uri: str) -> pa.Schema:
         return schema
 
 
+class RowGroup(NamedTuple):
+    """What a footer says of a row group."""
+
+    rows: int
+    size_bytes: int
+    """Of all columns, before compression."""
+
+
+def read_row_groups(uri: str, version: str) -> list[RowGroup]:
+    """The row groups in the footer of this version of a file.
+
+    Raises StorageError, and RowError for a footer that is damaged or contradicts itself.
+    """
+    with storage.open_read(uri, version=version) as file, _damage():
+        metadata = _open(file).metadata
+        found = map(metadata.row_group, range(metadata.num_row_groups))
+        groups = [RowGroup(group.num_rows, group.total_byte_size) for group in found]
+    total = sum(group.rows for group in groups)
+    if total != metadata.num_rows or any(min(group) < 0 for group in groups):
+        raise RowError("read", "shard_corrupt", "the footer's row groups are not the file's rows")
+    return groups
+
+
 def read_parquet(
-    file: BinaryIO, column: str = "", *, text: str = "", limit_bytes: int = IMAGE_LIMIT_BYTES
+    file: BinaryIO,
+    column: str = "",
+    *,
+    text: str = "",
+    groups: range | None = None,
+    limit_bytes: int = IMAGE_LIMIT_BYTES,
 ) -> Iterator[Sample]:
     """One sample per row; in memory are one page and at most 64 rows or 32 MB, by the footer.
 
-    `column`: the image column; found by name when empty. `text`: the text column, if any. The key
-    is the first of KEY_COLUMNS that holds text or whole numbers, else the path in a Hugging Face
-    struct, else the row's number.
+    `column`: the image column; found by name when empty. `text`: the text column, if any.
+    `groups`: the row groups to read, of which alone bytes are fetched; all when None. The key is
+    the first of KEY_COLUMNS that holds text or whole numbers, else the path in a Hugging Face
+    struct, else the row's number in the file.
     Raises RowError (shard_empty, shard_corrupt, column_missing).
     """
     with _damage():
-        yield from _read_rows(_open(file), column, text, limit_bytes)
+        parquet = _open(file)
+        whole = range(parquet.num_row_groups)
+        if groups and groups.stop > len(whole):
+            detail = f"{len(whole):,} row groups, of which number {groups.stop:,} is wanted"
+            raise RowError("read", "shard_corrupt", detail)
+        yield from _read_rows(parquet, groups or whole, column, text, limit_bytes)
 
 
 def _read_rows(
-    parquet: pq.ParquetFile, column: str, text: str, limit_bytes: int
+    parquet: pq.ParquetFile, groups: range, column: str, text: str, limit_bytes: int
 ) -> Iterator[Sample]:
     schema = parquet.schema_arrow
     found = find_image_column(schema, column or None)
@@ -70,8 +107,8 @@ def _read_rows(
         detail = f"no column {text!r} of text in {list_columns(schema)}"
         raise RowError("read", "column_missing", detail)
     columns = list(dict.fromkeys(name for name in (found, key_column, text) if name))
-    row = 0
-    for batch in _batches(parquet, columns):
+    row = first = _count_rows(parquet.metadata, range(groups.start))
+    for batch in _batches(parquet, groups, columns):
         images, paths = _split_images(batch.column(found))
         keys = _texts(batch.column(key_column)) if key_column else paths
         texts = _texts(batch.column(text)) if text else paths
@@ -79,15 +116,23 @@ def _read_rows(
             name = str(row) if key is None else key
             yield _sample(name, path or "", image, limit_bytes).with_text(text, words)
             row += 1
-    if row != parquet.metadata.num_rows:
-        detail = f"{row:,} rows where the footer says {parquet.metadata.num_rows:,}"
+    whole = len(groups) == parquet.num_row_groups
+    said = parquet.metadata.num_rows if whole else _count_rows(parquet.metadata, groups)
+    if row - first != said:
+        detail = f"{row - first:,} rows where the footer says {said:,}"
         raise RowError("read", "shard_corrupt", detail)
 
 
-def _batches(parquet: pq.ParquetFile, columns: list[str]) -> Iterator[pa.RecordBatch]:
+def _count_rows(metadata: pq.FileMetaData, groups: range) -> int:
+    return sum(metadata.row_group(group).num_rows for group in groups)
+
+
+def _batches(
+    parquet: pq.ParquetFile, groups: range, columns: list[str]
+) -> Iterator[pa.RecordBatch]:
     """By row group, so that damage in one does not take back rows of another."""
     size = _batch_rows(parquet.metadata)
-    for group in range(parquet.num_row_groups):
+    for group in groups:
         yield from parquet.iter_batches(
             batch_size=size,
             row_groups=[group],

@@ -17,12 +17,14 @@ import hashlib
 import json
 import re
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from pipeline import storage
-from pipeline.shard import Shard
+from pipeline.shard import Shard, file_of
 
 RECEIPTS = "_receipts"
+_AT_ONCE = 32  # receipts that are read
 _NAME = re.compile(r"(?P<version>[0-9a-f]{8})\.(?P<ok>\d+)-(?P<error>\d+)(?P<cut>\.cut)?\.json")
 
 
@@ -109,6 +111,23 @@ def read_receipt(output: str, stem: str, receipt: Receipt) -> dict[str, Any]:
     uri = storage.join(output, RECEIPTS, stem, receipt.name)
     content: dict[str, Any] = json.loads(storage.read_bytes(uri))
     return content
+
+
+def find_replaced(output: str, plan: list[Shard], receipts: dict[str, list[Receipt]]) -> set[str]:
+    """The stems of finished shards that hold rows of a planned file and are not in the plan.
+
+    They are of a large Parquet file that changed, and is split in another way now. Reads the
+    receipts of such shards alone.
+    """
+    planned = {stem(shard.name) for shard in plan}
+    gone = [name for name in receipts if without_pass(name) not in planned]
+    files = {file_of(shard.name) for shard in plan}
+    rows = [name for name in gone if "-rows-" in name]
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        read = pool.map(lambda name: read_receipt(output, name, receipts[name][0]), rows)
+        found = {n for n, r in zip(rows, read, strict=True) if file_of(r["shard"]) in files}
+    whole = {stem(file) for file in files}
+    return found | {name for name in gone if without_pass(name) in whole}
 
 
 def write_receipt(output: str, shard: Shard, content: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from pipeline.receipts import (
     RECEIPTS,
     Receipt,
     covers,
+    find_replaced,
     is_added,
     list_receipts,
     of_pass,
@@ -54,6 +55,7 @@ def left_to_do(
     gone = sorted(decided.keys() - receipts.keys())
     planned = {stem(shard.name) for shard in plans[0]}
     stale += [name for name in gone if without_pass(name) not in planned]
+    stale += sorted(find_replaced(output, plans[0], receipts))
     for name in reversed(stale):  # what was added before what it was added to
         discard_pass(output, name, tables)
     return todo

@@ -20,15 +20,18 @@ IMAGE_LIMIT_BYTES = 512 * 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One input object, or a fixed group of loose image files: the unit of work."""
+    """One input object, some row groups of a large Parquet file, or a fixed group of loose image
+    files: the unit of work."""
 
     name: str
-    """The `shard` column: the path relative to the input's root, unique in a plan."""
+    """The `shard` column: the path relative to the input's root, unique in a plan; of row groups
+    as name_rows has it."""
     uri: str
     """What to open; for loose images the root folder."""
     format: str
     """tar, parquet or images."""
     size_bytes: int
+    """Of row groups: their share of the file."""
     version: str
     """S3: the ETag; local: size and time; loose images: a hash over all of them; "" if missing."""
     files: tuple[str, ...] = ()
@@ -37,6 +40,9 @@ class Shard:
     """Parquet: the image column found when planning; "" leaves it to the reader."""
     text: str = ""
     """Where each row's text is (see find_text); "" when none is wanted."""
+    first_row_group: int = 0
+    row_groups: int = 0
+    """Parquet: how many row groups from `first_row_group` on; 0 is the whole file."""
     first_prompt: int = 0
     """Of the prompts of a pass over it; above 0 for prompts that were added to a run."""
 
@@ -111,6 +117,20 @@ def printable(name: str | bytes) -> str:
 def stem(path: str) -> str:
     """The path without its input suffix: img2dataset's shard id."""
     return re.sub(r"\.(tar\.gz|[^./]+)$", "", path, flags=re.IGNORECASE)
+
+
+def name_rows(file: str, first: int, end: int, total: int) -> str:
+    """The name of the shard of a file's rows `first` to `end` (excluded): `x.parquet#rows=05-11`.
+
+    Zeros make the names of a file with `total` rows sort as their rows do.
+    """
+    width = len(str(total - 1))
+    return f"{file}#rows={first:0{width}d}-{end - 1:0{width}d}"
+
+
+def file_of(name: str) -> str:
+    """The file that a shard of rows is of; any other name as it is."""
+    return re.sub(r"#rows=\d+-\d+$", "", name)
 
 
 def _to_bytes(name: str) -> bytes:

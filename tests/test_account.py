@@ -15,6 +15,8 @@ from pipeline.account import close_run, open_run
 from pipeline.commit import finish_shard
 from pipeline.config import SegmentConfig, WorkerOptions
 from pipeline.errors import JobError, UsageError
+from pipeline.receipts import stem
+from pipeline.shard import Shard
 
 MODEL = {"weights_hash": "abc"}
 OTHER = replace(SHARD, name="c.tar", version="v1")
@@ -91,6 +93,31 @@ def test_a_shard_that_changed_is_done_again(tmp_path: Path) -> None:
     assert not part(tmp_path, "masks").exists()  # old rows never stand beside new ones
     finish(tmp_path, changed, rows=3)
     assert close_run(run, 1.0)["images"] == 3
+
+
+def test_a_file_that_is_split_in_another_way_leaves_no_old_rows(tmp_path: Path, capsys) -> None:
+    """The names of its shards change, so old parts would stand beside the new ones."""
+
+    def shards(*names: str) -> list[Shard]:
+        return [replace(SHARD, name=name, version=str(names)) for name in names]
+
+    gone = shards("gone.parquet#rows=0-9", "gone-rows-1.tar")
+    for now in (
+        [*shards("a/x.parquet"), *gone],
+        shards("a/x.parquet#rows=00-14", "a/x.parquet#rows=15-19"),
+        shards("a/x.parquet#rows=00-11", "a/x.parquet#rows=12-15", "a/x.parquet#rows=16-19"),
+        shards("a/x.parquet"),
+    ):
+        run = open_run(config(tmp_path), now, model=MODEL, tables=TABLES)
+        assert run.todo == now
+        for shard in now:
+            finish(tmp_path, shard)
+        assert close_run(run, 1.0)["masks"] == 4 * len(now)
+        paths = {f"{stem(shard.name)}.parquet" for shard in [*now, *gone]}
+        found = {p.name for p in (tmp_path / "masks").iterdir() if pq.read_metadata(p).num_rows}
+        assert found == paths
+    warned = "2 finished shards are no longer in the input (gone.parquet#rows=0-9, gone-rows-1.tar)"
+    assert warned in capsys.readouterr().err
 
 
 def test_another_run_is_refused_with_the_difference(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 from shards import make_parquet, make_tar
 
-from pipeline import storage
+from pipeline import plan, storage
 from pipeline.errors import UsageError
 from pipeline.gallery import Images, draw_gallery, open_gallery, read_thumbnails, write_gallery
 from pipeline.plan import plan_shards
@@ -98,6 +98,16 @@ def test_every_input_form_gives_its_thumbnails(folder: str) -> None:
     assert {key: colour_of(value) for key, value in thumbnails.items()} == {
         (name, row): COLOURS[row] for name, row in wanted
     }
+
+
+def test_thumbnails_of_a_large_parquet_file(tmp_path: Path, monkeypatch) -> None:
+    cells = [picture(colour) for colour in COLOURS]
+    data = make_parquet({"image": cells}, row_group_size=2, use_dictionary=False)
+    storage.write_bytes(f"{tmp_path}/in/x.parquet", data)
+    monkeypatch.setattr(plan, "SPLIT_BYTES", len(data) - 1)
+    images = write_run(f"{tmp_path}/out", f"{tmp_path}/in")
+    thumbnails = read_thumbnails(images, {("x.parquet#rows=0-3", 1), ("x.parquet#rows=4-4", 0)})
+    assert [colour_of(image) for _, image in sorted(thumbnails.items())] == [COLOURS[1], COLOURS[4]]
 
 
 def test_thumbnails_are_upright_and_small(tmp_path: Path) -> None:

@@ -6,14 +6,17 @@ import pickle
 import socket
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from pipeline import storage
+from pipeline import plan, s3_read, storage
 from pipeline.errors import CredentialsError
 from pipeline.plan import plan_shards
 from pipeline.read import BATCH_BYTES, read_batches, read_shard
@@ -273,6 +276,112 @@ def test_damage_in_the_middle_of_parquet_keeps_the_rows_before(folder: str):
     end = read_failed(write_one(folder, "x.parquet", bytes(data)), kept=20)
     assert end["reason"] == "shard_corrupt"
     assert "CRC" in end["detail"]
+
+
+def write_row_groups(path: Path | str, groups: list[list[bytes | None]]) -> None:
+    """A Parquet file of these row groups, which may be empty."""
+    file = pa.BufferOutputStream()
+    schema = pa.schema([("image", pa.binary())])
+    options = {"compression": "none", "use_dictionary": False, "write_page_checksum": True}
+    with pq.ParquetWriter(file, schema, **options) as writer:
+        for images in groups:
+            writer.write_table(pa.table([images], schema=schema))
+    storage.write_bytes(str(path), file.getvalue().to_pybytes())
+
+
+IMAGES = st.none() | st.binary(max_size=40) | st.integers(0, 5000).map(bytes)
+
+
+@settings(
+    max_examples=100,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    files=st.lists(st.lists(st.lists(IMAGES, max_size=6), max_size=12), min_size=1, max_size=3),
+    split_bytes=st.integers(1, 8000),
+)
+def test_every_row_of_every_layout_is_read_once(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    files: list[list[list[bytes | None]]],
+    split_bytes: int,
+):
+    monkeypatch.setattr(plan, "SPLIT_BYTES", split_bytes)
+    storage.delete_folder(str(tmp_path / "in"))
+    for index, groups in enumerate(files):
+        write_row_groups(tmp_path / "in" / f"{index}.parquet", groups)
+    shards = plan_shards(str(tmp_path / "in"))
+    assert all(one.name < other.name for one, other in pairwise(shards))
+    found: dict[str, Records] = {}
+    for shard in shards:
+        found.setdefault(shard.uri[-len("0.parquet") :], []).extend(read_whole(shard))
+    for index, groups in enumerate(files):
+        images = [image for group in groups for image in group]
+        records = found[f"{index}.parquet"]
+        assert [r["image"] for r in records] == [image or b"" for image in images]
+        assert [r["reason"] == "no_image" for r in records] == [i is None for i in images]
+        assert [r["key"] for r in records] == [str(row) for row in range(len(images))]
+        sizes = [shard.size_bytes for shard in shards if shard.uri.endswith(f"/{index}.parquet")]
+        assert sum(sizes) == storage.stat_file(f"{tmp_path}/in/{index}.parquet").size_bytes
+
+
+@pytest.fixture
+def six_shards(folder: str, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Shard], list[bytes]]:
+    """The shards of a Parquet file of 6 MB, two row groups of five images each; the images."""
+    images = [os.urandom(100_000) for _ in range(60)]
+    groups = [list(images[start : start + 5]) for start in range(0, 60, 5)]
+    write_row_groups(f"{folder}/x.parquet", groups)
+    monkeypatch.setattr(plan, "SPLIT_BYTES", 1_020_000)
+    shards = plan_shards(folder)
+    assert [shard.name[-len("00-09") :] for shard in shards][:2] == ["00-09", "10-19"]
+    assert len(shards) == 6
+    return shards, images
+
+
+def test_row_groups_are_read_without_the_others(
+    six_shards: tuple[list[Shard], list[bytes]], bucket: str, monkeypatch: pytest.MonkeyPatch
+):
+    shards, images = six_shards
+    fetched: list[int] = []
+
+    def read_range(uri: str, start: int, end: int, version: str) -> tuple[bytes, str]:
+        fetched.append(end - start)
+        return whole_range(uri, start, end, version)
+
+    whole_range = s3_read.read_range
+    monkeypatch.setattr(s3_read, "read_range", read_range)
+    monkeypatch.setattr(s3_read, "BLOCK_BYTES", 2**18)
+    for index, shard in enumerate(shards):
+        fetched.clear()
+        records = read_whole(shard)
+        assert [r["image"] for r in records] == images[index * 10 : index * 10 + 10]
+        if storage.is_s3(shard.uri):
+            assert 1_000_000 < sum(fetched) < 2_000_000  # of 6 MB
+
+
+def test_damage_in_one_shard_of_a_file_leaves_the_others(
+    six_shards: tuple[list[Shard], list[bytes]],
+):
+    shards, images = six_shards
+    data = bytearray(storage.read_bytes(shards[0].uri))
+    data[data.index(images[27]) + 500] ^= 1  # in the second row group of the third shard
+    storage.write_bytes(shards[0].uri, bytes(data))
+    shards = plan_shards(shards[0].uri)
+    end = read_failed(shards[2], kept=5)
+    assert (end["reason"], end["shard"]) == ("shard_corrupt", "x.parquet#rows=20-29")
+    assert all(len(read_whole(shard)) == 10 for shard in shards if shard != shards[2])
+
+
+def test_a_file_overwritten_since_the_plan_has_changed_for_all_its_shards(
+    six_shards: tuple[list[Shard], list[bytes]],
+):
+    shards, _ = six_shards
+    data = storage.read_bytes(shards[0].uri)
+    storage.write_bytes(shards[0].uri, data[:-1] + b"?")
+    for shard in shards:
+        end = read_failed(shard)
+        assert (end["reason"], end["retryable"]) == ("shard_changed", True)
 
 
 def test_parquet_of_polars_is_read(tmp_path: Path):

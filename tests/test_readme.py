@@ -7,10 +7,12 @@ from pathlib import Path
 
 import duckdb
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from jobs import embed, search, segment
+from pipeline import plan
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -64,6 +66,41 @@ def test_the_duckdb_query_runs_as_written(demo: Path, monkeypatch: pytest.Monkey
     shares = [row[2] for row in rows]
     assert shares == sorted(shares, reverse=True)
     assert all(0 < share < 1 for share in shares)
+
+
+def test_masks_join_their_parquet_files_as_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, local_ray: None
+) -> None:
+    """A file that is split by row groups, and one that is not."""
+    (shard,) = (ROOT / "pipeline/demo/shards").glob("*.parquet")
+    scenes = pq.read_table(shard).slice(0, 12)
+    (tmp_path / "photos").mkdir()
+    pq.write_table(scenes, tmp_path / "photos" / "large.parquet", row_group_size=5)
+    pq.write_table(scenes.slice(0, 2), tmp_path / "photos" / "small.parquet")
+    large = (tmp_path / "photos" / "large.parquet").stat().st_size
+    monkeypatch.setattr(plan, "SPLIT_BYTES", large // 3 + 1)
+    monkeypatch.chdir(tmp_path)
+    options = ["--prompt", "star", "--model", str(ROOT / "pipeline/demo/model"), "--quiet"]
+    for _ in range(2):  # the second finds everything done
+        assert segment.main(["photos", "found", *options]) == 0
+    (query,) = [block for block in blocks("sql") if "file_row_number" in block]
+    rows = duckdb.sql(query).fetchall()
+    captions = scenes["caption"].to_pylist()
+    assert sorted(row[:3] for row in rows) == [
+        *(("photos/large.parquet", row, caption) for row, caption in enumerate(captions)),
+        *(("photos/small.parquet", row, caption) for row, caption in enumerate(captions[:2])),
+    ]
+    members = f"SELECT shard, \"row\", member FROM '{tmp_path}/found/images/*.parquet'"
+    paths = {(shard, row): member for shard, row, member in duckdb.sql(members).fetchall()}
+    assert {shard for shard, _ in paths} == {
+        "large.parquet#rows=00-04",
+        "large.parquet#rows=05-09",
+        "large.parquet#rows=10-11",
+        "small.parquet",
+    }
+    of_row = [cell["path"] for cell in scenes["image"].to_pylist()]
+    assert len(set(of_row)) == 12
+    assert all(paths[shard, row] == of_row[at] for _, at, _, shard, row, *_ in rows)
 
 
 @pytest.fixture(scope="module")
