@@ -22,7 +22,7 @@ The modules in the order of the flow:
     receipts, write, added, commit
                  rows -> fragments -> one part per shard and table -> a receipt
     tables       what the model gave -> rows of the output's tables, gathered by shard
-    resume, account, status
+    record, resume, account, status
                  what a run was asked to do, what of it is left, and what is done
     progress     what the terminal shows meanwhile
     run          the one module here that knows Ray: share its CPUs, run the stream, add it up

@@ -1,7 +1,7 @@
 """What a run was asked to do and what of it is done: `_run.json`, the receipts, `_SUCCESS`.
 
     OUTPUT/_run.json     the whole configuration, versions, counts; its fingerprint names what
-                         decides the results, and another fingerprint is another run
+                         decides the results, and another fingerprint is another run (see record)
     OUTPUT/_prompts/     prompts that were added to it (see added)
     OUTPUT/_receipts/    one file per finished shard, written last (see receipts and commit)
     OUTPUT/_SUCCESS      there when the receipts equal the plan
@@ -12,18 +12,13 @@ A run that was stopped is completed by the same command: shards with a receipt a
 from __future__ import annotations
 
 import contextlib
-import datetime
-import json
-import platform
 import sys
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
-from typing import Any, ClassVar, Protocol
+from dataclasses import dataclass, replace
+from typing import Any
 
-from pipeline import __version__, storage
+from pipeline import storage
 from pipeline.added import PROMPTS, add_prompts, read_added, tables_of_pass
-from pipeline.config import RunOptions
-from pipeline.errors import JobError, NotFoundError, StorageError, UsageError
+from pipeline.errors import JobError, StorageError, UsageError
 from pipeline.receipts import (
     RECEIPTS,
     Receipt,
@@ -33,37 +28,21 @@ from pipeline.receipts import (
     stem_of,
     version_hash,
 )
+from pipeline.record import (
+    RUN,
+    JobConfig,
+    new_record,
+    now,
+    read_run,
+    refuse_other_run,
+    to_json,
+)
 from pipeline.resume import left_to_do, report_removed
-from pipeline.schema import SCHEMA_VERSION, Table
+from pipeline.schema import Table
 from pipeline.shard import Shard
 from pipeline.write import STAGING, write_empty_parts
 
-RUN, SUCCESS = "_run.json", "_SUCCESS"
-
-
-class JobConfig(Protocol):
-    """What the dataclass of a job's configuration offers."""
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-    @property
-    def input(self) -> str:
-        """What is read, as the user wrote it."""
-        ...
-
-    @property
-    def output(self) -> str:
-        """Folder of the tables, as the user wrote it."""
-        ...
-
-    @property
-    def run(self) -> RunOptions:
-        """How the run deals with trouble."""
-        ...
-
-    def fingerprint(self) -> dict[str, Any]:
-        """What of the configuration decides the results."""
-        ...
+SUCCESS = "_SUCCESS"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +85,7 @@ def open_run(
     source, output = storage.check_uri(config.input), storage.check_uri(config.output)
     if f"{output}/".startswith(f"{source}/"):
         raise UsageError(f"{output}: lies inside the input, which would then read its own tables")
-    record = _record(config, plan, source, output, model, tables)
+    record = new_record(config, plan, source, output, model, tables)
     found = read_run(output)
     if found is not None and config.run.restart:
         _delete_run(output, found)
@@ -121,7 +100,7 @@ def open_run(
     if any(todo.values()):
         storage.delete_file(storage.join(output, SUCCESS))  # of a smaller plan
         _warn_of_careless_storage(output)
-    storage.write_bytes(storage.join(output, RUN), _json(record))
+    storage.write_bytes(storage.join(output, RUN), to_json(record))
     passes: list[Run] = []
     for first in sorted(prompts, reverse=True):
         of_pass = Run(
@@ -154,26 +133,13 @@ def _settle_prompts(
         found = found | {"prompts": known}
     elif "prompts" in wanted:
         wanted["prompts"] = started_with
-    _refuse_other_run(output, found, wanted)
-    if more := [prompt for prompt in asked if prompt not in set(known)]:
+    refuse_other_run(output, found, wanted)
+    new = set(asked) - set(known)
+    if more := [prompt for prompt in asked if prompt in new]:
         storage.delete_file(storage.join(output, SUCCESS))
         add_prompts(output, len(known), more)
         added[len(known)] = more
     return {0: started_with, **added}
-
-
-def read_run(output: str) -> dict[str, Any] | None:
-    """The content of _run.json; None where there is none. Raises UsageError if it is damaged."""
-    uri = storage.join(output, RUN)
-    try:
-        record = json.loads(storage.read_bytes(uri))
-    except NotFoundError:
-        return None
-    except ValueError as error:
-        raise UsageError(f"{uri}: not readable ({error}); choose another output") from error
-    if not isinstance(record, dict):
-        raise UsageError(f"{uri}: not the record of a run; choose another output")
-    return record
 
 
 def close_run(run: Run, seconds: float) -> dict[str, int]:
@@ -201,7 +167,7 @@ def close_run(run: Run, seconds: float) -> dict[str, int]:
     last = {"seconds": round(seconds, 2), "images": images, "images_per_s": images / seconds}
     record = run.record | {"status": "complete", "finished_at": now()}
     record |= {"counts": counts, "throughput": last, "removed_shards": removed}
-    storage.write_bytes(storage.join(run.output, RUN), _json(record))
+    storage.write_bytes(storage.join(run.output, RUN), to_json(record))
     storage.write_bytes(storage.join(run.output, SUCCESS), b"")
     try:
         _refuse_more_prompts(run)  # added while we wrote that
@@ -269,56 +235,6 @@ def summary(run: Run, counts: dict[str, int]) -> str:
     return "\n".join(lines)
 
 
-def _versions() -> dict[str, str]:
-    names = ("ray", "torch", "pyarrow", "pillow", "numpy", "tokenizers", "pycocotools")
-    found = {name: version(name) for name in names}
-    return {"clipseg_ray": __version__, "python": platform.python_version(), **found}
-
-
-def now() -> str:
-    """The time as ISO 8601, UTC."""
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-
-
-def _refuse_other_run(output: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raise UsageError naming each field in which two fingerprints differ."""
-    fields = [k for k in {**found, **wanted} if found.get(k) != wanted.get(k)]
-    if fields:
-        differences = "; ".join(
-            f"{k} was {_short(found.get(k))}, now {_short(wanted.get(k))}" for k in fields
-        )
-        raise UsageError(
-            f"{output}: holds another run ({differences}); "
-            "choose another output, or --restart to delete it and start over"
-        )
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _record(
-    config: JobConfig,
-    plan: list[Shard],
-    source: str,
-    output: str,
-    model: dict[str, Any],
-    tables: dict[str, Table],
-) -> dict[str, Any]:
-    """What _run.json says while the run is going on."""
-    decides = {**config.fingerprint(), "input": source, **model, "schema_version": SCHEMA_VERSION}
-    return {
-        "status": "running",
-        "fingerprint": json.loads(json.dumps(decides)),  # as it will be read back
-        "config": asdict(config) | {"input": source, "output": output},
-        "plan": {"shards": len(plan), "bytes": sum(shard.size_bytes for shard in plan)},
-        "tables": list(tables),
-        "versions": _versions(),
-        "started_at": now(),
-    }
-
-
 def _start(output: str, record: dict[str, Any]) -> dict[str, Any]:
     """Write the record of a new run; returns that of another driver which was faster."""
     if not storage.is_empty(output):
@@ -329,7 +245,7 @@ def _start(output: str, record: dict[str, Any]) -> dict[str, Any]:
             )
         return found
     try:
-        storage.write_new(storage.join(output, RUN), _json(record))
+        storage.write_new(storage.join(output, RUN), to_json(record))
     except FileExistsError:
         return read_run(output) or record
     return record
@@ -352,7 +268,3 @@ def _delete_run(output: str, record: dict[str, Any]) -> None:
         if "/" not in name and name not in ("", ".", ".."):
             storage.delete_folder(storage.join(output, name))
     storage.delete_file(storage.join(output, RUN))
-
-
-def _json(record: dict[str, Any]) -> bytes:
-    return (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode()

@@ -20,11 +20,11 @@ from typing import Any
 from PIL import Image
 
 from pipeline import storage
-from pipeline.account import RUN
 from pipeline.errors import CredentialsError, NotFoundError, PipelineError, RowError, UsageError
 from pipeline.prepare import decode_image
 from pipeline.read import plan_shards, read_shard
 from pipeline.receipts import receipts_of
+from pipeline.record import RUN
 from pipeline.results import one_line
 from pipeline.search import Hit
 from pipeline.shard import Shard

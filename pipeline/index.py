@@ -24,8 +24,8 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import storage
-from pipeline.account import now
 from pipeline.errors import JobError, NotFoundError, PipelineError, UsageError
+from pipeline.record import now
 from pipeline.search import ExactSearch, Hit
 from pipeline.vectors import EmbeddingTable, Vectors, count_rows, read_vectors
 

@@ -11,10 +11,11 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.account import SUCCESS, read_run
+from pipeline.account import SUCCESS
 from pipeline.added import read_added
 from pipeline.errors import JobError, UsageError
 from pipeline.receipts import is_added, list_receipts, stem
+from pipeline.record import read_run
 from pipeline.resume import discard_shard
 
 _AT_ONCE = 32  # parts of the errors table that are read

@@ -1,0 +1,112 @@
+"""What a run was asked to do, as `_run.json` in its output keeps it."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any, ClassVar, Protocol
+
+from pipeline import __version__, storage
+from pipeline.config import RunOptions
+from pipeline.errors import NotFoundError, UsageError
+from pipeline.schema import SCHEMA_VERSION, Table
+from pipeline.shard import Shard
+
+RUN = "_run.json"
+
+
+class JobConfig(Protocol):
+    """What the dataclass of a job's configuration offers."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def input(self) -> str:
+        """What is read, as the user wrote it."""
+        ...
+
+    @property
+    def output(self) -> str:
+        """Folder of the tables, as the user wrote it."""
+        ...
+
+    @property
+    def run(self) -> RunOptions:
+        """How the run deals with trouble."""
+        ...
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What of the configuration decides the results."""
+        ...
+
+
+def new_record(
+    config: JobConfig,
+    plan: list[Shard],
+    source: str,
+    output: str,
+    model: dict[str, Any],
+    tables: dict[str, Table],
+) -> dict[str, Any]:
+    """What _run.json says while the run is going on."""
+    decides = {**config.fingerprint(), "input": source, **model, "schema_version": SCHEMA_VERSION}
+    return {
+        "status": "running",
+        "fingerprint": json.loads(json.dumps(decides)),  # as it will be read back
+        "config": asdict(config) | {"input": source, "output": output},
+        "plan": {"shards": len(plan), "bytes": sum(shard.size_bytes for shard in plan)},
+        "tables": list(tables),
+        "versions": _versions(),
+        "started_at": now(),
+    }
+
+
+def read_run(output: str) -> dict[str, Any] | None:
+    """The content of _run.json; None where there is none. Raises UsageError if it is damaged."""
+    uri = storage.join(output, RUN)
+    try:
+        record = json.loads(storage.read_bytes(uri))
+    except NotFoundError:
+        return None
+    except ValueError as error:
+        raise UsageError(f"{uri}: not readable ({error}); choose another output") from error
+    if not isinstance(record, dict):
+        raise UsageError(f"{uri}: not the record of a run; choose another output")
+    return record
+
+
+def refuse_other_run(output: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raise UsageError naming each field in which two fingerprints differ."""
+    fields = [k for k in {**found, **wanted} if found.get(k) != wanted.get(k)]
+    if fields:
+        differences = "; ".join(
+            f"{k} was {_short(found.get(k))}, now {_short(wanted.get(k))}" for k in fields
+        )
+        raise UsageError(
+            f"{output}: holds another run ({differences}); "
+            "choose another output, or --restart to delete it and start over"
+        )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def to_json(record: dict[str, Any]) -> bytes:
+    """The content of _run.json."""
+    return (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def now() -> str:
+    """The time as ISO 8601, UTC."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def _versions() -> dict[str, str]:
+    names = ("ray", "torch", "pyarrow", "pillow", "numpy", "tokenizers", "pycocotools")
+    found = {name: version(name) for name in names}
+    return {"clipseg_ray": __version__, "python": platform.python_version(), **found}
