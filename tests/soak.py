@@ -39,7 +39,7 @@ from pipeline import storage
 from pipeline.write import unpack_tables
 
 ROOT = Path(__file__).parent.parent
-SHARDS, IMAGES = 8, 12
+SHARDS, IMAGES = 8, 24
 STAGED = "*/_staging/*.arrows"
 Row = tuple[Any, ...]
 
@@ -66,11 +66,20 @@ class World:
 
     def wait_for_a_moment(self, job: subprocess.Popen[bytes], key: str = STAGED) -> None:
         """Until the job has written some such objects, and a little longer."""
-        wanted = self.random.randint(1, 8)
+        wanted = self.random.randint(1, 4)
         while self.proxy.count("PutObject", key) < wanted:
-            assert job.poll() is None, "the job ended before it could be disturbed"
+            check_runs(job)
             time.sleep(0.01)
         time.sleep(self.random.uniform(0, 0.3))
+
+
+class TooLateError(Exception):
+    """The job ended before it could be disturbed."""
+
+
+def check_runs(job: subprocess.Popen[bytes]) -> None:
+    if job.poll() is not None:
+        raise TooLateError
 
 
 @contextmanager
@@ -159,9 +168,11 @@ def kill_worker(title: str) -> Callable[[World, subprocess.Popen[bytes]], None]:
     """kill -9 of a worker whose title, which Ray sets, begins like this."""
 
     def disturb(world: World, job: subprocess.Popen[bytes]) -> None:
-        world.wait_for_a_moment(job)
-        while not (found := [p for p, t in below(os.getpid()).items() if t.startswith(title)]):
-            assert job.poll() is None, "the job ended before it could be disturbed"
+        for pause in (world.random.uniform(0, 2), 0):  # some time after there is one
+            while not (found := [p for p, t in below(os.getpid()).items() if t.startswith(title)]):
+                check_runs(job)
+                time.sleep(0.05)
+            time.sleep(pause)
         kill(world.random.choice(found))
 
     return disturb
@@ -284,14 +295,17 @@ def attempt_commit(world: World, kind: str) -> Counter[str]:
 
 def attempt(world: World, kind: str) -> Counter[str]:
     """One try: rows lost, repeated and changed, shards redone, and those redone though finished."""
-    output = world.output = f"{world.bucket}/{uuid.uuid4().hex}"
-    world.proxy.clear()
-    job = world.start(output)
-    KINDS[kind](world, job)
+    while True:
+        output = world.output = f"{world.bucket}/{uuid.uuid4().hex}"
+        world.proxy.clear()
+        job = world.start(output)
+        with suppress(TooLateError):
+            KINDS[kind](world, job)
+            break
     code = job.wait(300)
     world.proxy.faults.clear()
-    again = time.monotonic()
     done = {f.uri.split("/")[-2] for f in storage.glob_files(f"{output}/_receipts/*/*.json")}
+    again = time.monotonic()
     if code != 0 or "object" in kind:
         assert world.start(output).wait(300) == 0
     rows, repeated = rows_of(output)

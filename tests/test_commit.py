@@ -15,6 +15,7 @@ import random
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -272,7 +273,7 @@ def with_long_keys(table: pa.Table) -> pa.Table:
 def start_driver(output: str, step: int | None = None, *, large: bool = False) -> Any:
     """A process that drives; forked from one that has imported everything, so it starts at once."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([__name__, "s3fs"])
     environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     driver = context.Process(target=drive_and_die, args=(output, environment, step, large))
     # The server that forks does not take over sys.path before Python 3.13.
@@ -305,8 +306,9 @@ def complete_after_a_kill(output: str, copy: Path) -> None:
 
 
 def test_processes_killed_at_every_step(folder: str, tmp_path: Path) -> None:
-    """kill -9 of a real process before each change of the storage, on disk and on S3."""
-    for step in range(1000):
+    """kill -9 of a real process before each change of the storage; on S3 before every third."""
+    every = 3 if folder.startswith("s3://") else 1
+    for step in range(0, 1000, every):
         output = f"{folder}/{step}"
         driver = start_driver(output, step)
         driver.join(60)
@@ -314,7 +316,7 @@ def test_processes_killed_at_every_step(folder: str, tmp_path: Path) -> None:
         if driver.exitcode == 0:
             break
         complete_after_a_kill(output, tmp_path / "copies" / str(step))
-    print(f"{step} kills")
+    print(f"{step // every} kills")
     assert step >= 20
 
 
@@ -325,18 +327,22 @@ def test_processes_killed_at_random_moments(folder: str, seed: int, tmp_path: Pa
     """kill -9 from outside, also in the middle of a write."""
     print(f"seed {seed}")
     moments = random.Random(seed)
+    for whole in ("first", "second"):  # the first starts the server that forks, too
+        started = time.monotonic()
+        start_driver(f"{folder}/{whole}").join(60)
+    took = time.monotonic() - started
     kills = 0
-    for attempt in range(12):
+    for attempt in range(6):
         output = f"{folder}/{attempt}"
         driver = start_driver(output)
-        driver.join(moments.uniform(0, 0.3))
+        driver.join(moments.uniform(0, took))
         driver.kill()
         driver.join(60)
         assert driver.exitcode in (0, -signal.SIGKILL)
         kills += driver.exitcode != 0
         complete_after_a_kill(output, tmp_path / "copies" / str(attempt))
     print(f"{kills} kills")
-    assert kills >= 3
+    assert kills >= 2
 
 
 def _local_copy(folder: str, copy: Path) -> Path:
