@@ -29,7 +29,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_write import SHARD, TABLES, errors, images, masks
 
-from pipeline import s3_write, schema, storage
+from pipeline import schema, storage
 from pipeline.account import close_run, open_run
 from pipeline.commit import finish_shard
 from pipeline.config import RunOptions, SegmentConfig
@@ -239,15 +239,9 @@ class Schedule:
 def drive_and_die(output: str, environment: dict[str, str], step: int | None, large: bool) -> None:
     """What a process of its own does: `drive`, with kill -9 just before one change of the storage.
 
-    With `step` None somebody else may kill it. `large`: the fragments and the images' parts are
-    uploaded in several pieces.
+    With `step` None somebody else may kill it.
     """
-    global images
     os.environ.update(environment)
-    if large:
-        s3_write.PART_BYTES = 5 * 2**20
-        small = images
-        images = lambda *rows: with_long_keys(small(*rows))  # noqa: E731
     left = itertools.count(0)
 
     def watch(name: str) -> None:
@@ -265,17 +259,12 @@ def drive_and_die(output: str, environment: dict[str, str], step: int | None, la
     drive(output)
 
 
-def with_long_keys(table: pa.Table) -> pa.Table:
-    keys = pa.array([random.randbytes(8 * 2**20).hex() for _ in range(len(table))], pa.string())
-    return table.set_column(table.schema.get_field_index("key"), table.schema.field("key"), keys)
-
-
-def start_driver(output: str, step: int | None = None, *, large: bool = False) -> Any:
+def start_driver(output: str, step: int | None = None) -> Any:
     """A process that drives; forked from one that has imported everything, so it starts at once."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "s3fs"])
     environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-    driver = context.Process(target=drive_and_die, args=(output, environment, step, large))
+    driver = context.Process(target=drive_and_die, args=(output, environment, step))
     # The server that forks does not take over sys.path before Python 3.13.
     with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path))):
         driver.start()
