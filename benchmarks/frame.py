@@ -36,7 +36,7 @@ def plain_loop(source: Path, output: Path) -> float:
     config = SegmentConfig(input=str(source), output=str(output), prompt=("star",))
     prompted = encode_prompts(str(MODEL), config.all_prompts())
     prepare = PrepareImages(prompted.checkpoint.processor, config.images.max_pixels)
-    segment, make = SegmentImages(prompted, "cpu"), MakeTables(config, {})
+    segment, make = SegmentImages(prompted, "cpu"), MakeTables(config, {}, prompted.prompts, 0)
     write = WriteFragments(str(output))
     for shard in plan_shards(str(source)):
         for records in read_batches(pa.Table.from_pylist([shard_to_row(shard)])):

@@ -58,7 +58,7 @@ def classify(config: ClassifyConfig) -> None:
         accounts = ranked.map_batches(
             MakeLabelTables(tables, classifier.labels), **shares.task
         ).map_batches(WriteFragments(run.output), **shares.task)
-        counts = finish(accounts, run, quiet=config.workers.quiet)
+        counts = finish(run, [accounts], quiet=config.workers.quiet)
     print(summary(run, counts))
 
 

@@ -53,7 +53,7 @@ def embed(config: EmbedConfig) -> None:
             .map_batches(MakeEmbeddingTables(tables["embeddings"].schema), **shares.task)
             .map_batches(WriteFragments(run.output), **shares.task)
         )
-        counts = finish(accounts, run, quiet=config.workers.quiet)
+        counts = finish(run, [accounts], quiet=config.workers.quiet)
     print(summary(run, counts))
 
 

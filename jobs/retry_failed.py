@@ -12,7 +12,9 @@ import importlib
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 
+from pipeline.added import read_added
 from pipeline.command import run_command
 from pipeline.config import EmbedConfig, SegmentConfig
 from pipeline.config_classify import ClassifyConfig
@@ -35,7 +37,8 @@ def retry_failed(config: RetryConfig) -> None:
         raise UsageError(f"{output}/_run.json: of an unknown job {name!r}")
     job = config_from_record(JOBS[name], record["config"])
     if isinstance(job, SegmentConfig):  # the file of the prompts may be gone
-        job = replace(job, prompt=tuple(record["fingerprint"]["prompts"]), prompts=None)
+        prompts = [*record["fingerprint"]["prompts"], *chain(*read_added(output).values())]
+        job = replace(job, prompt=tuple(prompts), prompts=None)
     job = replace(job, workers=config.workers, run=replace(job.run, restart=False))
     shards = forget_failed(output, record, every=config.every)
     if not shards:

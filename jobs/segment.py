@@ -15,14 +15,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from pipeline.account import open_run, summary
+import ray.data
+
+from pipeline.account import Run, open_run, summary
 from pipeline.command import run_command
 from pipeline.config import SegmentConfig
 from pipeline.prepare import PrepareImages
 from pipeline.read import plan_shards, read_batches
 from pipeline.report import write_contact_sheet
-from pipeline.run import dataset_of, finish, ray_session, share_cluster
-from pipeline.segment import SegmentImages, encode_prompts
+from pipeline.run import Shares, dataset_of, finish, ray_session, share_cluster
+from pipeline.segment import PromptedModel, SegmentImages, encode_prompts
 from pipeline.storage import set_storage_timeout
 from pipeline.tables import MakeTables
 from pipeline.write import WriteFragments
@@ -38,25 +40,33 @@ def segment(config: SegmentConfig) -> None:
     run = open_run(config, shards, model=checkpoint.fingerprint(), tables=tables)
     with ray_session():
         shares = share_cluster(config.workers)
-        accounts = (
-            dataset_of(run.todo)
-            .map_batches(read_batches, **shares.read)
-            .map_batches(
-                PrepareImages(checkpoint.processor, config.images.max_pixels), **shares.task
-            )
-            .map_batches(
-                SegmentImages,
-                fn_constructor_args=(prompted, shares.device, shares.threads),
-                **shares.actor,
-            )
-            .map_batches(MakeTables(config, tables), **shares.task)
-            .map_batches(WriteFragments(run.output), **shares.task)
-        )
-        counts = finish(accounts, run, quiet=config.workers.quiet)
+        # One pass over the shards, and one more for each time that prompts were added.
+        streams = [stream(config, prompted, each, shares) for each in run.passes]
+        counts = finish(run, streams, quiet=config.workers.quiet)
     print(summary(run, counts))
     if config.contact_sheet:
         max_pixels = config.images.max_pixels
         write_contact_sheet(config.contact_sheet, run.output, shards, max_pixels)
+
+
+def stream(
+    config: SegmentConfig, prompted: PromptedModel, run: Run, shares: Shares
+) -> ray.data.Dataset:
+    """What is left to do in one pass, with its prompts."""
+    asked = prompted.only(run.prompts, embed="embeddings" in run.tables)
+    prepare = PrepareImages(prompted.checkpoint.processor, config.images.max_pixels)
+    return (
+        dataset_of(run.todo)
+        .map_batches(read_batches, **shares.read)
+        .map_batches(prepare, **shares.task)
+        .map_batches(
+            SegmentImages,
+            fn_constructor_args=(asked, shares.device, shares.threads),
+            **shares.actor,
+        )
+        .map_batches(MakeTables(config, run.tables, run.prompts, run.first_prompt), **shares.task)
+        .map_batches(WriteFragments(run.output, run.first_prompt), **shares.task)
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

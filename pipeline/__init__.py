@@ -19,11 +19,11 @@ The modules in the order of the flow:
     pixels, segment, embed, classify
                  pixels -> mask logits, embeddings or labels, on the actors that hold the model
     masks        logits -> mask at the image's size -> RLE, box, area, scores
-    receipts, write, commit
+    receipts, write, added, commit
                  rows -> fragments -> one part per shard and table -> a receipt
     tables       what the model gave -> rows of the output's tables, gathered by shard
-    account, status
-                 what a run was asked to do, and what of it is done
+    resume, account, status
+                 what a run was asked to do, what of it is left, and what is done
     progress     what the terminal shows meanwhile
     run          the one module here that knows Ray: share its CPUs, run the stream, add it up
     vectors, read_embeddings, query, search, index, recall, results, duplicates

@@ -2,6 +2,7 @@
 
     OUTPUT/_run.json     the whole configuration, versions, counts; its fingerprint names what
                          decides the results, and another fingerprint is another run
+    OUTPUT/_prompts/     prompts that were added to it (see added)
     OUTPUT/_receipts/    one file per finished shard, written last (see receipts and commit)
     OUTPUT/_SUCCESS      there when the receipts equal the plan
 
@@ -15,15 +16,16 @@ import datetime
 import json
 import platform
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from typing import Any, ClassVar, Protocol
 
 from pipeline import __version__, storage
-from pipeline.commit import DECISION
+from pipeline.added import PROMPTS, add_prompts, read_added, tables_of_pass
 from pipeline.config import RunOptions
 from pipeline.errors import JobError, NotFoundError, StorageError, UsageError
-from pipeline.receipts import RECEIPTS, Receipt, list_receipts, read_receipt, stem, version_hash
+from pipeline.receipts import RECEIPTS, Receipt, list_receipts, stem_of, version_hash
+from pipeline.resume import left_to_do, report_removed
 from pipeline.schema import SCHEMA_VERSION, Table
 from pipeline.shard import Shard
 from pipeline.write import STAGING, write_empty_parts
@@ -71,6 +73,17 @@ class Run:
     """The tables of the job beside `errors`."""
     max_error_rate: float
     """The share of failed rows, of 1,000 or more, at which the job stops."""
+    prompts: list[str]
+    """Those of this pass over the shards; empty for a job without."""
+    first_prompt: int
+    """The prompt_id of the first of them."""
+    added: list[Run]
+    """One more pass for each time that prompts were added, in their order."""
+
+    @property
+    def passes(self) -> list[Run]:
+        """Of the run, then of what was added: an added one needs what those before it leave."""
+        return [self, *self.added]
 
 
 def open_run(
@@ -78,8 +91,9 @@ def open_run(
 ) -> Run:
     """Start a run in the config's output, or continue the one that is there.
 
-    What the config and `model` say decides the results and is the run's fingerprint. Raises
-    UsageError if the output holds another run, or files that are no run's.
+    What the config and `model` say decides the results and is the run's fingerprint; only that
+    there may be more prompts than before. Raises UsageError if the output holds another run, or
+    files that are no run's.
     """
     source, output = storage.check_uri(config.input), storage.check_uri(config.output)
     if f"{output}/".startswith(f"{source}/"):
@@ -91,22 +105,53 @@ def open_run(
         found = None
     if found is None:
         found = _start(output, record)
-    _refuse_other_run(output, found.get("fingerprint", {}), record["fingerprint"])
+    prompts = _settle_prompts(output, found.get("fingerprint", {}), record["fingerprint"])
     record["started_at"] = found["started_at"]
     write_empty_parts(output, tables)
-    todo = _left(output, plan, list(tables))
-    if todo:
+    plans = {first: [replace(shard, first_prompt=first) for shard in plan] for first in prompts}
+    todo = left_to_do(output, plans, list(tables))
+    if any(todo.values()):
         storage.delete_file(storage.join(output, SUCCESS))  # of a smaller plan
         _warn_of_careless_storage(output)
     storage.write_bytes(storage.join(output, RUN), _json(record))
-    return Run(
-        output=output,
-        record=record,
-        plan=plan,
-        todo=todo,
-        tables=tables,
-        max_error_rate=config.run.max_error_rate,
-    )
+    passes: list[Run] = []
+    for first in sorted(prompts, reverse=True):
+        of_pass = Run(
+            output=output,
+            record=record,
+            plan=plans[first],
+            todo=todo[first],
+            tables=tables_of_pass(tables, first, len(prompts[first])),
+            max_error_rate=config.run.max_error_rate,
+            prompts=prompts[first],
+            first_prompt=first,
+            added=passes if first == 0 else [],
+        )
+        passes = [of_pass, *passes]
+    return passes[0]
+
+
+def _settle_prompts(
+    output: str, found: dict[str, Any], wanted: dict[str, Any]
+) -> dict[int, list[str]]:
+    """Hold two fingerprints against each other, and write down prompts that are new.
+
+    Returns the prompts of each pass, by the number of its first. A fingerprint's prompts are those
+    that the run was started with. Raises UsageError for any difference but more prompts.
+    """
+    started_with, asked = found.get("prompts", []), wanted.get("prompts", [])
+    added = read_added(output)
+    known = [*started_with, *(prompt for some in added.values() for prompt in some)]
+    if not set(known) <= set(asked):
+        found = found | {"prompts": known}
+    elif "prompts" in wanted:
+        wanted["prompts"] = started_with
+    _refuse_other_run(output, found, wanted)
+    if more := [prompt for prompt in asked if prompt not in set(known)]:
+        storage.delete_file(storage.join(output, SUCCESS))
+        add_prompts(output, len(known), more)
+        added[len(known)] = more
+    return {0: started_with, **added}
 
 
 def read_run(output: str) -> dict[str, Any] | None:
@@ -127,26 +172,31 @@ def close_run(run: Run, seconds: float) -> dict[str, int]:
     """Check that the receipts equal the plan, write the counts into _run.json, and _SUCCESS.
 
     `seconds`: what the shards that were left took. Returns the counts over all shards. Raises
-    JobError if a shard has no receipt.
+    JobError if a shard has no receipt, or if prompts were added meanwhile.
     """
     receipts = list_receipts(run.output)
     found: dict[str, Receipt] = {}
-    for shard in run.plan:
-        of_shard = receipts.pop(stem(shard.name), [])
+    plan = [shard for each in run.passes for shard in each.plan]
+    for shard in plan:
+        of_shard = receipts.pop(stem_of(shard), [])
         if [r.version for r in of_shard] == [version_hash(shard)]:
-            found[shard.name] = of_shard[0]
-    missing = [shard.name for shard in run.plan if shard.name not in found]
+            found[stem_of(shard)] = of_shard[0]
+    missing = [shard.name for shard in plan if stem_of(shard) not in found]
     if missing:
         some = ", ".join(sorted(missing)[:3])
         raise JobError(f"{len(missing)} shards were not finished ({some}, ...); run it again")
-    counts = count(list(found.values()), run.tables)
-    removed = _report_removed(run.output, receipts)
-    images = sum(found[shard.name].ok + found[shard.name].error for shard in run.todo)
+    counts = _count(run, found)
+    removed = report_removed(run.output, receipts)
+    todo = [found[stem_of(shard)] for each in run.passes for shard in each.todo]
+    images = sum(receipt.ok + receipt.error for receipt in todo)
     last = {"seconds": round(seconds, 2), "images": images, "images_per_s": images / seconds}
     record = run.record | {"status": "complete", "finished_at": now()}
     record |= {"counts": counts, "throughput": last, "removed_shards": removed}
     storage.write_bytes(storage.join(run.output, RUN), _json(record))
     storage.write_bytes(storage.join(run.output, SUCCESS), b"")
+    if read_added(run.output).keys() != {each.first_prompt for each in run.added}:
+        storage.delete_file(storage.join(run.output, SUCCESS))
+        raise JobError(f"{run.output}: prompts were added meanwhile; the same command tells which")
     with contextlib.suppress(StorageError):  # another driver may just be adding to it
         storage.delete_folder(storage.join(run.output, STAGING))
     return counts
@@ -158,28 +208,26 @@ def is_unfinished(output: str) -> bool:
     return has_run and not storage.exists(storage.join(output, SUCCESS))
 
 
-def count(receipts: list[Receipt], tables: dict[str, Table]) -> dict[str, int]:
+def _count(run: Run, found: dict[str, Receipt]) -> dict[str, int]:
     """Sums over receipts: shards, shards cut short, rows in, ok and error, and rows of tables."""
+    receipts = [found[stem_of(shard)] for shard in run.plan]
     ok, error = sum(r.ok for r in receipts), sum(r.error for r in receipts)
-    return {
+    counts = {
         "shards": len(receipts),
         "shards_failed": sum(r.cut for r in receipts),
         "rows_in": ok + error,
         "rows_ok": ok,
         "rows_error": error,
-        **{name: ok * table.rows_per_image for name, table in tables.items()},
+        **{name: ok * table.rows_per_image for name, table in run.tables.items()},
     }
-
-
-def discard_shard(output: str, stem: str, tables: list[str]) -> None:
-    """Forget what a shard has left: its rows are made anew. The receipt goes last.
-
-    Killed before, the receipt is still there, and the same is done again.
-    """
-    for table in (*tables, "errors"):
-        storage.delete_file(storage.join(output, table, f"{stem}.parquet"))
-    storage.delete_folder(storage.join(output, STAGING, stem))
-    storage.delete_folder(storage.join(output, RECEIPTS, stem))
+    for each in run.added:
+        receipts = [found[stem_of(shard)] for shard in each.plan]
+        counts["rows_error_later"] = counts.get("rows_error_later", 0)
+        counts["rows_error_later"] += sum(r.error for r in receipts)
+        for name, table in each.tables.items():
+            if table.per_prompt:
+                counts[name] += sum(r.ok for r in receipts) * table.rows_per_image
+    return counts
 
 
 def summary(run: Run, counts: dict[str, int]) -> str:
@@ -190,6 +238,10 @@ def summary(run: Run, counts: dict[str, int]) -> str:
         f"{counts['rows_error']:,} errors, {counts['shards_failed']:,} shards not read to their end"
     ]
     lines += [f"  {storage.join(run.output, name)}/*.parquet" for name in (*run.tables, "errors")]
+    if later := counts.get("rows_error_later"):
+        lines.insert(
+            1, f"  {later:,} images failed when prompts were added, and have no masks of these"
+        )
     return "\n".join(lines)
 
 
@@ -259,53 +311,6 @@ def _start(output: str, record: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
-def _left(output: str, plan: list[Shard], tables: list[str]) -> list[Shard]:
-    """The shards without a receipt; what is there of another content of theirs is discarded."""
-    # Decisions before receipts: one that goes meanwhile has left its receipt.
-    decided = _list_decisions(output)
-    receipts = list_receipts(output)
-    todo = []
-    for shard in plan:
-        name, version = stem(shard.name), version_hash(shard)
-        versions = [receipt.version for receipt in receipts.get(name, [])]
-        if versions == [version]:
-            continue
-        todo.append(shard)
-        if versions or decided.get(name, {version}) != {version}:
-            discard_shard(output, name, tables)
-    planned = {stem(shard.name) for shard in plan}
-    for name in decided.keys() - planned - receipts.keys():  # killed half-way, and gone since
-        discard_shard(output, name, tables)
-    return todo
-
-
-def _list_decisions(output: str) -> dict[str, set[str]]:
-    """The shards that were being written when a run stopped: stem -> hashes of their versions."""
-    found: dict[str, set[str]] = {}
-    for file in storage.list_files(storage.join(output, STAGING)):
-        folder, name = file.uri.rsplit("/", 2)[1:]
-        if name.endswith(DECISION) and not name.startswith("."):
-            found.setdefault(folder, set()).add(name.removesuffix(DECISION))
-    return found
-
-
-def _report_removed(output: str, receipts: dict[str, list[Receipt]]) -> list[str]:
-    """Say which finished shards are no longer in the input; their rows stay in the tables.
-
-    Returns the names of the first 100.
-    """
-    some = sorted(receipts.items())[:100]
-    names = [str(read_receipt(output, name, found[0])["shard"]) for name, found in some]
-    if names:
-        print(
-            f"warning: {len(receipts)} finished shards are no longer in the input "
-            f"({', '.join(names[:3])}{', ...' if len(receipts) > 3 else ''}): "
-            "their rows stay in the tables and are not counted",
-            file=sys.stderr,
-        )
-    return names
-
-
 def _warn_of_careless_storage(output: str) -> None:
     if storage.ignores_create_only(storage.join(output, STAGING)):
         print(
@@ -319,7 +324,7 @@ def _delete_run(output: str, record: dict[str, Any]) -> None:
     """Delete what a run left, the record last: killed before, --restart does the rest."""
     storage.delete_file(storage.join(output, SUCCESS))
     tables = [str(name) for name in record.get("tables", ())]
-    for name in (*tables, "errors", STAGING, RECEIPTS):
+    for name in (*tables, "errors", STAGING, RECEIPTS, PROMPTS):
         if "/" not in name and name not in ("", ".", ".."):
             storage.delete_folder(storage.join(output, name))
     storage.delete_file(storage.join(output, RUN))

@@ -21,8 +21,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import schema, storage
+from pipeline.added import only_known_rows
 from pipeline.errors import JobError, NotFoundError, StorageError
-from pipeline.receipts import read_receipt, receipts_of, stem, version_hash, write_receipt
+from pipeline.receipts import read_receipt, receipts_of, stem_of, version_hash, write_receipt
 from pipeline.shard import Shard
 from pipeline.write import STAGING, assemble, schemas_of, write_part
 
@@ -41,7 +42,7 @@ def finish_shard(
     Raises JobError if the fragments do not hold records 0..total-1 exactly once each, as images or
     as errors, and every image's rows of the other tables; then nothing is decided or written.
     """
-    decision = storage.join(output, STAGING, stem(shard.name), version_hash(shard) + DECISION)
+    decision = storage.join(output, STAGING, stem_of(shard), version_hash(shard) + DECISION)
     ours = {"attempt": uuid.uuid4().hex, "fragments": fragments, "total": total}
     try:
         found = _checked(output, shard, ours, tables)
@@ -72,7 +73,7 @@ def _checked(
         counts = {name: len(table) for name, table in found.items()}
         total = decision["total"]
         raise JobError(f"shard {shard.name}: {total} records read, but {counts} came out")
-    return found
+    return only_known_rows(output, shard, found) if shard.first_prompt else found
 
 
 def _images(found: dict[str, pa.Table], tables: dict[str, schema.Table]) -> pa.Array:
@@ -95,7 +96,11 @@ def _write(
         "rows_ok": images,
         "rows_error": errors,
         "shard_error": next(iter(of_shard["reason"].to_pylist()), None),
-        "parts": [write_part(output, name, shard.name, t) for name, t in found.items() if len(t)],
+        "parts": [
+            write_part(output, name, stem_of(shard), table)
+            for name, table in found.items()
+            if len(table) and not (name == "images" and shard.first_prompt)
+        ],
     }
     write_receipt(output, shard, receipt)
     _empty_staging(output, shard)
@@ -105,11 +110,11 @@ def _write(
 def _receipt_there(output: str, shard: Shard) -> dict[str, Any]:
     """The receipt that another attempt wrote."""
     for receipt in receipts_of(output, shard):
-        return read_receipt(output, stem(shard.name), receipt)
+        return read_receipt(output, stem_of(shard), receipt)
     raise JobError(f"shard {shard.name}: its fragments are gone; run it again")
 
 
 def _empty_staging(output: str, shard: Shard) -> None:
     """Delete what is finished; what another driver is just adding goes when the run is closed."""
     with contextlib.suppress(StorageError):
-        storage.delete_folder(storage.join(output, STAGING, stem(shard.name)))
+        storage.delete_folder(storage.join(output, STAGING, stem_of(shard)))

@@ -147,9 +147,9 @@ class SegmentConfig:
     def tables(self, dimension: int, weights_hash: str) -> dict[str, Table]:
         """The tables that the job writes beside `errors`."""
         prompts = len(self.all_prompts())
-        tables = {"images": Table(IMAGES, 1), "masks": Table(MASKS, prompts)}
+        tables = {"images": Table(IMAGES, 1), "masks": Table(MASKS, prompts, per_prompt=True)}
         if self.keep_probabilities != "none":
-            tables["probabilities"] = Table(PROBABILITIES, prompts)
+            tables["probabilities"] = Table(PROBABILITIES, prompts, per_prompt=True)
         if self.embed:
             facts = {"model": self.model, "weights_hash": weights_hash, "normalized": "true"}
             tables["embeddings"] = Table(embeddings(dimension, "float32", facts, text=False), 1)

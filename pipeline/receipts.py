@@ -3,6 +3,8 @@
     OUTPUT/<table>/<stem>.parquet                         its parts
     OUTPUT/_receipts/<stem>/<version>.<ok>-<error>.json   written last, and never overwritten
 
+Of prompts that were added later, <stem> ends in `.from-<number of the first of them>`.
+
 A receipt's name tells which shard of which content it is of, and how many rows came out well and
 how many failed (`.cut` where the shard could not be read to its end): so the account of a million
 shards is closed by one listing.
@@ -40,14 +42,29 @@ class Receipt(NamedTuple):
         return f"{self.version}.{self.ok}-{self.error}{'.cut' if self.cut else ''}.json"
 
 
-def stem(shard: str) -> str:
-    """The file name, without ending, of everything this shard leaves behind.
+def stem(shard: str, first_prompt: int = 0) -> str:
+    """The file name, without ending, of everything a pass over this shard leaves behind.
 
     The readable part is cut and cleaned, since shard names are whatever the storage holds; the
     hash makes it unique.
     """
     readable = re.sub(r"[^A-Za-z0-9]+", "-", shard).strip("-")[-60:]
-    return f"{readable}-{hashlib.sha256(shard.encode()).hexdigest()[:16]}"
+    return f"{readable}-{hashlib.sha256(shard.encode()).hexdigest()[:16]}{of_pass(first_prompt)}"
+
+
+def of_pass(first_prompt: int) -> str:
+    """How the stem of a pass ends."""
+    return f".from-{first_prompt}" if first_prompt else ""
+
+
+def is_added(stem: str) -> bool:
+    """Whether a stem is of prompts that were added."""
+    return ".from-" in stem
+
+
+def stem_of(shard: Shard) -> str:
+    """See stem."""
+    return stem(shard.name, shard.first_prompt)
 
 
 def version_hash(shard: Shard) -> str:
@@ -57,7 +74,7 @@ def version_hash(shard: Shard) -> str:
 
 def receipts_of(output: str, shard: Shard) -> list[Receipt]:
     """The receipts of a shard with this content: none or one, unless a storage broke its word."""
-    folder = storage.join(output, RECEIPTS, stem(shard.name))
+    folder = storage.join(output, RECEIPTS, stem_of(shard))
     names = [file.uri.rpartition("/")[2] for file in storage.list_files(folder)]
     found = [receipt for name in names if (receipt := _parse(name))]
     return [receipt for receipt in found if receipt.version == version_hash(shard)]
@@ -91,7 +108,7 @@ def write_receipt(output: str, shard: Shard, content: dict[str, Any]) -> None:
         content["rows_error"],
         content["shard_error"] is not None,
     )
-    uri = storage.join(output, RECEIPTS, stem(shard.name), receipt.name)
+    uri = storage.join(output, RECEIPTS, stem_of(shard), receipt.name)
     with contextlib.suppress(FileExistsError):
         storage.write_new(uri, json.dumps(content, indent=1).encode())
 

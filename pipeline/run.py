@@ -170,17 +170,29 @@ class _Open:
         return self.total == self.records and self.outputs == self.images * outputs_per_image
 
 
-def finish(accounts: ray.data.Dataset, run: Run, *, quiet: bool) -> dict[str, int]:
-    """Run the stream to its end, finish each shard when its account closes, and close the run.
+def finish(run: Run, streams: list[ray.data.Dataset], *, quiet: bool) -> dict[str, int]:
+    """Run the stream of each of the run's passes to its end, and close the run.
 
     Returns the counts over all shards. Raises JobError when a shard or a row is missing.
     """
     started = time.monotonic()
+    todo = [shard for each in run.passes for shard in each.todo]
+    size_bytes = sum(shard.size_bytes for shard in todo)
+    with ProgressDisplay(size_bytes, len(todo), quiet=quiet) as progress:
+        for each, accounts in zip(run.passes, streams, strict=True):
+            if each.todo:
+                _follow(accounts, each, progress)
+    return close_run(run, time.monotonic() - started)
+
+
+def _follow(accounts: ray.data.Dataset, run: Run, progress: ProgressDisplay) -> None:
+    """Run a stream to its end, and finish each shard when its account closes."""
     shards = {shard.name: shard for shard in run.todo}
     task = ray.remote(num_cpus=0, max_retries=3)(finish_shard)
     open_shards: dict[str, _Open] = {}
     finishing: list[Any] = []
     reasons: Counter[str] = Counter()
+    images = 0
 
     def collect(at_most: int) -> None:
         """Take in finished shards until at most so many are still being put together."""
@@ -191,23 +203,21 @@ def finish(accounts: ray.data.Dataset, run: Run, *, quiet: bool) -> dict[str, in
                 progress.shard(shards[receipt["shard"]].size_bytes)
 
     outputs = sum(table.rows_per_image for name, table in run.tables.items() if name != "images")
-    total_bytes = sum(shard.size_bytes for shard in run.todo)
-    with ProgressDisplay(total_bytes, len(run.todo), quiet=quiet) as progress:
-        for row in accounts.iter_rows() if run.todo else ():
-            account = open_shards.setdefault(row["shard"], _Open())
-            account.add(row)
-            progress.rows(row["images"], row["errors"])
-            if row["reason"]:
-                reasons[row["reason"]] += row["errors"]
-                _stop_at_errors(run, progress.images, reasons)
-            if account.closes(outputs):
-                shard = shards[row["shard"]]
-                ref = task.remote(run.output, shard, account.fragments, account.total, run.tables)
-                finishing.append(ref)
-                del open_shards[row["shard"]]
-                collect(FINISHING_AT_ONCE)
-        collect(0)
-    return close_run(run, time.monotonic() - started)
+    for row in accounts.iter_rows():
+        account = open_shards.setdefault(row["shard"], _Open())
+        account.add(row)
+        images += row["images"]
+        progress.rows(row["images"], row["errors"])
+        if row["reason"]:
+            reasons[row["reason"]] += row["errors"]
+            _stop_at_errors(run, images, reasons)
+        if account.closes(outputs):
+            shard = shards[row["shard"]]
+            ref = task.remote(run.output, shard, account.fragments, account.total, run.tables)
+            finishing.append(ref)
+            del open_shards[row["shard"]]
+            collect(FINISHING_AT_ONCE)
+    collect(0)
 
 
 def _stop_at_errors(run: Run, images: int, reasons: Counter[str]) -> None:

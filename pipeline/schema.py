@@ -180,3 +180,5 @@ class Table(NamedTuple):
 
     schema: pa.Schema
     rows_per_image: int
+    per_prompt: bool = False
+    """Whether an image has a row for each prompt."""

@@ -8,7 +8,7 @@ per image and prompt.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -36,6 +36,11 @@ class PromptedModel:
     """(P, projection_dim) float32."""
     embed: bool
     """Whether images are embedded, too."""
+
+    def only(self, prompts: list[str], *, embed: bool) -> PromptedModel:
+        """The same with some of the prompts."""
+        where = [self.prompts.index(prompt) for prompt in prompts]
+        return replace(self, prompts=prompts, conditional=self.conditional[where], embed=embed)
 
 
 def encode_prompts(name: str, prompts: list[str], *, embed: bool = False) -> PromptedModel:

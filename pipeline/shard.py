@@ -37,6 +37,8 @@ class Shard:
     """Parquet: the image column found when planning; "" leaves it to the reader."""
     text: str = ""
     """Where each row's text is (see find_text); "" when none is wanted."""
+    first_prompt: int = 0
+    """Of the prompts of a pass over it; above 0 for prompts that were added to a run."""
 
 
 class Sample(NamedTuple):

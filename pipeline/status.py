@@ -11,9 +11,11 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.account import SUCCESS, discard_shard, read_run
+from pipeline.account import SUCCESS, read_run
+from pipeline.added import read_added
 from pipeline.errors import JobError, UsageError
-from pipeline.receipts import list_receipts, stem
+from pipeline.receipts import is_added, list_receipts, stem
+from pipeline.resume import discard_shard
 
 _AT_ONCE = 32  # parts of the errors table that are read
 
@@ -67,7 +69,10 @@ def _read_errors(uri: str) -> list[dict[str, Any]]:
 
 def describe(output: str, record: dict[str, Any]) -> str:
     """Some lines on where a run stands."""
-    receipts = [r for found in list_receipts(output).values() for r in found]
+    found = list_receipts(output)
+    receipts = [r for name, some in found.items() if not is_added(name) for r in some]
+    later = sum(len(some) for name, some in found.items() if is_added(name))
+    added = read_added(output)
     planned = int(record.get("plan", {}).get("shards", 0))
     complete = storage.exists(storage.join(output, SUCCESS))
     ok, error = sum(r.ok for r in receipts), sum(r.error for r in receipts)
@@ -83,6 +88,10 @@ def describe(output: str, record: dict[str, Any]) -> str:
         f"  rows: {ok:,} came out well, {error:,} failed",
     ]
     lines += [f"    {reason}: {n:,}" for reason, n in failures.reasons.most_common()]
+    if added:
+        prompts = sum(map(len, added.values()))
+        left = max(planned * len(added) - later, 0)
+        lines.append(f"  {prompts:,} prompts were added: {later:,} shards done, {left:,} left")
     if failures.retryable:
         lines.append(
             f"  {failures.retryable:,} may work another time: clipseg-ray retry-failed {output}"

@@ -22,9 +22,15 @@ from pipeline.write import pack_tables
 class MakeTables:
     """schema.LOGITS -> schema.FRAGMENTS: masks as the config wants them, counted and packed."""
 
-    def __init__(self, config: SegmentConfig, tables: dict[str, schema.Table]):
-        self.embeddings = tables["embeddings"].schema if config.embed else None
-        self.prompts = config.all_prompts()
+    def __init__(
+        self,
+        config: SegmentConfig,
+        tables: dict[str, schema.Table],
+        prompts: list[str],
+        first_prompt: int,
+    ):
+        self.embeddings = tables["embeddings"].schema if "embeddings" in tables else None
+        self.prompts, self.first_prompt = prompts, first_prompt
         self.threshold, self.mask_size = config.threshold, config.mask_size
         kept = config.keep_probabilities
         self.probability_side = 0 if kept == "none" else int(kept)
@@ -56,7 +62,7 @@ class MakeTables:
             )
             for i, mask in enumerate(found):
                 row = record | {
-                    "prompt_id": record["first_prompt"] + i,
+                    "prompt_id": self.first_prompt + record["first_prompt"] + i,
                     "prompt": self.prompts[record["first_prompt"] + i],
                 }
                 masks.append(row | mask | {"threshold": self.threshold})

@@ -58,13 +58,15 @@ class WriteFragments:
 
     Every attempt writes under fresh names; what counts is only what an account row names, so a
     task that is run twice leaves an orphan in the staging folder and never a row twice.
+    `first_prompt`: of the pass, see Shard.
     """
 
-    def __init__(self, output: str):
-        self.output = output
+    def __init__(self, output: str, first_prompt: int = 0):
+        self.output, self.first_prompt = output, first_prompt
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        names = [f"{stem(s)}/{uuid.uuid4().hex}.arrows" for s in batch["shard"].to_pylist()]
+        stems = [stem(shard, self.first_prompt) for shard in batch["shard"].to_pylist()]
+        names = [f"{stem}/{uuid.uuid4().hex}.arrows" for stem in stems]
         for name, tables in zip(names, batch["tables"], strict=True):
             storage.write_bytes(
                 storage.join(self.output, STAGING, name), tables.as_buffer().to_pybytes()
@@ -102,10 +104,10 @@ def assemble(
     return {name: pa.concat_tables(some).sort_by(order[name]) for name, some in pieces.items()}
 
 
-def write_part(output: str, name: str, shard: str, table: pa.Table) -> dict[str, Any]:
+def write_part(output: str, name: str, stem: str, table: pa.Table) -> dict[str, Any]:
     """Write one part, whole; returns what the receipt says of it."""
     data = _parquet(table)
-    path = f"{name}/{stem(shard)}.parquet"
+    path = f"{name}/{stem}.parquet"
     storage.write_bytes(storage.join(output, path), data)
     return {
         "table": name,

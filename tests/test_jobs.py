@@ -331,6 +331,27 @@ def test_the_same_command_completes_a_run(tmp_path: Path, checkpoint: Path) -> N
     assert run(str(folder), output, checkpoint) == 0  # nothing left to do
 
 
+def test_prompts_that_are_added_give_what_all_at_once_give(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_tar(str(tmp_path / "in"))
+    kept = ["--keep-probabilities", "88"]
+    once, later = str(tmp_path / "once"), str(tmp_path / "later")
+    assert run(source, once, checkpoint, *kept) == 0
+    first = ["--prompt", PROMPTS[0], "--model", str(checkpoint), "--threshold", str(THRESHOLD)]
+    assert segment.main([source, later, *first, "--quiet", *kept]) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "later").glob("*/0*.parquet")}
+    capsys.readouterr()
+    assert run(source, later, checkpoint, *kept, "--contact-sheet", str(tmp_path / "a.png")) == 0
+    assert "4 images, 12 masks, 12 probabilities, 0 errors" in capsys.readouterr().out
+    assert len(before) == 3
+    assert {path: path.read_bytes() for path in before} == before
+    assert len(list((tmp_path / "later").glob("*/0*.parquet"))) == 5
+    for name in ("images", "masks", "probabilities", "errors"):
+        assert table(later, name) == table(once, name)
+    assert Image.open(tmp_path / "a.png").width > 300
+
+
 def test_wrong_usage_is_told_before_anything_starts(
     tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -115,9 +115,9 @@ def test_failed_shards_are_made_anew_and_others_are_not(
 
 def make_failed(output: Path, source: Path) -> None:
     """Put the shard a.tar where a storage that failed would have left it."""
-    from pipeline.account import discard_shard
     from pipeline.read import plan_shards
     from pipeline.receipts import stem
+    from pipeline.resume import discard_shard
 
     shard = plan_shards(str(source))[0]
     discard_shard(str(output), stem(shard.name), ["images", "masks"])

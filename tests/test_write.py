@@ -18,7 +18,10 @@ from pipeline.receipts import receipts_of, stem, version_hash
 from pipeline.shard import Shard
 from pipeline.write import WriteFragments, pack_tables, unpack_tables
 
-TABLES = {"images": schema.Table(schema.IMAGES, 1), "masks": schema.Table(schema.MASKS, 2)}
+TABLES = {
+    "images": schema.Table(schema.IMAGES, 1),
+    "masks": schema.Table(schema.MASKS, 2, per_prompt=True),
+}
 SHARD = Shard(name="a/b.tar", uri="/in/a/b.tar", format="tar", size_bytes=1, version="v1")
 
 
