@@ -236,7 +236,7 @@ class Schedule:
         return not self.turns or self.turns[0] == number
 
 
-def drive_and_die(output: str, environment: dict[str, str], step: int | None, large: bool) -> None:
+def drive_and_die(output: str, environment: dict[str, str], step: int | None) -> None:
     """What a process of its own does: `drive`, with kill -9 just before one change of the storage.
 
     With `step` None somebody else may kill it.
