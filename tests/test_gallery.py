@@ -106,7 +106,7 @@ def test_thumbnails_of_a_large_parquet_file(tmp_path: Path, monkeypatch) -> None
     storage.write_bytes(f"{tmp_path}/in/x.parquet", data)
     monkeypatch.setattr(plan, "SPLIT_BYTES", len(data) - 1)
     images = write_run(f"{tmp_path}/out", f"{tmp_path}/in")
-    thumbnails = read_thumbnails(images, {("x.parquet#rows=0-3", 1), ("x.parquet#rows=4-4", 0)})
+    thumbnails = read_thumbnails(images, {("x.parquet#rows=0-1", 1), ("x.parquet#rows=2-4", 2)})
     assert [colour_of(image) for _, image in sorted(thumbnails.items())] == [COLOURS[1], COLOURS[4]]
 
 
