@@ -87,9 +87,9 @@ class DecodedImage:
 
 
 def decode_image(data: bytes, *, max_pixels: int) -> DecodedImage:
-    """Decode one image to upright RGB; its peak is at most 16 bytes of memory per pixel.
+    """Decode one image to upright RGB; its peak is 4 to 13 bytes per pixel, WebP's 20.
 
-    Whatever the bytes are, a process stays below 16 x max_pixels + 6 x len(data) + 64 MiB for it.
+    Whatever the bytes are, a process stays below 20 x max_pixels + 6 x len(data) + 64 MiB for it.
 
     Raises RowError(stage="decode") with the reason image_empty, not_an_image, unsupported_format,
     too_many_pixels or extreme_aspect (both found before decoding), or image_corrupt. One image at a

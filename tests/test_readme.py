@@ -131,5 +131,5 @@ def test_the_stated_bounds_are_those_of_the_code() -> None:
     bound = f"{BYTES_PER_PIXEL} bytes x `--max-pixels` + {COPIES} x the encoded image + "
     assert f"below {bound}{MORE_BYTES >> 20} MiB" in README
     default = BYTES_PER_PIXEL * ImageOptions().max_pixels + COPIES * 2**20 + MORE_BYTES
-    assert f"images of 1 MiB that is {-(-default // 2**20)} MiB for each" in README
+    assert f"images of 1 MiB that is {-(-default // 2**20):,} MiB for each" in README
     assert f"dies {WORKER_DEATHS} times" in README
