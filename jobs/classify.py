@@ -32,7 +32,7 @@ from pipeline.read_embeddings import (
     open_embeddings,
     plan_embeddings,
 )
-from pipeline.run import Shares, dataset_of, finish, ray_session, share_cluster
+from pipeline.run import Shares, bounded, dataset_of, finish, ray_session, share_cluster
 from pipeline.tables import MakeLabelTables
 from pipeline.vectors import EmbeddingTable, check_weights
 from pipeline.write import WriteFragments
@@ -56,8 +56,8 @@ def classify(config: ClassifyConfig) -> None:
         else:
             ranked = classify_images(run, shares, config.images.max_pixels, classifier)
         accounts = ranked.map_batches(
-            MakeLabelTables(tables, classifier.labels), **shares.task
-        ).map_batches(WriteFragments(run.output), **shares.task)
+            bounded(MakeLabelTables(tables, classifier.labels)), **shares.task
+        ).map_batches(bounded(WriteFragments(run.output)), **shares.task)
         counts = finish(run, [accounts], quiet=config.workers.quiet)
     print(summary(run, counts))
 
@@ -66,10 +66,11 @@ def classify_images(
     run: Run, shares: Shares, max_pixels: int, classifier: Classifier
 ) -> ray.data.Dataset:
     """Read shards -> decode and resize -> classify: schema.RANKED."""
+    prepare = PrepareImages(classifier.checkpoint.processor, max_pixels)
     return (
         dataset_of(run.todo)
-        .map_batches(read_batches, **shares.read)
-        .map_batches(PrepareImages(classifier.checkpoint.processor, max_pixels), **shares.task)
+        .map_batches(bounded(read_batches, apart=True), **shares.read)
+        .map_batches(bounded(prepare, apart=True), **shares.task)
         .map_batches(
             ClassifyImages,
             fn_constructor_args=(classifier, shares.device, shares.threads),
@@ -84,8 +85,8 @@ def classify_vectors(
     """Read the table -> classify: schema.RANKED, without a model on any worker."""
     return (
         dataset_of(run.todo)
-        .map_batches(ReadEmbeddings(table), **shares.read)
-        .map_batches(ClassifyVectors(classifier), **shares.task)
+        .map_batches(bounded(ReadEmbeddings(table)), **shares.read)
+        .map_batches(bounded(ClassifyVectors(classifier)), **shares.task)
     )
 
 

@@ -20,7 +20,7 @@ from pipeline.config import EmbedConfig
 from pipeline.embed import EmbedImages, open_embedder
 from pipeline.prepare import PrepareImages
 from pipeline.read import plan_shards, read_batches
-from pipeline.run import dataset_of, finish, ray_session, share_cluster
+from pipeline.run import bounded, dataset_of, finish, ray_session, share_cluster
 from pipeline.storage import set_storage_timeout
 from pipeline.tables import MakeEmbeddingTables
 from pipeline.write import WriteFragments
@@ -39,19 +39,18 @@ def embed(config: EmbedConfig) -> None:
     run = open_run(config, shards, model=checkpoint.fingerprint(), tables=tables)
     with ray_session():
         shares = share_cluster(config.workers)
+        prepare = PrepareImages(checkpoint.processor, config.images.max_pixels)
         accounts = (
             dataset_of(run.todo)
-            .map_batches(read_batches, **shares.read)
-            .map_batches(
-                PrepareImages(checkpoint.processor, config.images.max_pixels), **shares.task
-            )
+            .map_batches(bounded(read_batches, apart=True), **shares.read)
+            .map_batches(bounded(prepare, apart=True), **shares.task)
             .map_batches(
                 EmbedImages,
                 fn_constructor_args=(embedder, shares.device, shares.threads),
                 **shares.actor,
             )
-            .map_batches(MakeEmbeddingTables(tables["embeddings"].schema), **shares.task)
-            .map_batches(WriteFragments(run.output), **shares.task)
+            .map_batches(bounded(MakeEmbeddingTables(tables["embeddings"].schema)), **shares.task)
+            .map_batches(bounded(WriteFragments(run.output)), **shares.task)
         )
         counts = finish(run, [accounts], quiet=config.workers.quiet)
     print(summary(run, counts))

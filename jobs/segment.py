@@ -23,7 +23,7 @@ from pipeline.config import SegmentConfig
 from pipeline.prepare import PrepareImages
 from pipeline.read import plan_shards, read_batches
 from pipeline.report import write_contact_sheet
-from pipeline.run import Shares, dataset_of, finish, ray_session, share_cluster
+from pipeline.run import Shares, bounded, dataset_of, finish, ray_session, share_cluster
 from pipeline.segment import PromptedModel, SegmentImages, encode_prompts
 from pipeline.storage import set_storage_timeout
 from pipeline.tables import MakeTables
@@ -55,17 +55,18 @@ def stream(
     """What is left to do in one pass, with its prompts."""
     asked = prompted.only(run.prompts, embed="embeddings" in run.tables)
     prepare = PrepareImages(prompted.checkpoint.processor, config.images.max_pixels)
+    tables = MakeTables(config, run.tables, run.prompts, run.first_prompt)
     return (
         dataset_of(run.todo)
-        .map_batches(read_batches, **shares.read)
-        .map_batches(prepare, **shares.task)
+        .map_batches(bounded(read_batches, apart=True), **shares.read)
+        .map_batches(bounded(prepare, apart=True), **shares.task)
         .map_batches(
             SegmentImages,
             fn_constructor_args=(asked, shares.device, shares.threads),
             **shares.actor,
         )
-        .map_batches(MakeTables(config, run.tables, run.prompts, run.first_prompt), **shares.task)
-        .map_batches(WriteFragments(run.output, run.first_prompt), **shares.task)
+        .map_batches(bounded(tables), **shares.task)
+        .map_batches(bounded(WriteFragments(run.output, run.first_prompt)), **shares.task)
     )
 
 

@@ -26,6 +26,7 @@ REASONS = {
     "shard_empty": "the shard has no bytes at all, or nothing but zeros",
     "shard_corrupt": "the archive or Parquet structure is damaged; rows before the damage are kept",
     "shard_truncated": "the shard ends early; rows before the end are kept",
+    "reader_crashed": "the shard ended the process that read it; rows before it are kept",
     "column_missing": "the Parquet shard has no such column, or one of another type",
     # rows
     "no_image": "the sample has no image, or the image column is null",
@@ -38,7 +39,8 @@ REASONS = {
     "image_corrupt": "an image that breaks off or fails its checksums",
     "too_many_pixels": "more pixels than --max-pixels; never decoded",
     "extreme_aspect": "one side is more than 1,000 times the other; never decoded",
-    "member_unsupported": "a tar member that is not a plain file (a link, or sparse)",
+    "decoder_crashed": "the image ended the process that decoded it",
+    "member_unsupported": "a tar member that is not a plain file (a link, a device, or sparse)",
     "member_too_large": "a tar member, file or cell larger than the reader's bound",
     "no_vector": "the table of embeddings has neither a vector nor an error for the row",
     "model_failed": "the model could not process the image",

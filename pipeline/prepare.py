@@ -18,14 +18,17 @@ from io import BytesIO
 from typing import Any
 
 import pyarrow as pa
-from PIL import ExifTags, Image, UnidentifiedImageError, features
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError, features
+from PIL.TiffImagePlugin import TiffImageFile
 
 from pipeline import schema
 from pipeline.convert import to_rgb
 from pipeline.errors import RowError
+from pipeline.isolate import ProcessDiedError, run_apart
 from pipeline.model.preprocess import ImageProcessor
 
 MAX_ASPECT = 1000
+TILEWIDTH, TILELENGTH = 322, 323  # tags of a TIFF
 
 # The facts of a record without an image.
 _UNDECODED = {
@@ -84,7 +87,9 @@ class DecodedImage:
 
 
 def decode_image(data: bytes, *, max_pixels: int) -> DecodedImage:
-    """Decode one image to upright RGB; its peak is 4 to 12 bytes of memory per pixel, WebP's 16.
+    """Decode one image to upright RGB; its peak is 4 to 13 bytes per pixel, WebP's 20.
+
+    Whatever the bytes are, a process stays below 20 x max_pixels + 6 x len(data) + 64 MiB for it.
 
     Raises RowError(stage="decode") with the reason image_empty, not_an_image, unsupported_format,
     too_many_pixels or extreme_aspect (both found before decoding), or image_corrupt. One image at a
@@ -119,13 +124,29 @@ class PrepareImages:
     def __init__(self, processor: ImageProcessor, max_pixels: int):
         self.processor, self.max_pixels = processor, max_pixels
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        records = [self._prepare(record) for record in batch.to_pylist()]
-        return pa.Table.from_pylist(records, schema=schema.PIXELS)
+    def __call__(self, batch: pa.Table, *, apart: bool = False) -> pa.Table:
+        """`apart`: in a process of its own, where a row that ends it fails as decoder_crashed."""
+        records = batch.to_pylist()
+        done = self._prepare_apart(records) if apart else map(self._prepare, records)
+        return pa.Table.from_pylist(list(done), schema=schema.PIXELS)
+
+    def _prepare_apart(self, records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        done = 0
+        while done < len(records):
+            try:
+                for record in run_apart(self._prepare_all, records[done:]):
+                    yield record
+                    done += 1
+            except ProcessDiedError as death:
+                failure = _refusal("decoder_crashed", death.how, retryable=death.killed)
+                yield _failed(_blank(records[done]), failure)
+                done += 1
+
+    def _prepare_all(self, records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        return map(self._prepare, records)
 
     def _prepare(self, record: dict[str, Any]) -> dict[str, Any]:
-        data = record.pop("image")
-        record |= _UNDECODED
+        data, record = record["image"], _blank(record)
         if record["reason"] or record["row"] < 0:
             return record
         try:
@@ -139,8 +160,17 @@ class PrepareImages:
             facts = ("height", "width", "format", "mode", "orientation")
             record |= {name: getattr(decoded, name) for name in facts}
             return record | {"size_bytes": len(data), "pixels": pixels.tobytes()}
-        why = ("stage", "reason", "detail", "retryable")
-        return record | {name: getattr(failure, name) for name in why}
+        return _failed(record, failure)
+
+
+def _blank(record: dict[str, Any]) -> dict[str, Any]:
+    """A record of schema.PIXELS without an image."""
+    return {name: value for name, value in record.items() if name != "image"} | _UNDECODED
+
+
+def _failed(record: dict[str, Any], failure: RowError) -> dict[str, Any]:
+    why = ("stage", "reason", "detail", "retryable")
+    return record | {name: getattr(failure, name) for name in why}
 
 
 def _decode(data: bytes, max_pixels: int) -> DecodedImage:
@@ -188,6 +218,12 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
         raise _refusal("image_corrupt", f"{height} x {width} px")
     if height * width > max_pixels:
         raise _refusal("too_many_pixels", f"{height} x {width} px, the limit is {max_pixels}")
+    if isinstance(image, TiffImageFile):
+        # Each tile is decoded as a whole, however little of it the image uses.
+        tile = [int(image.tag_v2.get(tag, 1)) for tag in (TILELENGTH, TILEWIDTH)]
+        if tile[0] * tile[1] > max_pixels:
+            found = f"tiles of {tile[0]} x {tile[1]} px, the limit is {max_pixels}"
+            raise _refusal("too_many_pixels", found)
     if max(height, width) > MAX_ASPECT * min(height, width):
         raise _refusal("extreme_aspect", f"{height} x {width} px")
     return image
@@ -228,17 +264,20 @@ _pillow_lock = threading.Lock()
 
 @contextmanager
 def _pillow_limited_to(max_pixels: int) -> Iterator[None]:
-    """Pillow with our own pixel cap in place of its own, and without its warnings.
+    """Pillow with our own pixel cap in place of its own, strict, and without its warnings.
 
-    The cap must hold inside Pillow too: some decoders allocate the canvas while opening.
+    The cap must hold inside Pillow too: some decoders allocate the canvas while opening. Libraries
+    are known to set LOAD_TRUNCATED_IMAGES for the whole process.
     """
     with _pillow_lock, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, max_pixels
+        lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
         try:
             yield
         finally:
             Image.MAX_IMAGE_PIXELS = limit
+            ImageFile.LOAD_TRUNCATED_IMAGES = lenient
 
 
 def _orientation(image: Image.Image) -> int:

@@ -22,6 +22,7 @@ from pipeline.errors import (
     StorageError,
     TransientError,
 )
+from pipeline.isolate import ProcessDiedError, run_apart
 from pipeline.plan import plan_shards
 from pipeline.read_parquet import read_parquet
 from pipeline.read_tar import read_tar
@@ -53,15 +54,20 @@ BATCH_BYTES = 32 * 2**20  # of encoded images; a larger image is a batch of its 
 _FILES_AT_ONCE = 8  # loose images: hides the latency of one request per file
 
 
-def read_batches(shards: pa.Table) -> Iterator[pa.Table]:
+Records = Iterator[dict[str, Any]]
+
+
+def read_batches(shards: pa.Table, *, apart: bool = False) -> Iterator[pa.Table]:
     """For Ray Data's map_batches: rows of `shard_to_row` in, tables of schema.RECORDS out.
 
     A table holds records of one shard, at most BATCH_ROWS of them and BATCH_BYTES of images.
+    `apart`: read in a process of its own; a shard that ends it ends with reader_crashed.
     """
+    read = _read_apart if apart else read_shard
     for row in shards.to_pylist():
         batch: list[dict[str, Any]] = []
         size_bytes = 0
-        for record in read_shard(shard_from_row(row)):
+        for record in read(shard_from_row(row)):
             size_bytes += len(record["image"])
             if batch and (len(batch) == BATCH_ROWS or size_bytes > BATCH_BYTES):
                 yield pa.Table.from_pylist(batch, schema=RECORDS)
@@ -70,7 +76,18 @@ def read_batches(shards: pa.Table) -> Iterator[pa.Table]:
         yield pa.Table.from_pylist(batch, schema=RECORDS)
 
 
-def read_shard(shard: Shard) -> Iterator[dict[str, Any]]:
+def _read_apart(shard: Shard) -> Records:
+    total = 0
+    try:
+        for record in run_apart(read_shard, shard):
+            yield record
+            total += 1
+    except ProcessDiedError as death:
+        failure = RowError("read", "reader_crashed", death.how, retryable=death.killed)
+        yield _end(shard, total, failure)
+
+
+def read_shard(shard: Shard) -> Records:
     """The records of one shard (columns of schema.RECORDS) in order, then its end record.
 
     Data never raises: damage becomes a reason. CredentialsError does.
@@ -94,7 +111,12 @@ def read_shard(shard: Shard) -> Iterator[dict[str, Any]]:
         failure = shard_failure(error)
     except RowError as error:
         failure = error
-    yield {
+    yield _end(shard, total, failure)
+
+
+def _end(shard: Shard, total: int, failure: RowError | None) -> dict[str, Any]:
+    """The end record of a shard with `total` rows."""
+    return {
         "shard": shard.name,
         "row": -1,
         "key": "",

@@ -31,7 +31,7 @@ _EXTENDED_LIMIT_BYTES = 2**20  # of a pax header or a GNU long name, which are r
 _PAX_LENGTH = re.compile(rb"(\d{1,7}) ")
 _PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 _LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
-_SPECIAL = (tarfile.DIRTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)
+_NO_DATA = (*_LINKS, tarfile.DIRTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)
 
 
 @dataclass
@@ -68,8 +68,8 @@ def read_tar(
 
     The key of a member is its name up to the first dot after the last slash, the rest is its
     extension, in any case. Consecutive members of one key are one sample, until an extension
-    repeats; its image is the first member with an image's extension. Hidden files, folders and
-    devices are passed over, and links unless they are named like an image. `text`: what to look
+    repeats; its image is the first member with an image's extension. Hidden files and folders are
+    passed over, and links and devices unless they are named like an image. `text`: what to look
     for in the .json or .txt member of a sample (see find_text).
     Raises RowError (shard_empty, shard_corrupt, shard_truncated) where the archive breaks off,
     after every sample whose image was whole.
@@ -82,7 +82,8 @@ def read_tar(
             stem, _, extension = base.partition(".")
             extension = extension.lower()
             is_image = extension in IMAGE_EXTENSIONS
-            if not stem or member.type in _SPECIAL or (member.type in _LINKS and not is_image):
+            odd = member.type == tarfile.DIRTYPE or (member.type in _NO_DATA and not is_image)
+            if not stem or odd:
                 stream.skip(member)
                 continue
             key = folder + slash + stem
@@ -222,7 +223,7 @@ class _TarStream:
         return _Member(
             name=header.name if name is None else name.decode("utf-8", "surrogateescape"),
             type=header.type,
-            size_bytes=0 if header.type in _LINKS + _SPECIAL else int(size or header.size),
+            size_bytes=0 if header.type in _NO_DATA else int(size or header.size),
             sparse=sparse or any(keyword.startswith(b"GNU.sparse.") for keyword in pax),
         )
 

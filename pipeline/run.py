@@ -13,7 +13,7 @@ import re
 import secrets
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,6 +34,8 @@ from pipeline.shard import Shard, shard_to_row
 READ_TASKS = 5_000
 # Shards whose parts are being put together at the same time.
 FINISHING_AT_ONCE = 8
+# Deaths of a task's workers over one batch after which a job ends.
+WORKER_DEATHS = 8
 # Rows after which a job may be stopped for too many that failed.
 ERROR_RATE_ROWS = 1_000
 
@@ -146,6 +148,29 @@ def dataset_of(shards: list[Shard]) -> ray.data.Dataset:
     rows = [shard_to_row(shard) for shard in shards]
     blocks = min(max(len(rows), 1), READ_TASKS)
     return ray.data.from_items(rows, override_num_blocks=blocks)
+
+
+def bounded(stage: Callable[..., Any], *, apart: bool = False) -> Callable[[Any], Any]:
+    """A stage that runs as tasks, for map_batches, whose batches do not kill workers for ever.
+
+    Ray Data starts what was lost with a worker again however often, which is right where machines
+    come and go, and never ends where the batch itself is the cause. After WORKER_DEATHS deaths over
+    one batch the stage raises JobError. `apart`: from the first death on it is called with
+    apart=True, and so can tell which row it was.
+    """
+    name = getattr(stage, "__name__", type(stage).__name__)
+
+    def checked(batch: Any) -> Any:
+        worker: Any = ray._private.worker.global_worker
+        deaths = worker.core_worker.get_current_task_attempt_number()  # Ray tells it nowhere else
+        if deaths >= WORKER_DEATHS:
+            column = "shard" if "shard" in batch.column_names else "name"
+            shards = ", ".join(sorted(set(batch[column].to_pylist())))
+            raise JobError(f"{name}: its worker died {deaths} times over the same rows of {shards}")
+        return stage(batch, apart=True) if apart and deaths else stage(batch)
+
+    checked.__name__ = name
+    return checked
 
 
 @dataclass

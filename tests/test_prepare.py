@@ -17,7 +17,7 @@ import pytest
 import skimage.data
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 from pipeline import schema
 from pipeline.errors import REASONS, RowError
@@ -349,6 +349,7 @@ UNSUPPORTED = {
     "DICOM": bytes(128) + b"DICM" + bytes(100),
     "CR2": b"II*\0\x10\0\0\0CR\x02\0" + bytes(100),
     "FITS": b"SIMPLE  =                    T" + b" " * 2850,
+    "PSD": b"8BPS\0\1" + bytes(100),
     "WMF": b"\xd7\xcd\xc6\x9a" + bytes(100),
     "JXL": b"\xff\x0a" + bytes(100),
 }
@@ -381,6 +382,30 @@ def test_a_png_with_a_flipped_bit(at: float) -> None:
     data = bytearray(encode(photo(), "PNG"))
     data[int(len(data) * at)] ^= 1
     assert refusal(bytes(data)).reason == "image_corrupt"
+
+
+def test_every_flipped_bit_of_a_png_is_noticed() -> None:
+    """Pillow alone gives other pixels for some of them; only the last chunk holds none."""
+    whole = encode(photo(4, 5), "PNG")
+    for bit in range(8 * len(whole)):
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        try:
+            assert np.array_equal(pixels(bytes(data)), photo(4, 5))
+        except RowError as error:
+            refused = error
+        else:
+            assert bit // 8 >= len(whole) - 12
+            continue
+        assert refused.reason in ("image_corrupt", "not_an_image", "too_many_pixels")
+
+
+def test_truncated_stays_truncated_where_a_library_made_pillow_lenient(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    assert refusal(encode(photo(), "JPEG")[:-400]).reason == "image_corrupt"
+    assert ImageFile.LOAD_TRUNCATED_IMAGES
 
 
 def test_bombs_are_refused_before_decoding() -> None:

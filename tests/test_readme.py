@@ -10,9 +10,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from test_memory import BYTES_PER_PIXEL, COPIES, MORE_BYTES
 
 from jobs import embed, search, segment
 from pipeline import plan
+from pipeline.config import ImageOptions
+from pipeline.errors import REASONS
+from pipeline.run import WORKER_DEATHS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -152,3 +156,17 @@ def test_the_file_tree_names_what_is_there() -> None:
         if not path.name.startswith("__")
     }
     assert {Path(name).name for name in named} == {Path(name).name for name in found}
+
+
+def test_the_reasons_are_those_of_the_code() -> None:
+    table = README.split("| reason | meaning |")[1].split("\n\n")[0]
+    rows = [tuple(cell.strip() for cell in line.split("|")[1:3]) for line in table.splitlines()[2:]]
+    assert rows == list(REASONS.items())
+
+
+def test_the_stated_bounds_are_those_of_the_code() -> None:
+    bound = f"{BYTES_PER_PIXEL} bytes x `--max-pixels` + {COPIES} x the encoded image + "
+    assert f"below {bound}{MORE_BYTES >> 20} MiB" in README
+    default = BYTES_PER_PIXEL * ImageOptions().max_pixels + COPIES * 2**20 + MORE_BYTES
+    assert f"images of 1 MiB that is {-(-default // 2**20):,} MiB for each" in README
+    assert f"dies {WORKER_DEATHS} times" in README
