@@ -14,7 +14,8 @@ demo: $(VENV)/.installed  ## segment the bundled shards with the bundled model
 test: $(VENV)/.installed-dev  ## all tests, two files of them at a time
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-soak: $(VENV)/.installed-dev  ## what `make test` has no time for
+soak: $(VENV)/.installed-dev  ## kills and storage faults of whole jobs as a table, and tests that take long
+	$(BIN)/python tests/soak.py
 	$(BIN)/python -m pytest -m soak
 
 check: $(VENV)/.installed-dev  ## format, lint, types

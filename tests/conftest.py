@@ -7,6 +7,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,9 @@ os._exit(0)
 """
 
 
-@pytest.fixture(scope="session")
-def s3() -> Iterator[Any]:
-    """A boto3 client of a moto server; the AWS environment points at it for the session."""
+@contextmanager
+def serve_s3() -> Iterator[Any]:
+    """A boto3 client of a moto server; meanwhile the AWS environment points at it."""
     import boto3
 
     # A process of its own: it shares no lock with the tests, and its warnings are not theirs.
@@ -58,6 +59,13 @@ def s3() -> Iterator[Any]:
     server.stdin.close()
     server.stdout.close()
     server.wait(30)
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[Any]:
+    """An S3 server for the session: see serve_s3."""
+    with serve_s3() as client:
+        yield client
 
 
 @pytest.fixture
