@@ -178,7 +178,7 @@ def test_a_request_that_hangs_is_sent_again(
     started = time.monotonic()
     assert operate(folder) == expected
     assert fault.hits == 1
-    assert 0.6 <= time.monotonic() - started < 5
+    assert 0.6 <= time.monotonic() - started < 20
 
 
 def test_a_body_that_stops_midway_is_asked_for_from_there(
@@ -198,11 +198,11 @@ def test_a_body_that_stops_midway_is_asked_for_from_there(
 
 
 def test_a_slow_body_is_not_cut(proxy: FaultProxy, folder: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv(TIMEOUT, "1")
-    proxy.add(Fault("slow", operation="GetObject", pause_s=0.2))
+    monkeypatch.setenv(TIMEOUT, "3")
+    proxy.add(Fault("slow", operation="GetObject", pause_s=0.3))
     started = time.monotonic()
     assert storage.read_bytes(f"{folder}/a") == b"a" * 1000
-    assert time.monotonic() - started >= 1.6
+    assert time.monotonic() - started >= 2.4  # a single silence of 1.5 s would be a hang
     assert proxy.count() == 1
 
 
@@ -234,12 +234,12 @@ def test_many_pages_do_not_share_a_clock(
 ):
     for index in range(120):  # pages of 50
         s3.put_object(Bucket=bucket.removeprefix("s3://"), Key=f"many/{index}", Body=b"")
-    monkeypatch.setenv(TIMEOUT, "1")
+    monkeypatch.setenv(TIMEOUT, "2")
     for page in range(3):  # of each page the first request
         proxy.add(Fault("hang", operation="ListObjectsV2", skip=page))
     started = time.monotonic()
     assert len(storage.list_files(f"{bucket}/many")) == 120
-    assert time.monotonic() - started > 1.5
+    assert time.monotonic() - started > 2
     assert proxy.count("ListObjectsV2") == 6
 
 
@@ -256,7 +256,7 @@ def test_refused_credentials_are_not_tried_twice(
         started = time.monotonic()
         with pytest.raises(CredentialsError, match="access denied") as caught:
             operate(folder)
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 20
         # After the 400 of a HEAD, which names no reason, botocore tries the bucket's own region.
         elsewhere = kind == "expired" and request_name == "HeadObject"
         assert proxy.count(request_name) == 1 + elsewhere
@@ -293,7 +293,7 @@ def test_what_does_not_pass_ends_with_the_timeout(
     started = time.monotonic()
     with pytest.raises(TransientError, match=r"tried \d+ times in \d\.\d s") as caught:
         operate(folder)
-    assert 0.6 <= time.monotonic() - started < 3
+    assert 0.6 <= time.monotonic() - started < 20  # not the 300 s of the default
     assert proxy.count(request_name) >= 2
     assert_one_line_without_secrets(caught.value)
 
@@ -583,6 +583,7 @@ def shards(proxy: FaultProxy, bucket: str) -> str:
     return f"{bucket}/in"
 
 
+@pytest.mark.soak
 @pytest.mark.usefixtures("local_ray")
 def test_a_job_under_faults_gives_the_same_tables(
     proxy: FaultProxy, shards: str, bucket: str, tmp_path: Path

@@ -192,12 +192,12 @@ FORMS: dict[str, Callable[[str], str]] = {
 }
 
 
-# Each from S3; from disk, too, where the reader itself differs: the others are `make soak`'s.
+# From disk, too, in `make soak`.
 BOTH = [
     pytest.param(
         form,
         where,
-        marks=[pytest.mark.soak] if where == "local" and form not in ("parquet", "folders") else [],
+        marks=[pytest.mark.soak] if where == "local" else [],
     )
     for form in FORMS
     for where in ("local", "s3")
@@ -385,6 +385,7 @@ def test_gpus_are_never_replaced_in_silence(tmp_path: Path, checkpoint: Path, ca
     assert "the cluster has 0" in capsys.readouterr().err
 
 
+@pytest.mark.soak
 def test_one_cpu_of_a_running_cluster_is_enough(tmp_path: Path, checkpoint: Path) -> None:
     """Attached through RAY_ADDRESS, on one CPU: no stage waits for another's CPU for ever."""
     source, output = write_tar(str(tmp_path / "in")), str(tmp_path / "out")
