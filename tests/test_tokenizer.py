@@ -182,7 +182,7 @@ FRAGMENTS = [
 
 
 @given(text=st.one_of(st.text(), st.lists(st.sampled_from(FRAGMENTS) | st.text()).map("".join)))
-@settings(max_examples=200, derandomize=True, deadline=None, database=None)
+@settings(max_examples=200, deadline=None)
 @pytest.mark.parametrize("form", ["json", "decoder"])
 def test_generated_strings(folders: Path, form: str, text: str) -> None:
     ours, oracle = load(folders / form)
