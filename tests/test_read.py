@@ -393,6 +393,25 @@ def test_parquet_of_polars_is_read(tmp_path: Path):
     assert [(r["key"], r["image"]) for r in read_whole(shard)] == [("a", b"x"), ("b", b"y")]
 
 
+# ------------------------------------------------------------------------------- any text
+
+
+@pytest.mark.parametrize("form", ["x.tar", "x.jpg"])
+def test_a_caption_cut_inside_an_emoji_is_text(tmp_path: Path, form: str):
+    """JSON may say half of a pair of surrogates, which is no character and not in UTF-8."""
+    half, stray = b'{"caption": "cut \\ud83d"}', b'{"caption": "\\udcff \\ud83d\\ude00"}'
+    members = [("0.jpg", b"x"), ("0.json", half), ("1.jpg", b"y"), ("1.json", stray)]
+    if form == "x.tar":
+        (tmp_path / form).write_bytes(make_tar(members))
+    else:
+        for name, data in members:
+            (tmp_path / name).write_bytes(data)
+    [shard] = plan_shards(str(tmp_path), text_column="caption")
+    records = read_whole(shard)
+    pa.Table.from_pylist(records, schema=RECORDS)
+    assert [r["text"] for r in records] == ["cut \\xed\\xa0\\xbd", "\\xff \N{GRINNING FACE}"]
+
+
 # -------------------------------------------------------------------------- loose images
 
 
