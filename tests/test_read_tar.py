@@ -273,6 +273,19 @@ def test_a_damaged_pax_header():
         assert error.reason == "shard_corrupt"
 
 
+def with_size(digits: str) -> bytes:
+    """A tar with a member of zeros, whose size stands in its pax header alone."""
+    info = tarfile.TarInfo("a.jpg")
+    info.pax_headers = {"size": digits}
+    return make_tar([info])
+
+
+@pytest.mark.parametrize("digits", [21, 4301, 100_000])
+def test_a_pax_size_of_too_many_digits(digits: int):
+    check_damage(with_size("1" * digits), 0, "shard_corrupt", "no number")
+    assert read_all(with_size("5".zfill(20))) == ([Sample("a", "a.jpg", bytes(5))], None)
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_random_damage_loses_no_row_in_silence(data: st.DataObject):
