@@ -169,7 +169,7 @@ class _TarStream:
 
     def check_end(self) -> None:
         """After the marker only zeros may follow; reading on also checks a gzip stream's CRC."""
-        if self._offset == _BLOCK_BYTES:
+        if self._offset <= _BLOCK_BYTES:
             if not any(self._rest()):
                 raise RowError("read", "shard_empty", f"{self._offset:,} bytes, all zero")
             raise self._damage("zeros where the first header should be")
