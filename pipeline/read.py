@@ -111,6 +111,12 @@ def read_shard(shard: Shard) -> Records:
         failure = shard_failure(error)
     except RowError as error:
         failure = error
+    # The bytes are anybody's, and parsers raise what nobody has listed: one shard of a million must
+    # not end the job, over which it would end again each time.
+    except Exception as error:
+        detail = printable(f"{type(error).__name__}: {error}")
+        passing = isinstance(error, MemoryError)
+        failure = RowError("read", "shard_corrupt", detail, retryable=passing)
     yield _end(shard, total, failure)
 
 

@@ -4,7 +4,7 @@ import importlib
 import os
 import pickle
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -16,12 +16,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline import plan, s3_read, storage
-from pipeline.errors import CredentialsError
+from pipeline import plan, read, s3_read, storage
+from pipeline.errors import CredentialsError, StorageError, TransientError
 from pipeline.plan import plan_shards
 from pipeline.read import BATCH_BYTES, read_batches, read_shard
 from pipeline.schema import RECORDS
-from pipeline.shard import Shard, shard_to_row
+from pipeline.shard import TEXT_LIMIT_BYTES, Sample, Shard, shard_to_row
 from tests.shards import hugging_face_column, make_parquet, make_tar, write_img2dataset
 
 Records = list[dict[str, Any]]
@@ -160,6 +160,25 @@ def test_missing_credentials_stop_the_reader(
     for refused in (shard, replace(shard, format="parquet"), images):
         with pytest.raises(CredentialsError):
             list(read_shard(refused))
+
+
+@pytest.mark.parametrize("error", [ValueError("x" * 9000), RecursionError(), MemoryError("cells")])
+def test_what_nobody_knew_of_ends_a_shard_and_not_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+):
+    """As int() did of a size with thousands of digits."""
+    shard = write_one(str(tmp_path), "x.tar", make_tar(SAMPLES))
+
+    def read_tar(file: Any, **_: Any) -> Iterator[Sample]:
+        yield Sample("0", "0.jpg", b"image 0")
+        raise error
+
+    monkeypatch.setattr(read, "read_tar", read_tar)
+    end = read_failed(shard, kept=1)
+    assert end["reason"] == "shard_corrupt"
+    assert end["detail"].startswith(f"{type(error).__name__}: ")
+    assert end["retryable"] == isinstance(error, MemoryError)
+    assert len(end["detail"]) <= 500
 
 
 # ------------------------------------------------------------------------------- Parquet
