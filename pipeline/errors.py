@@ -31,7 +31,7 @@ REASONS = {
     # rows
     "no_image": "the sample has no image, or the image column is null",
     "file_missing": "the image file is not there (any more)",
-    "file_unreadable": "the storage failed while the image file was read",
+    "file_unreadable": "the storage failed while the image file, or the text beside it, was read",
     "no_text": "the sample has no such text, or the text column is null",
     "image_empty": "zero bytes",
     "not_an_image": "text, HTML, JSON or unknown bytes",

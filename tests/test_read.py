@@ -464,6 +464,48 @@ def test_a_loose_image_that_cannot_be_read_is_a_row(tmp_path: Path):
     assert reasons == ["", "file_unreadable", "file_missing"]
 
 
+def test_a_text_that_cannot_be_read_fails_its_image_alone(tmp_path: Path):
+    for key in "abcde":
+        (tmp_path / f"{key}.jpg").write_bytes(b"image")
+        (tmp_path / f"{key}.txt").write_bytes(b"text of " + key.encode())
+    (tmp_path / "b.json").mkdir()
+    (tmp_path / "c.txt").unlink()
+    (tmp_path / "c.txt").symlink_to("c.txt")  # a link to itself
+    (tmp_path / "d.txt").write_bytes(b"x" * (TEXT_LIMIT_BYTES + 1))
+    [shard] = plan_shards(str(tmp_path), text_column="caption")
+    records = read_whole(shard)
+    assert [(r["key"], r["reason"], r["text"]) for r in records] == [
+        ("a", "", "text of a"),
+        ("b", "file_unreadable", ""),
+        ("c", "file_unreadable", ""),
+        ("d", "no_text", ""),  # as in a tar, no text is cut
+        ("e", "", "text of e"),
+    ]
+    assert "b.json" in records[1]["detail"]
+    assert not any(r["retryable"] for r in records)
+
+
+def test_credentials_refused_for_a_text_end_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """And a fault that may pass leaves the image to be retried."""
+    (tmp_path / "a.jpg").write_bytes(b"image")
+    [shard] = plan_shards(str(tmp_path), text_column="caption")
+    faults: list[StorageError] = [TransientError("slow down"), CredentialsError("refused")]
+    whole = storage.read_bytes
+
+    def read_bytes(uri: str, **options: Any) -> bytes:
+        if uri.endswith(".jpg"):
+            return whole(uri, **options)
+        raise faults.pop(0)
+
+    monkeypatch.setattr(storage, "read_bytes", read_bytes)
+    [record] = read_whole(shard)
+    assert (record["reason"], record["retryable"]) == ("file_unreadable", True)
+    with pytest.raises(CredentialsError):
+        list(read_shard(shard))
+
+
 # ------------------------------------------------------------------------------- batches
 
 
