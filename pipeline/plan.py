@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import accumulate, groupby, pairwise, product
+from itertools import accumulate, groupby, pairwise
 
 from pipeline import storage
 from pipeline.errors import (
@@ -35,13 +35,13 @@ from pipeline.read_parquet import (
 )
 from pipeline.shard import Shard, file_format, name_rows, printable, stem
 from pipeline.storage import Stored
+from pipeline.uri import expand_braces
 
 GROUP_FILES = 256  # loose images per shard; part of a run's identity, so never an option
 # A larger Parquet file is several shards of about this size: what is lost with a worker, and what
 # one worker does alone, stays small. It decides their names, so it is no option either.
 SPLIT_BYTES = 256 * 2**20
 _FOOTERS_AT_ONCE = 16
-_MAX_BRACES = 1_000_000  # names that one pattern may stand for
 _SCHEMA_TRIES = 8  # Parquet files looked at for a readable schema
 
 _MAGIC = re.compile(r"[*?\[{]")
@@ -75,32 +75,6 @@ def plan_shards(
     shards += _group_images(root, by_format["images"])
     shards = [replace(shard, text=text_column or "") for shard in shards]
     return sorted(shards, key=lambda shard: shard.name)
-
-
-def expand_braces(pattern: str) -> list[str]:
-    """Every name a pattern stands for: `{0000..0099}` (zeros kept), `{a,b}`, several in a row."""
-    pieces = re.split(r"\{([^{}]*)\}", pattern)
-    choices = [
-        [piece] if index % 2 == 0 else _brace_choices(piece) for index, piece in enumerate(pieces)
-    ]
-    count = 1
-    for choice in choices:
-        count *= len(choice)
-    if count > _MAX_BRACES:
-        raise UsageError(f"{pattern}: stands for {count:,} names; at most {_MAX_BRACES:,}")
-    return list(dict.fromkeys("".join(parts) for parts in product(*choices)))
-
-
-def _brace_choices(inner: str) -> list[str]:
-    if match := re.fullmatch(r"(\d+)\.\.(\d+)", inner):
-        first, last = match.groups()
-        width = max(map(len, match.groups())) if "0" in (first[0], last[0]) else 0
-        start, stop = int(first), int(last)
-        if abs(stop - start) >= _MAX_BRACES:
-            raise UsageError(f"{{{inner}}}: stands for more than {_MAX_BRACES:,} names")
-        step = 1 if start <= stop else -1
-        return [f"{number:0{width}d}" for number in range(start, stop + step, step)]
-    return inner.split(",") if "," in inner else [f"{{{inner}}}"]
 
 
 # ------------------------------------------------------------------------------ find files

@@ -10,8 +10,9 @@ import pytest
 
 from pipeline import plan, storage
 from pipeline.errors import UsageError
-from pipeline.plan import expand_braces, plan_shards
+from pipeline.plan import plan_shards
 from pipeline.shard import shard_from_row, shard_to_row
+from pipeline.uri import expand_braces
 from tests.shards import hugging_face_column, make_parquet, make_tar, write_img2dataset
 
 TAR = make_tar([("a.jpg", b"image")])
