@@ -170,6 +170,35 @@ def test_the_version_of_a_group_covers_every_file(folder: str):
     assert before.version != after.version
 
 
+@pytest.mark.parametrize("source", ["", "/*.jpg", "/{a,_MG_1}.jpg"])
+def test_with_a_text_column_the_version_of_a_group_covers_texts(folder: str, source: str):
+    def versions(text_column: str | None) -> str:
+        [shard] = plan_shards(folder + source, text_column=text_column)
+        assert shard.files == ("_MG_1.jpg", "a.jpg")
+        assert shard.size_bytes == 2 * len(b"image")
+        return shard.version
+
+    write_all(folder, "a.jpg", "_MG_1.jpg")
+    images = versions(None)
+    assert versions("caption") == images  # nothing else is read
+    seen = {images}
+    for name, text in [
+        ("a.json", b"one"),
+        ("a.json", b"other"),
+        ("a.txt", b"one"),
+        ("_MG_1.txt", b"one"),
+        ("_MG_1.txt", b"other"),
+    ]:
+        storage.write_bytes(f"{folder}/{name}", text)
+        assert versions("caption") not in seen
+        seen.add(versions("caption"))
+    before = versions("caption")
+    storage.write_bytes(f"{folder}/b.json", b"beside no image")
+    storage.write_bytes(f"{folder}/sub/a.txt", b"elsewhere")
+    assert versions("caption") == before
+    assert versions(None) == images
+
+
 def write_row_groups(folder: str, name: str, groups: int, rows: int = 10) -> int:
     """A Parquet file of equal row groups with images of 1,000 bytes; returns its size."""
     images = [os.urandom(1000) for _ in range(groups * rows)]
