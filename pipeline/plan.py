@@ -77,7 +77,11 @@ def plan_shards(
     texts = _find_texts(source, root, files, images) if text_column else {}
     shards += _group_images(root, images, texts)
     shards = [replace(shard, text=text_column or "") for shard in shards]
-    return sorted(shards, key=lambda shard: shard.name)
+    shards.sort(key=lambda shard: shard.name)
+    for one, other in pairwise(shards):
+        if one.name == other.name:  # of one the results would be lost
+            raise UsageError(f"{source}: two names in it are both shown as {one.name}: rename one")
+    return shards
 
 
 # ------------------------------------------------------------------------------ find files

@@ -326,6 +326,24 @@ def test_an_empty_local_folder(tmp_path: Path):
         plan_shards(str(tmp_path))
 
 
+@pytest.mark.parametrize("name", ["{}.tar", "{}/a.jpg"])
+def test_names_that_print_alike_are_refused(tmp_path: Path, name: str):
+    """One is a byte that is not UTF-8, the other how that is written."""
+    names = [name.format(stem) for stem in (os.fsdecode(b"\xff"), "\\xff")]
+    write_all(str(tmp_path), *names[:1])
+    assert len(plan_names(str(tmp_path))) == 1
+    write_all(str(tmp_path), *names[1:])
+    with pytest.raises(UsageError, match=r"two names in it are both shown as \\xff") as caught:
+        plan_shards(str(tmp_path))
+    str(caught.value).encode()
+
+
+def test_loose_images_of_one_folder_may_print_alike(tmp_path: Path):
+    write_all(str(tmp_path), os.fsdecode(b"\xff.jpg"), "\\xff.jpg")
+    [shard] = plan_shards(str(tmp_path))
+    assert len(set(shard.files)) == 2
+
+
 def test_shards_travel_as_arrow_rows_with_names_that_are_not_utf8(tmp_path: Path):
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"image")
