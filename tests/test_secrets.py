@@ -235,7 +235,8 @@ def test_jobs_that_fail(
 def test_a_hub_that_refuses(endpoint: str, bucket: str, ray_folder: Path, tmp_path: Path) -> None:
     """In a process of its own: huggingface_hub reads its environment once."""
     storage.write_bytes(f"{bucket}/in/00000.tar", SHARD)
-    hub = {"HF_ENDPOINT": f"{endpoint}/refused", "HF_HOME": str(tmp_path / "hub")}
+    named = endpoint.replace("://", f"://user:{IN_URI}@")
+    hub = {"HF_ENDPOINT": f"{named}/refused", "HF_HOME": str(tmp_path / "hub")}
     arguments = (f"{bucket}/in", str(tmp_path / "out"), "--model", "org/no-such-model")
     code, said = run(endpoint, ray_folder, "embed", *arguments, **hub)
     assert code in (1, 2), said
