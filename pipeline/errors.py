@@ -97,3 +97,14 @@ class RowError(PipelineError):
 
 class JobError(PipelineError):
     """The job ended without a complete result; the message says what is missing."""
+
+
+def one_line(text: str, characters: int = 300) -> str:
+    """At most so many printable characters: nothing that moves a cursor or ends a line.
+
+    For whatever reaches a terminal or a page: the names in it are anybody's.
+    """
+    shown = "".join(
+        c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[:characters]
+    )
+    return shown if len(text) <= characters else f"{shown}..."

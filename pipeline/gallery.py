@@ -20,12 +20,18 @@ from typing import Any
 from PIL import Image
 
 from pipeline import storage
-from pipeline.errors import CredentialsError, NotFoundError, PipelineError, RowError, UsageError
+from pipeline.errors import (
+    CredentialsError,
+    NotFoundError,
+    PipelineError,
+    RowError,
+    UsageError,
+    one_line,
+)
 from pipeline.prepare import decode_image
 from pipeline.read import plan_shards, read_shard
 from pipeline.receipts import receipts_of
 from pipeline.record import RUN
-from pipeline.results import one_line
 from pipeline.search import Hit
 from pipeline.shard import Shard
 
