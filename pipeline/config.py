@@ -68,6 +68,9 @@ class RunOptions:
     storage_timeout: float = 300.0
     """Seconds for which one read or write is tried again while the storage fails."""
 
+    retry: tyro.conf.Suppress[Literal["none", "retryable", "all"]] = "none"
+    """Which finished shards with failures are made anew; what retry-failed asks for."""
+
     def __post_init__(self) -> None:
         if not 0 <= self.max_error_rate <= 1:
             raise UsageError(f"--max-error-rate {self.max_error_rate}: must be between 0 and 1")
