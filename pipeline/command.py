@@ -16,7 +16,9 @@ from typing import TypeVar
 
 import tyro
 
-from pipeline.errors import PipelineError, UsageError
+from pipeline.errors import PipelineError, UsageError, one_line
+
+_SAID_CHARACTERS = 4000
 
 Config = TypeVar("Config")
 
@@ -65,5 +67,6 @@ def _parse(config: type[Config], prog: str, argv: Sequence[str] | None) -> Confi
 
 
 def _say(prog: str, message: object, code: int) -> int:
-    print(f"{prog}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    said = one_line(" ".join(str(message).split()), _SAID_CHARACTERS)
+    print(f"{prog}: error: {said}", file=sys.stderr)
     return code

@@ -112,7 +112,10 @@ def file_format(path: str) -> str:
 def printable(name: str | bytes) -> str:
     """The name as valid UTF-8: bytes that are not are escaped (`\\xff`)."""
     if isinstance(name, str):
-        name = _to_bytes(name)
+        try:
+            name = _to_bytes(name)
+        except UnicodeEncodeError:  # JSON may hold half a character: "\ud83d"
+            name = name.encode("utf-8", "surrogatepass")
     return name.decode("utf-8", "backslashreplace")
 
 
