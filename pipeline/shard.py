@@ -111,12 +111,13 @@ def file_format(path: str) -> str:
 
 def printable(name: str | bytes) -> str:
     """The name as valid UTF-8: bytes that are not are escaped (`\\xff`)."""
-    if isinstance(name, str):
-        try:
-            name = _to_bytes(name)
-        except UnicodeEncodeError:  # JSON may hold half a character: "\ud83d"
-            name = name.encode("utf-8", "surrogatepass")
-    return name.decode("utf-8", "backslashreplace")
+    if isinstance(name, bytes):
+        return name.decode("utf-8", "backslashreplace")
+    try:
+        encoded = _to_bytes(name)
+    except UnicodeEncodeError:  # JSON may hold half a character: "\ud83d"
+        encoded = name.encode("utf-8", "surrogatepass")
+    return encoded.decode("utf-8", "backslashreplace")
 
 
 def stem(path: str) -> str:
