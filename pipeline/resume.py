@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.commit import DECISION
-from pipeline.errors import JobError
+from pipeline.errors import JobError, one_line
 from pipeline.receipts import (
     RECEIPTS,
     Receipt,
@@ -110,9 +110,10 @@ def report_removed(output: str, receipts: dict[str, list[Receipt]]) -> list[str]
     some = sorted(receipts.items())[:100]
     names = [str(read_receipt(output, name, found[0])["shard"]) for name, found in some]
     if names:
+        shown = ", ".join(map(one_line, names[:3]))
         print(
             f"warning: {len(receipts)} finished shards are no longer in the input "
-            f"({', '.join(names[:3])}{', ...' if len(receipts) > 3 else ''}): "
+            f"({shown}{', ...' if len(receipts) > 3 else ''}): "
             "their rows stay in the tables and are not counted",
             file=sys.stderr,
         )
