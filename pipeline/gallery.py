@@ -31,7 +31,7 @@ from pipeline.errors import (
 from pipeline.prepare import decode_image
 from pipeline.read import plan_shards, read_shard
 from pipeline.receipts import receipts_of
-from pipeline.record import RUN
+from pipeline.record import RUN, name_run
 from pipeline.search import Hit
 from pipeline.shard import Shard
 
@@ -87,6 +87,8 @@ class Images:
 
     output: str
     """The folder of the run."""
+    run: str
+    """As record.name_run gives it."""
     source: str
     """Its input."""
     image_column: str | None
@@ -107,10 +109,12 @@ def open_gallery(output: str, thumbnails: int) -> Images:
         )
     uri = storage.join(output, RUN)
     try:
-        config = json.loads(storage.read_bytes(uri))["config"]
+        record = json.loads(storage.read_bytes(uri))
+        config = record["config"]
         options = {**config, **config.get("images", {})}
         return Images(
             output=output,
+            run=name_run(record),
             source=options["input"],
             image_column=options["image_column"],
             text_column=options.get("text_column"),
@@ -160,7 +164,7 @@ def read_thumbnails(
         raise
     except PipelineError:
         return dict.fromkeys(wanted, "the input is not there any more")
-    shards = {shard.name: replace(shard, text="") for shard in plan}
+    shards = {shard.name: replace(shard, text="", run=images.run) for shard in plan}
     rows: dict[str, set[int]] = {}
     for shard, row in wanted:
         rows.setdefault(shard, set()).add(row)

@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from pipeline.errors import UsageError
 from pipeline.gallery import Images, draw_gallery, open_gallery, read_thumbnails, write_gallery
 from pipeline.plan import plan_shards
 from pipeline.receipts import write_receipt
+from pipeline.record import name_run
 from pipeline.search import Hit
 
 CHROMIUM = shutil.which("chromium")
@@ -49,9 +51,11 @@ def write_run(output: str, source: str, **options: Any) -> Images:
     """What a finished run leaves behind that the gallery reads: its record and receipts."""
     images = {"image_column": None, "max_pixels": 10**6}
     config = {"input": source, "images": images, **options}
-    storage.write_bytes(f"{output}/_run.json", json.dumps({"config": config}).encode())
+    record = {"config": config, "fingerprint": config, "started_at": "2026-01-01T00:00:00"}
+    storage.write_bytes(f"{output}/_run.json", json.dumps(record).encode())
+    content = {"rows_ok": 1, "rows_error": 0, "shard_error": None, "parts": []}
     for shard in plan_shards(source, text_column=options.get("text_column")):
-        write_receipt(output, shard, {"rows_ok": 1, "rows_error": 0, "shard_error": None})
+        write_receipt(output, replace(shard, run=name_run(record)), content)
     return open_gallery(output, 10)
 
 
