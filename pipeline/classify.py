@@ -33,7 +33,7 @@ from pipeline.model.encoders import (
 from pipeline.model.fetch import fetch
 from pipeline.model.preprocess import ImageProcessor
 from pipeline.model.weights import hash_weights
-from pipeline.pixels import has_pixels, open_device, stack_pixels
+from pipeline.pixels import fail_rows, has_pixels, open_device, stack_pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,17 +202,5 @@ def rank_labels(records: pa.Table, good: np.ndarray, logits: np.ndarray, top: in
         np.take_along_axis(logits, order, 1).astype(np.float32),
     )
     lists = [pa.ListArray.from_arrays(offsets, pa.array(v.reshape(-1))) for v in values]
-    records = _fail(records, failed)
+    records = fail_rows(records, failed, "classify", "the model's logits are not finite")
     return pa.table([*records.columns, *lists], schema=schema.RANKED)
-
-
-def _fail(records: pa.Table, failed: np.ndarray) -> pa.Table:
-    """The records, of which some failed at this stage."""
-    for name, value in (
-        ("stage", "classify"),
-        ("reason", "model_failed"),
-        ("detail", "the model's logits are not finite"),
-    ):
-        column = pa.compute.if_else(pa.array(failed), value, records[name])
-        records = records.set_column(records.schema.get_field_index(name), name, column)
-    return records
