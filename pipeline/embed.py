@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -10,14 +11,11 @@ import pyarrow as pa
 import torch
 
 from pipeline import schema
-from pipeline.checkpoint import Checkpoint
+from pipeline.checkpoint import Checkpoint, open_processor, open_tokenizer
 from pipeline.model.check import read_config
 from pipeline.model.clip import CLIP
 from pipeline.model.encoders import ImageEncoder
 from pipeline.model.fetch import fetch
-from pipeline.model.preprocess import ImageProcessor
-from pipeline.model.tokenizer import Tokenizer
-from pipeline.model.weights import hash_weights
 from pipeline.pixels import fail_rows, has_pixels, open_device, scale_to_unit, stack_pixels
 
 
@@ -37,35 +35,44 @@ class Embedder:
 def open_embedder(
     name: str, *, text: bool, normalize: bool, dtype: Literal["float32", "float16"]
 ) -> Embedder:
-    """Check a checkpoint without building its model. Raises CheckpointError."""
+    """Load a checkpoint as the actors will, and let its weights go again. Raises CheckpointError.
+
+    What it lacks, and what does not fit together in it, is found here, before anything is written.
+    """
     folder = fetch(name)
-    if text:
-        Tokenizer.from_folder(folder)
+    model, weights_hash = _load_model(folder, text)
+    if isinstance(model, CLIP):
+        open_tokenizer(folder, model.text_model)
     checkpoint = Checkpoint(
         name=name,
         config=read_config(folder),
-        weights_hash=hash_weights(folder),
-        processor=ImageProcessor.from_folder(folder),
+        weights_hash=weights_hash,
+        processor=open_processor(folder, model.vision_model),
     )
     return Embedder(checkpoint=checkpoint, text=text, normalize=normalize, dtype=dtype)
+
+
+def _load_model(folder: Path, text: bool) -> tuple[CLIP | ImageEncoder, str]:
+    """The model, which has a text tower only where texts are embedded, and its weights hash."""
+    return CLIP.from_folder(folder) if text else ImageEncoder.from_folder(folder)
 
 
 class EmbedImages:
     """An actor of the embed stage: schema.PIXELS -> schema.VECTORS.
 
-    It holds the text tower only where texts are embedded. An actor that finds other weights under
-    the model's name than the driver did refuses to start. `device` and `threads` as in
-    pixels.open_device.
+    An actor that finds other weights under the model's name than the driver did refuses to start.
+    `device` and `threads` as in pixels.open_device.
     """
 
     def __init__(self, embedder: Embedder, device: str, threads: int | None = None):
         self.device = open_device(device, threads)
         folder = fetch(embedder.checkpoint.name)
-        kind = CLIP if embedder.text else ImageEncoder
-        model, weights_hash = kind.from_folder(folder)
+        model, weights_hash = _load_model(folder, embedder.text)
         embedder.checkpoint.check_worker(weights_hash)
         self.model, self.embedder = model.to(self.device), embedder
-        self.tokenizer = Tokenizer.from_folder(folder) if embedder.text else None
+        self.tokenizer = (
+            open_tokenizer(folder, model.text_model) if isinstance(model, CLIP) else None
+        )
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         good = has_pixels(batch)

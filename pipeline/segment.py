@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from pipeline import schema
-from pipeline.checkpoint import Checkpoint, encode_texts
+from pipeline.checkpoint import Checkpoint, encode_texts, open_processor
 from pipeline.model.clipseg import CLIPSeg
 from pipeline.model.fetch import fetch
-from pipeline.model.preprocess import ImageProcessor
 from pipeline.pixels import fail_rows, has_pixels, open_device, scale_to_unit, stack_pixels
 
 # Logits handed on at once: a block of Ray Data's, which lies in the object store as one piece.
@@ -49,8 +48,8 @@ def encode_prompts(name: str, prompts: list[str], *, embed: bool = False) -> Pro
     Raises CheckpointError naming the file, field or tensor that is wrong.
     """
     folder = fetch(name)
-    processor = ImageProcessor.from_folder(folder)
     model, weights_hash = CLIPSeg.from_folder(folder)
+    processor = open_processor(folder, model.clip.vision_model)
     conditional = encode_texts(model.encode_text, model.clip.text_model, folder, prompts)
     checkpoint = Checkpoint(
         name=name, config=model.config.to_dict(), weights_hash=weights_hash, processor=processor

@@ -245,6 +245,54 @@ def test_an_image_without_its_text_is_an_error(tmp_path: Path, model: Path) -> N
     assert errors.select("key", "reason").rows() == [("a", "no_text")]
 
 
+CROP = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 64}}
+
+
+@pytest.mark.parametrize(
+    ("made", "processor", "options", "says"),
+    [
+        (transformers.CLIPVisionModel, PIXELS, [], "has no visual_projection.weight"),
+        (transformers.CLIPForImageClassification, PIXELS, [], "has no visual_projection.weight"),
+        (transformers.CLIPTextModelWithProjection, PIXELS, [], "it has no vision tower"),
+        (
+            transformers.CLIPVisionModelWithProjection,
+            PIXELS,
+            ["--text-column", "caption"],
+            "is a clip_vision_model, one tower alone",
+        ),
+        (
+            transformers.CLIPModel,
+            CROP | {"crop_size": 48},
+            [],
+            "image is 48 x 48 pixels; without interpolated positions this model takes 64 x 64",
+        ),
+        (transformers.CLIPModel, CROP | {"do_center_crop": False}, [], "have no common size"),
+        (
+            transformers.CLIPModel,
+            PIXELS,
+            ["--text-column", "caption"],
+            "the tokenizer has 558 tokens, the model 557",
+        ),
+    ],
+)
+def test_a_model_that_cannot_embed_is_told_before_anything_starts(
+    made: Any, processor: Any, options: list[str], says: str, tmp_path: Path, shards: Path, capsys
+) -> None:
+    config = checkpoints.small_clip().config
+    part = {"Text": config.text_config, "Vision": config.vision_config}
+    model = made(next((part[name] for name in part if name in made.__name__), config))
+    checkpoints.save(model, tmp_path / "m")
+    merges = [*checkpoints.small_merges(), ("a</w>", "an</w>")]  # one more than the model knows
+    checkpoints.write_vocabulary(tmp_path / "m", merges)
+    (tmp_path / "m" / "preprocessor_config.json").write_text(json.dumps(processor))
+    arguments = [str(shards), str(tmp_path / "out"), "--model", str(tmp_path / "m"), *options]
+    assert embed.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert says in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_text_column_that_is_not_there(tmp_path: Path, model: Path, capsys) -> None:
     write_texts(tmp_path / "in", "parquet")
     arguments = [str(tmp_path / "in"), str(tmp_path / "out"), "--model", str(model)]

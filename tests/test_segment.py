@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -129,9 +128,24 @@ def test_a_tokenizer_of_another_model_is_refused(checkpoint: Path, tmp_path: Pat
         encode_prompts(str(folder), PROMPTS)
 
 
+@pytest.mark.parametrize(
+    ("size", "says"),
+    [
+        ({"height": 64, "width": 15}, "64 x 15 pixels, less than a patch of 16"),
+        ({"shortest_edge": 64}, "no common size"),
+    ],
+)
+def test_images_of_a_size_that_no_model_takes_are_refused(
+    size: dict[str, int], says: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    config = {"image_processor_type": "ViTImageProcessor", "size": size}
+    folder = checkpoints.copy_with(checkpoint, tmp_path / "m", preprocessor_config=config)
+    with pytest.raises(CheckpointError, match=says):
+        encode_prompts(str(folder), PROMPTS)
+
+
 def test_an_embedding_that_overflows_fails_as_a_row(checkpoint: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "m"
-    shutil.copytree(checkpoint, folder)
+    folder = checkpoints.copy_with(checkpoint, tmp_path / "m")
     # Read by no mask, only by the embedding.
     checkpoints.change_tensors(
         folder, lambda tensors: tensors["clip.visual_projection.weight"].mul_(torch.inf)
