@@ -259,7 +259,7 @@ def _stop_at_errors(run: Run, images: int, reasons: Counter[str]) -> None:
 
 
 def _as_pipeline_error(error: BaseException) -> PipelineError:
-    """The PipelineError inside what Ray raised, or a JobError with its last line."""
+    """The PipelineError inside what Ray raised, or a JobError with the last line of the cause."""
     inner: BaseException | None = error
     while inner is not None:
         if isinstance(inner, PipelineError):
@@ -272,5 +272,7 @@ def _as_pipeline_error(error: BaseException) -> PipelineError:
         name, message = found[-1]
         kind = getattr(errors, name, JobError)
         return kind(message) if issubclass(kind, (UsageError, StorageError)) else JobError(message)
-    lines = [line for line in str(error).splitlines() if line.strip()]
+    # Behind the cause stands what Ray made of it, which ends in advice on how to retry.
+    cause = str(error).split("\n\nThe above exception was the direct cause", 1)[0]
+    lines = [line for line in cause.splitlines() if line.strip()]
     return JobError(f"a worker failed: {lines[-1].strip() if lines else type(error).__name__}")
