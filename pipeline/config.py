@@ -220,7 +220,7 @@ def read_lines(file: str, option: str, what: str) -> list[str]:
     Raises UsageError, naming the option, for a file that cannot be read or has no such line.
     """
     try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
         raise UsageError(f"{option} {file}: {error.strerror}") from error
     except UnicodeDecodeError as error:
