@@ -156,6 +156,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"do_normalize": False},
     {"image_mean": [0.1, 0.5, 0.9]},
     {"image_std": [0.2, 0.7, 3.0]},
+    {"image_mean": 0.5, "image_std": 0.25},
     {"do_convert_rgb": False},
 ]
 
@@ -256,7 +257,8 @@ def test_absent_and_null_fields_take_the_defaults_of_the_class(kind: str, value:
         ("resample", "bicubic"),
         ("rescale_factor", "1/255"),
         ("rescale_factor", float("nan")),
-        ("image_mean", 0.5),
+        ("image_mean", True),
+        ("image_std", 0),
         ("image_mean", [0.5, 0.5]),
         ("image_std", [0.5, 0.0, 0.5]),
         ("image_std", [0.5, 10**400, 0.5]),

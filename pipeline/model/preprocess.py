@@ -260,6 +260,8 @@ class _Fields:
 
     def triple(self, field: str, *, positive: bool = False) -> tuple[float, float, float]:
         value = self.values[field]
+        if _is_number(value):  # of all three channels
+            value = [value] * 3
         if not isinstance(value, (list, tuple)) or not all(map(_is_number, value)):
             raise self._wrong(field, "a list of 3 finite numbers")
         if len(value) != 3 or (positive and min(value) <= 0):
