@@ -33,6 +33,7 @@ from pipeline.read_embeddings import (
     plan_embeddings,
 )
 from pipeline.run import Shares, bounded, dataset_of, finish, ray_session, share_cluster
+from pipeline.storage import set_storage_timeout
 from pipeline.tables import MakeLabelTables
 from pipeline.vectors import EmbeddingTable, check_weights
 from pipeline.write import WriteFragments
@@ -40,6 +41,7 @@ from pipeline.write import WriteFragments
 
 def classify(config: ClassifyConfig) -> None:
     """Images or vectors -> the best labels of each -> Parquet tables."""
+    set_storage_timeout(config.run.storage_timeout)
     table = open_embeddings(config.input)
     if table:
         classifier = open_for_table(table, config)

@@ -3,7 +3,8 @@
     python -m jobs.retry_failed OUTPUT
 
 `clipseg-ray retry-failed` is the same. The job is run with the configuration that OUTPUT keeps; its
-other shards are not read again. A shard's rows are missing from the tables until they are made.
+other shards are not read again. A shard's rows are missing from the tables until they are made, and
+nothing is taken from them before it is known that the job can be run.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 
+from pipeline.account import is_unfinished
 from pipeline.added import read_added
 from pipeline.command import run_command
 from pipeline.config import EmbedConfig, SegmentConfig
 from pipeline.config_classify import ClassifyConfig
 from pipeline.config_status import RetryConfig, config_from_record
 from pipeline.errors import UsageError
-from pipeline.status import forget_failed, open_output
+from pipeline.resume import read_failures
+from pipeline.status import open_output
 
 JOBS: dict[str, type[SegmentConfig | EmbedConfig | ClassifyConfig]] = {
     "segment": SegmentConfig,
@@ -30,7 +33,7 @@ JOBS: dict[str, type[SegmentConfig | EmbedConfig | ClassifyConfig]] = {
 
 
 def retry_failed(config: RetryConfig) -> None:
-    """Forget the shards with failures -> run the job again."""
+    """Run the job again, with the shards with failures as if they had not been done."""
     output, record = open_output(config.output)
     name = record.get("fingerprint", {}).get("job")
     if name not in JOBS:
@@ -39,13 +42,19 @@ def retry_failed(config: RetryConfig) -> None:
     if isinstance(job, SegmentConfig):  # the file of the prompts may be gone
         prompts = [*record["fingerprint"]["prompts"], *chain(*read_added(output).values())]
         job = replace(job, prompt=tuple(prompts), prompts=None)
-    job = replace(job, workers=config.workers, run=replace(job.run, restart=False))
-    shards = forget_failed(output, record, every=config.every)
-    if not shards:
+    shards = read_failures(output).choose(every=config.every)
+    if not shards and not is_unfinished(output):
         hint = "" if config.every else "; --all makes those with other failures anew, too"
         print(f"{output}: no shard has rows that failed and may work another time{hint}")
         return
-    print(f"{output}: {shards:,} shards are made anew")
+    print(
+        f"{output}: {len(shards):,} shards have such rows; those still in the input are made anew"
+    )
+    # What fails again is most of what is read here, and stops nothing.
+    retry = replace(
+        job.run, restart=False, retry="all" if config.every else "retryable", max_error_rate=1.0
+    )
+    job = replace(job, workers=config.workers, run=retry)
     getattr(importlib.import_module(f"jobs.{name}"), name)(job)
 
 

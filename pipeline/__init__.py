@@ -4,10 +4,11 @@ The modules in the order of the flow:
 
     errors       every error the pipeline raises, in one tree
     schema       the columns of every table: the contract with readers
+    uri          paths and URIs as users write them, in one form and without credentials
     config, config_classify, config_search, config_status
                  what a job is asked to do, checked before anything starts
     command      the command line of every job, made from its config
-    uri, faults, retry, s3, s3_read, s3_write, storage
+    faults, retry, s3, s3_read, s3_write, storage
                  local disk and S3: list, read, write so that nobody sees half a file
     isolate      a generator run in a process of its own
     shard, read_tar, read_parquet

@@ -23,21 +23,25 @@ from pipeline.receipts import (
     RECEIPTS,
     Receipt,
     covers,
+    is_borne_out,
+    list_parts,
     list_receipts,
     stem,
     stem_of,
     version_hash,
 )
 from pipeline.record import (
+    DELETING,
     RUN,
     JobConfig,
+    name_run,
     new_record,
     now,
     read_run,
     refuse_other_run,
     to_json,
 )
-from pipeline.resume import left_to_do, report_removed
+from pipeline.resume import discard_pass, left_to_do, read_failures, report_removed
 from pipeline.schema import Table
 from pipeline.shard import Shard
 from pipeline.write import STAGING, write_empty_parts
@@ -79,27 +83,34 @@ def open_run(
     """Start a run in the config's output, or continue the one that is there.
 
     What the config and `model` say decides the results and is the run's fingerprint; only that
-    there may be more prompts than before. Raises UsageError if the output holds another run, or
-    files that are no run's.
+    there may be more prompts than before. Shards are discarded here and not earlier: by now it is
+    known that they can be made anew. Raises UsageError if the output holds another run, or files
+    that are no run's.
     """
     source, output = storage.check_uri(config.input), storage.check_uri(config.output)
     if f"{output}/".startswith(f"{source}/"):
         raise UsageError(f"{output}: lies inside the input, which would then read its own tables")
     record = new_record(config, plan, source, output, model, tables)
     found = read_run(output)
-    if found is not None and config.run.restart:
+    if found is not None and (config.run.restart or found.get("status") == DELETING):
         _delete_run(output, found)
-        found = None
-    if found is None:
+        storage.write_bytes(storage.join(output, RUN), to_json(record))
+        found = record
+    elif found is None:
         found = _start(output, record)
     prompts = _settle_prompts(output, found.get("fingerprint", {}), record["fingerprint"])
     record["started_at"] = found["started_at"]
     write_empty_parts(output, tables)
-    plans = {first: [replace(shard, first_prompt=first) for shard in plan] for first in prompts}
-    todo = left_to_do(output, plans, list(tables))
+    name, retry = name_run(record), config.run.retry
+    plans = {n: [replace(shard, first_prompt=n, run=name) for shard in plan] for n in prompts}
+    forget = read_failures(output).choose(every=retry == "all") if retry != "none" else set()
+    todo, stale, removed = left_to_do(output, plans, list(tables), forget)
     if any(todo.values()):
         storage.delete_file(storage.join(output, SUCCESS))  # of a smaller plan
         _warn_of_careless_storage(output)
+    for discarded in stale:
+        discard_pass(output, discarded, list(tables))
+    record["plan"]["removed_shards"] = removed
     storage.write_bytes(storage.join(output, RUN), to_json(record))
     passes: list[Run] = []
     for first in sorted(prompts, reverse=True):
@@ -146,15 +157,18 @@ def close_run(run: Run, seconds: float) -> dict[str, int]:
     """Check that the receipts equal the plan, write the counts into _run.json, and _SUCCESS.
 
     `seconds`: what the shards that were left took. Returns the counts over all shards. Raises
-    JobError if a shard has no receipt, or if prompts were added meanwhile.
+    JobError if a shard has no receipt, or if meanwhile prompts were added or the run started over.
     """
+    _refuse_another_start(run)
     receipts = list_receipts(run.output)
+    parts = list_parts(run.output, list(run.tables))
     found: dict[str, Receipt] = {}
     plan = [shard for each in run.passes for shard in each.plan]
     for shard in plan:
-        of_shard = receipts.pop(stem_of(shard), [])
-        if [r.version for r in of_shard] == [version_hash(shard)]:
-            found[stem_of(shard)] = of_shard[0]
+        name = stem_of(shard)
+        of_shard = receipts.pop(name, [])
+        if is_borne_out(of_shard, version_hash(shard), parts.get(name, 0)):
+            found[name] = of_shard[0]
     missing = [shard.name for shard in plan if not _is_done(shard, found)]
     if missing:
         some = ", ".join(sorted(missing)[:3])
@@ -191,6 +205,12 @@ def _is_done(shard: Shard, found: dict[str, Receipt]) -> bool:
         return receipt is not None
     first = found.get(stem(shard.name))
     return first is not None and covers(receipt, [first])
+
+
+def _refuse_another_start(run: Run) -> None:
+    found = read_run(run.output)
+    if found is None or name_run(found) != name_run(run.record):
+        raise JobError(f"{run.output}: another command has started it over meanwhile")
 
 
 def _refuse_more_prompts(run: Run) -> None:
@@ -261,10 +281,10 @@ def _warn_of_careless_storage(output: str) -> None:
 
 
 def _delete_run(output: str, record: dict[str, Any]) -> None:
-    """Delete what a run left, the record last: killed before, --restart does the rest."""
+    """Delete what a run left but its record, which says so meanwhile."""
+    storage.write_bytes(storage.join(output, RUN), to_json(record | {"status": DELETING}))
     storage.delete_file(storage.join(output, SUCCESS))
     tables = [str(name) for name in record.get("tables", ())]
     for name in (*tables, "errors", STAGING, RECEIPTS, PROMPTS):
         if "/" not in name and name not in ("", ".", ".."):
             storage.delete_folder(storage.join(output, name))
-    storage.delete_file(storage.join(output, RUN))

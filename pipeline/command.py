@@ -17,7 +17,9 @@ from typing import TypeVar
 
 import tyro
 
-from pipeline.errors import PipelineError, UsageError
+from pipeline.errors import PipelineError, UsageError, one_line
+
+_SAID_CHARACTERS = 4000
 
 Config = TypeVar("Config")
 
@@ -87,5 +89,6 @@ def _refuse_empty(arguments: list[str]) -> None:
 
 
 def _say(prog: str, message: object, code: int) -> int:
-    print(f"{prog}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    said = one_line(" ".join(str(message).split()), _SAID_CHARACTERS)
+    print(f"{prog}: error: {said}", file=sys.stderr)
     return code

@@ -42,7 +42,7 @@ def finish_shard(
     Raises JobError if the fragments do not hold records 0..total-1 exactly once each, as images or
     as errors, and every image's rows of the other tables; then nothing is decided or written.
     """
-    decision = storage.join(output, STAGING, stem_of(shard), version_hash(shard) + DECISION)
+    decision = _decision_of(output, shard)
     ours = {"attempt": uuid.uuid4().hex, "fragments": fragments, "total": total}
     try:
         found = _checked(output, shard, ours, tables)
@@ -58,6 +58,10 @@ def finish_shard(
         _empty_staging(output, shard)
         return _receipt_there(output, shard)
     return _write(output, shard, found, tables)
+
+
+def _decision_of(output: str, shard: Shard) -> str:
+    return storage.join(output, STAGING, stem_of(shard), version_hash(shard) + DECISION)
 
 
 def _checked(
@@ -108,9 +112,13 @@ def _write(
 
 
 def _receipt_there(output: str, shard: Shard) -> dict[str, Any]:
-    """The receipt that another attempt wrote."""
+    """The receipt that another attempt wrote.
+
+    Raises JobError where there is none; a decision that cannot be followed any more is taken back.
+    """
     for receipt in receipts_of(output, shard):
         return read_receipt(output, stem_of(shard), receipt)
+    storage.delete_file(_decision_of(output, shard))
     raise JobError(f"shard {shard.name}: its fragments are gone; run it again")
 
 

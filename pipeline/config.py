@@ -15,6 +15,7 @@ import tyro
 
 from pipeline.errors import UsageError
 from pipeline.schema import IMAGES, MASKS, PROBABILITIES, Table, embeddings
+from pipeline.uri import check_uri
 
 Input = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="INPUT")]
 Output = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUTPUT")]
@@ -66,6 +67,9 @@ class RunOptions:
 
     storage_timeout: float = 300.0
     """Seconds for which one read or write is tried again while the storage fails."""
+
+    retry: tyro.conf.Suppress[Literal["none", "retryable", "all"]] = "none"
+    """Which finished shards with failures are made anew; what retry-failed asks for."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_error_rate <= 1:
@@ -122,6 +126,7 @@ class SegmentConfig:
             )
         if any(not p.strip() for p in self.prompt):
             raise UsageError("--prompt: an empty prompt; say what to segment")
+        check_file("--contact-sheet", self.contact_sheet)
 
     def all_prompts(self) -> list[str]:
         """Every prompt in the order of its prompt_id. Raises UsageError for a file without any."""
@@ -214,11 +219,20 @@ def check_positive(options: object, *names: str) -> None:
             raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least 1")
 
 
+def check_file(option: str, file: str | None) -> None:
+    """Raise UsageError, naming the option, for what is no path or URI, which may hold a secret."""
+    try:
+        check_uri(file or ".")
+    except UsageError as error:
+        raise UsageError(f"{option}: {error}") from error
+
+
 def read_lines(file: str, option: str, what: str) -> list[str]:
     """The lines of a UTF-8 text file that are not blank, without the blanks around them.
 
     Raises UsageError, naming the option, for a file that cannot be read or has no such line.
     """
+    check_file(option, file)
     try:
         lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from pipeline.config import read_lines
+from pipeline.config import check_file, read_lines
 from pipeline.errors import UsageError
 
 _Embeddings = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="EMBEDDINGS")]
@@ -36,6 +36,7 @@ class IndexConfig:
     def __post_init__(self) -> None:
         if self.recall < 0:
             raise UsageError(f"--recall {self.recall}: must be at least 0")
+        check_file("DEST", self.dest)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +91,10 @@ class SearchConfig:
                 raise UsageError(f"--{name}: it is empty; say what to look for")
         if self.quiet and self.output is None and self.gallery is None:
             raise UsageError("--quiet: would show nothing at all; add --output or --gallery")
+        for image in self.image:
+            check_file("--image", image)
+        check_file("--output", self.output)
+        check_file("--gallery", self.gallery)
 
     def lines(self) -> list[str]:
         """The queries of --queries. Raises UsageError for a file without any."""
@@ -116,3 +121,4 @@ class DuplicatesConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.cosine <= 1:
             raise UsageError(f"--cosine {self.cosine}: must be between 0 and 1")
+        check_file("--output", self.output)

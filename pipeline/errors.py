@@ -31,7 +31,7 @@ REASONS = {
     # rows
     "no_image": "the sample has no image, or the image column is null",
     "file_missing": "the image file is not there (any more)",
-    "file_unreadable": "the storage failed while the image file was read",
+    "file_unreadable": "the storage failed while the image file, or the text beside it, was read",
     "no_text": "the sample has no such text, or the text column is null",
     "image_empty": "zero bytes",
     "not_an_image": "text, HTML, JSON or unknown bytes",
@@ -97,3 +97,14 @@ class RowError(PipelineError):
 
 class JobError(PipelineError):
     """The job ended without a complete result; the message says what is missing."""
+
+
+def one_line(text: str, characters: int = 300) -> str:
+    """At most so many printable characters: nothing that moves a cursor or ends a line.
+
+    For whatever reaches a terminal or a page: the names in it are anybody's.
+    """
+    shown = "".join(
+        c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[:characters]
+    )
+    return shown if len(text) <= characters else f"{shown}..."

@@ -20,12 +20,18 @@ from typing import Any
 from PIL import Image
 
 from pipeline import storage
-from pipeline.errors import CredentialsError, NotFoundError, PipelineError, RowError, UsageError
+from pipeline.errors import (
+    CredentialsError,
+    NotFoundError,
+    PipelineError,
+    RowError,
+    UsageError,
+    one_line,
+)
 from pipeline.prepare import decode_image
 from pipeline.read import plan_shards, read_shard
 from pipeline.receipts import receipts_of
 from pipeline.record import RUN
-from pipeline.results import one_line
 from pipeline.search import Hit
 from pipeline.shard import Shard
 
@@ -84,6 +90,8 @@ class Images:
     source: str
     """Its input."""
     image_column: str | None
+    text_column: str | None
+    """Of a run that embedded texts, too: they belong to the versions of its shards."""
     max_pixels: int
 
 
@@ -105,6 +113,7 @@ def open_gallery(output: str, thumbnails: int) -> Images:
             output=output,
             source=options["input"],
             image_column=options["image_column"],
+            text_column=options.get("text_column"),
             max_pixels=options["max_pixels"],
         )
     except NotFoundError as error:
@@ -145,12 +154,13 @@ def read_thumbnails(
     Raises CredentialsError: that is no fault of an image.
     """
     try:
-        plan = plan_shards(images.source, image_column=images.image_column)
+        columns = {"image_column": images.image_column, "text_column": images.text_column}
+        plan = plan_shards(images.source, **columns)
     except CredentialsError:
         raise
     except PipelineError:
         return dict.fromkeys(wanted, "the input is not there any more")
-    shards = {shard.name: shard for shard in plan}
+    shards = {shard.name: replace(shard, text="") for shard in plan}
     rows: dict[str, set[int]] = {}
     for shard, row in wanted:
         rows.setdefault(shard, set()).add(row)

@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import accumulate, groupby, pairwise, product
+from itertools import accumulate, groupby, pairwise
 
 from pipeline import storage
 from pipeline.errors import (
@@ -33,17 +33,18 @@ from pipeline.read_parquet import (
     read_row_groups,
     read_schema,
 )
-from pipeline.shard import Shard, file_format, name_rows, printable, stem
+from pipeline.shard import TEXT_EXTENSIONS, Shard, file_format, name_rows, printable, stem
 from pipeline.storage import Stored
+from pipeline.uri import expand_braces
 
 GROUP_FILES = 256  # loose images per shard; part of a run's identity, so never an option
 # A larger Parquet file is several shards of about this size: what is lost with a worker, and what
 # one worker does alone, stays small. It decides their names, so it is no option either.
 SPLIT_BYTES = 256 * 2**20
-_FOOTERS_AT_ONCE = 16
-_MAX_BRACES = 1_000_000  # names that one pattern may stand for
+_FOOTERS_AT_ONCE = _FOLDERS_AT_ONCE = 16
 _SCHEMA_TRIES = 8  # Parquet files looked at for a readable schema
 
+_TEXT_SUFFIXES = tuple(f".{extension}" for extension in TEXT_EXTENSIONS)
 _MAGIC = re.compile(r"[*?\[{]")
 _Named = list[tuple[str, Stored]]  # (path relative to the root, file)
 
@@ -72,35 +73,15 @@ def plan_shards(
     column = _find_column(parquet, image_column, text_column)
     shards = [_whole_file(name, file) for name, file in by_format["tar"]]
     shards += _split_large([_whole_file(n, file, column) for n, file in by_format["parquet"]])
-    shards += _group_images(root, by_format["images"])
+    images = by_format["images"]
+    texts = _find_texts(source, root, files, images) if text_column else {}
+    shards += _group_images(root, images, texts)
     shards = [replace(shard, text=text_column or "") for shard in shards]
-    return sorted(shards, key=lambda shard: shard.name)
-
-
-def expand_braces(pattern: str) -> list[str]:
-    """Every name a pattern stands for: `{0000..0099}` (zeros kept), `{a,b}`, several in a row."""
-    pieces = re.split(r"\{([^{}]*)\}", pattern)
-    choices = [
-        [piece] if index % 2 == 0 else _brace_choices(piece) for index, piece in enumerate(pieces)
-    ]
-    count = 1
-    for choice in choices:
-        count *= len(choice)
-    if count > _MAX_BRACES:
-        raise UsageError(f"{pattern}: stands for {count:,} names; at most {_MAX_BRACES:,}")
-    return list(dict.fromkeys("".join(parts) for parts in product(*choices)))
-
-
-def _brace_choices(inner: str) -> list[str]:
-    if match := re.fullmatch(r"(\d+)\.\.(\d+)", inner):
-        first, last = match.groups()
-        width = max(map(len, match.groups())) if "0" in (first[0], last[0]) else 0
-        start, stop = int(first), int(last)
-        if abs(stop - start) >= _MAX_BRACES:
-            raise UsageError(f"{{{inner}}}: stands for more than {_MAX_BRACES:,} names")
-        step = 1 if start <= stop else -1
-        return [f"{number:0{width}d}" for number in range(start, stop + step, step)]
-    return inner.split(",") if "," in inner else [f"{{{inner}}}"]
+    shards.sort(key=lambda shard: shard.name)
+    for one, other in pairwise(shards):
+        if one.name == other.name:  # of one the results would be lost
+            raise UsageError(f"{source}: two names in it are both shown as {one.name}: rename one")
+    return shards
 
 
 # ------------------------------------------------------------------------------ find files
@@ -164,11 +145,15 @@ def _keep_inputs(root: str, files: list[Stored]) -> _Named:
 
 
 def _is_scratch(name: str) -> bool:
-    """Hidden, or beginning with "_" (_SUCCESS, _staging/); cameras write images named _MG_1.JPG."""
+    """Hidden, or beginning with "_" (_SUCCESS, _staging/).
+
+    Cameras write images named _MG_1.JPG, beside which _MG_1.txt may hold a text.
+    """
     *folders, last = name.split("/")
     if any(part.startswith((".", "_")) for part in folders) or last.startswith("."):
         return True
-    return last.startswith("_") and file_format(last) != "images"
+    plain = file_format(last) == "images" or last.endswith(_TEXT_SUFFIXES)
+    return last.startswith("_") and not plain
 
 
 def _find_column(files: list[Stored], wanted: str | None, text: str | None) -> str:
@@ -275,15 +260,32 @@ def _split_by(groups: list[RowGroup], shard: Shard) -> list[Shard]:
     ]
 
 
-def _group_images(root: str, named: _Named) -> Iterator[Shard]:
-    """Groups of at most GROUP_FILES within a folder: a new file never moves those of another."""
+def _find_texts(source: str, root: str, files: list[Stored], images: _Named) -> dict[str, Stored]:
+    """The files in which the texts of loose images may be, by their paths relative to the root."""
+    if source != root:  # one file or a pattern, which may not match the texts beside its images
+        folders = sorted({storage.parent(file.uri) for _, file in images})
+        with ThreadPoolExecutor(_FOLDERS_AT_ONCE) as pool:
+            listed = pool.map(lambda folder: storage.list_files(folder, recursive=False), folders)
+            files = [file for found in listed for file in found]
+    start = len(root.rstrip("/")) + 1
+    return {file.uri[start:]: file for file in files if file.uri.endswith(_TEXT_SUFFIXES)}
+
+
+def _group_images(root: str, named: _Named, texts: dict[str, Stored]) -> Iterator[Shard]:
+    """Groups of at most GROUP_FILES within a folder: a new file never moves those of another.
+
+    The version covers the images, and what of `texts` stands beside them.
+    """
     folders: dict[str, _Named] = defaultdict(list)
     for name, file in named:
         folders[name.rpartition("/")[0]].append((name, file))
     for folder, members in folders.items():
         for index, start in enumerate(range(0, len(members), GROUP_FILES)):
             group = members[start : start + GROUP_FILES]
-            lines = [f"{name}\0{file.size_bytes}\0{file.version}\n" for name, file in group]
+            stems = [name.rpartition(".")[0] for name, _ in group]
+            beside = [(t, texts[t]) for s in stems for e in _TEXT_SUFFIXES if (t := s + e) in texts]
+            read = [*group, *beside]
+            lines = [f"{name}\0{file.size_bytes}\0{file.version}\n" for name, file in read]
             digest = hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape"))
             group_name = f"images-{index:05d}"
             yield Shard(

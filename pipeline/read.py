@@ -111,6 +111,12 @@ def read_shard(shard: Shard) -> Records:
         failure = shard_failure(error)
     except RowError as error:
         failure = error
+    # The bytes are anybody's, and parsers raise what nobody has listed: one shard of a million must
+    # not end the job, over which it would end again each time.
+    except Exception as error:
+        detail = printable(f"{type(error).__name__}: {error}")
+        passing = isinstance(error, MemoryError)
+        failure = RowError("read", "shard_corrupt", detail, retryable=passing)
     yield _end(shard, total, failure)
 
 
@@ -177,6 +183,7 @@ def _read_image(root: str, path: str, text: str) -> Sample:
     found = Sample(key, printable(path))
     try:
         image = storage.read_bytes(storage.join(root, path), limit_bytes=IMAGE_LIMIT_BYTES + 1)
+        beside = _read_text(storage.join(root, path.rpartition(".")[0]), text) if text else None
     except CredentialsError:
         raise
     except NotFoundError as error:
@@ -190,15 +197,16 @@ def _read_image(root: str, path: str, text: str) -> Sample:
     if len(image) > IMAGE_LIMIT_BYTES:
         detail = f"more than {IMAGE_LIMIT_BYTES:,} bytes"
         return found._replace(reason="member_too_large", detail=detail)
-    beside = _read_text(storage.join(root, path.rpartition(".")[0]), text) if text else None
     return found._replace(image=image).with_text(text, beside)
 
 
 def _read_text(stem: str, wanted: str) -> str | None:
     for extension in TEXT_EXTENSIONS:
         try:
-            data = storage.read_bytes(f"{stem}.{extension}", limit_bytes=TEXT_LIMIT_BYTES)
+            data = storage.read_bytes(f"{stem}.{extension}", limit_bytes=TEXT_LIMIT_BYTES + 1)
         except NotFoundError:
+            continue
+        if len(data) > TEXT_LIMIT_BYTES:  # as in a tar
             continue
         if (text := find_text(wanted, extension, data)) is not None:
             return text

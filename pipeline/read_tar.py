@@ -28,6 +28,7 @@ from pipeline.shard import (
 _BLOCK_BYTES = tarfile.BLOCKSIZE
 _SKIP_BYTES = 2**20
 _EXTENDED_LIMIT_BYTES = 2**20  # of a pax header or a GNU long name, which are read into memory
+_SIZE_DIGITS = 20  # int() of thousands of digits is an error of its own
 _PAX_LENGTH = re.compile(rb"(\d{1,7}) ")
 _PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 _LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
@@ -168,7 +169,7 @@ class _TarStream:
 
     def check_end(self) -> None:
         """After the marker only zeros may follow; reading on also checks a gzip stream's CRC."""
-        if self._offset == _BLOCK_BYTES:
+        if self._offset <= _BLOCK_BYTES:
             if not any(self._rest()):
                 raise RowError("read", "shard_empty", f"{self._offset:,} bytes, all zero")
             raise self._damage("zeros where the first header should be")
@@ -210,7 +211,7 @@ class _TarStream:
         pax: dict[bytes, bytes],
     ) -> _Member:
         size = pax.get(b"size", b"")
-        if size and not size.isdigit():
+        if size and not (size.isdigit() and len(size) <= _SIZE_DIGITS):
             raise self._damage("a pax header with a size that is no number")
         sparse = header.type == tarfile.GNUTYPE_SPARSE
         extended = sparse and block[482]

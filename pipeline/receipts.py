@@ -1,13 +1,14 @@
 """What a finished shard leaves behind: the names of its files, and its receipt.
 
     OUTPUT/<table>/<stem>.parquet                         its parts
-    OUTPUT/_receipts/<stem>/<version>.<ok>-<error>.json   written last, and never overwritten
+    OUTPUT/_receipts/<stem>/<version>.<ok>-<error>-<bytes>.json   written last, never overwritten
 
 Of prompts that were added later, <stem> ends in `.from-<number of the first of them>`.
 
-A receipt's name tells which shard of which content it is of, and how many rows came out well and
-how many failed (`.cut` where the shard could not be read to its end): so the account of a million
-shards is closed by one listing.
+A receipt's name tells which shard of which content and run it is of, how many rows came out well
+and how many failed (`.cut` where the shard could not be read to its end), and how many bytes its
+parts have together: so listings alone close the account of a million shards, and show where a part
+is gone or of another attempt.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pipeline.shard import Shard, file_of
 
 RECEIPTS = "_receipts"
 _AT_ONCE = 32  # receipts that are read
-_NAME = re.compile(r"(?P<version>[0-9a-f]{8})\.(?P<ok>\d+)-(?P<error>\d+)(?P<cut>\.cut)?\.json")
+_NAME = re.compile(r"([0-9a-f]{8})\.(\d+)-(\d+)-(\d+)(\.cut)?\.json")
 
 
 class Receipt(NamedTuple):
@@ -35,13 +36,16 @@ class Receipt(NamedTuple):
     """As version_hash gives it."""
     ok: int
     error: int
+    size_bytes: int
+    """Of its parts in all tables."""
     cut: bool
     """Whether the shard was not read to its end."""
 
     @property
     def name(self) -> str:
         """The file name."""
-        return f"{self.version}.{self.ok}-{self.error}{'.cut' if self.cut else ''}.json"
+        counts = f"{self.ok}-{self.error}-{self.size_bytes}"
+        return f"{self.version}.{counts}{'.cut' if self.cut else ''}.json"
 
 
 def stem(shard: str, first_prompt: int = 0) -> str:
@@ -78,14 +82,23 @@ def covers(added: Receipt, first: list[Receipt]) -> bool:
     return [(receipt.version, receipt.ok) for receipt in first] == [wanted]
 
 
+def is_borne_out(found: list[Receipt], version: str, size_bytes: int) -> bool:
+    """Whether a pass has one receipt, of this version, and the bytes of its parts are as it says.
+
+    They are not where a driver was killed while it discarded the pass, or where one that did not
+    know of another's input wrote parts over the other's.
+    """
+    return [(receipt.version, receipt.size_bytes) for receipt in found] == [(version, size_bytes)]
+
+
 def stem_of(shard: Shard) -> str:
     """See stem."""
     return stem(shard.name, shard.first_prompt)
 
 
 def version_hash(shard: Shard) -> str:
-    """It changes when the shard's content does."""
-    return hashlib.sha256(shard.version.encode()).hexdigest()[:8]
+    """It changes when the shard's content does, and from run to run."""
+    return hashlib.sha256(f"{shard.run}{shard.version}".encode()).hexdigest()[:8]
 
 
 def receipts_of(output: str, shard: Shard) -> list[Receipt]:
@@ -106,6 +119,15 @@ def list_receipts(output: str) -> dict[str, list[Receipt]]:
     return dict(found)
 
 
+def list_parts(output: str, tables: list[str]) -> dict[str, int]:
+    """The bytes of all parts of each pass over a shard, by its stem; one listing per table."""
+    found: dict[str, int] = defaultdict(int)
+    for table in (*tables, "errors"):
+        for file in storage.list_files(storage.join(output, table), recursive=False):
+            found[file.uri.rpartition("/")[2].removesuffix(".parquet")] += file.size_bytes
+    return found
+
+
 def read_receipt(output: str, stem: str, receipt: Receipt) -> dict[str, Any]:
     """The content of a receipt: what was read, and each part with rows, bytes and hash."""
     uri = storage.join(output, RECEIPTS, stem, receipt.name)
@@ -114,15 +136,15 @@ def read_receipt(output: str, stem: str, receipt: Receipt) -> dict[str, Any]:
 
 
 def find_replaced(output: str, plan: list[Shard], receipts: dict[str, list[Receipt]]) -> set[str]:
-    """The stems of finished shards that hold rows of a planned file and are not in the plan.
+    """The stems of finished shards that hold rows of what is planned, and are not in the plan.
 
-    They are of a large Parquet file that changed, and is split in another way now. Reads the
-    receipts of such shards alone.
+    They are of a large Parquet file that changed and is split in another way now, or of images of
+    a folder that has fewer groups of them now. Reads the receipts of such shards alone.
     """
     planned = {stem(shard.name) for shard in plan}
     gone = [name for name in receipts if without_pass(name) not in planned]
     files = {file_of(shard.name) for shard in plan}
-    rows = [name for name in gone if "-rows-" in name]
+    rows = [name for name in gone if "-rows-" in name or "images-" in name]
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         read = pool.map(lambda name: read_receipt(output, name, receipts[name][0]), rows)
         found = {n for n, r in zip(rows, read, strict=True) if file_of(r["shard"]) in files}
@@ -139,6 +161,7 @@ def write_receipt(output: str, shard: Shard, content: dict[str, Any]) -> None:
         version_hash(shard),
         content["rows_ok"],
         content["rows_error"],
+        sum(part["bytes"] for part in content["parts"]),
         content["shard_error"] is not None,
     )
     uri = storage.join(output, RECEIPTS, stem_of(shard), receipt.name)
@@ -151,4 +174,5 @@ def _parse(name: str) -> Receipt | None:
     match = _NAME.fullmatch(name)
     if not match:
         return None
-    return Receipt(match["version"], int(match["ok"]), int(match["error"]), bool(match["cut"]))
+    version, ok, error, size_bytes, cut = match.groups()
+    return Receipt(version, int(ok), int(error), int(size_bytes), bool(cut))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
+import os
 import platform
 from dataclasses import asdict
 from importlib.metadata import version
@@ -16,6 +18,12 @@ from pipeline.schema import SCHEMA_VERSION, Table
 from pipeline.shard import Shard
 
 RUN = "_run.json"
+DELETING = "being deleted"
+"""The status of a run that --restart has begun to delete: the next command does the rest."""
+
+# Raised whenever the same configuration gives other rows: another rule of reading, decoding or of
+# masks, another bound on what is decoded.
+RESULTS_VERSION = 1
 
 
 class JobConfig(Protocol):
@@ -52,11 +60,16 @@ def new_record(
     tables: dict[str, Table],
 ) -> dict[str, Any]:
     """What _run.json says while the run is going on."""
-    decides = {**config.fingerprint(), "input": source, **model, "schema_version": SCHEMA_VERSION}
+    versions = {"schema_version": SCHEMA_VERSION, "results_version": RESULTS_VERSION}
+    decides = {**config.fingerprint(), "input": source, **model, **versions}
+    asked = asdict(config) | {"input": source, "output": output}
+    for name in ("model", "labels", "contact_sheet"):  # retry-failed may run in another folder
+        if isinstance(path := asked.get(name), str) and os.path.exists(path):
+            asked[name] = os.path.abspath(path)
     return {
         "status": "running",
         "fingerprint": json.loads(json.dumps(decides)),  # as it will be read back
-        "config": asdict(config) | {"input": source, "output": output},
+        "config": asked,
         "plan": {"shards": len(plan), "bytes": sum(shard.size_bytes for shard in plan)},
         "tables": list(tables),
         "versions": _versions(),
@@ -98,7 +111,14 @@ def _short(value: Any) -> str:
 
 def to_json(record: dict[str, Any]) -> bytes:
     """The content of _run.json."""
-    return (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode()
+    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+    return text.encode(errors="backslashreplace")  # of a path that is not UTF-8; valid JSON, too
+
+
+def name_run(record: dict[str, Any]) -> str:
+    """A hash of what decides the results and of the start: --restart makes it another run."""
+    decides = json.dumps([record.get("fingerprint"), record.get("started_at")], sort_keys=True)
+    return hashlib.sha256(decides.encode()).hexdigest()[:16]
 
 
 def now() -> str:

@@ -20,13 +20,12 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline import storage
-from pipeline.errors import JobError
+from pipeline.errors import JobError, one_line
 from pipeline.schema import SCHEMA_VERSION
 from pipeline.search import Hit
 
 GROUP_ROWS_SHOWN = 50
 _PIPE_WIDTH = 160  # columns of text where the output is no terminal
-_CELL_CHARACTERS = 300
 
 RESULTS = pa.schema(
     [
@@ -81,14 +80,6 @@ def write_parquet(uri: str, tables: Iterable[pa.Table], schema: pa.Schema) -> in
             raise JobError(f"{uri}: came out with another number of rows than went in")
         storage.put_file(path, storage.check_uri(uri))
     return rows
-
-
-def one_line(text: str) -> str:
-    """Printable characters only, at most 300: nothing that moves a cursor or ends a line."""
-    shown = "".join(
-        c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[:_CELL_CHARACTERS]
-    )
-    return shown if len(text) <= _CELL_CHARACTERS else f"{shown}..."
 
 
 def _show(rows: list[dict[str, Any]], columns: list[str]) -> None:

@@ -234,7 +234,7 @@ def _follow(accounts: ray.data.Dataset, run: Run, progress: ProgressDisplay) -> 
         images += row["images"]
         progress.rows(row["images"], row["errors"])
         if row["reason"]:
-            reasons[row["reason"]] += row["errors"]
+            reasons[row["reason"]] += max(row["errors"], 1)  # one for a shard without rows
             _stop_at_errors(run, images, reasons)
         if account.closes(outputs):
             shard = shards[row["shard"]]

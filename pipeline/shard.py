@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -45,6 +45,8 @@ class Shard:
     """Parquet: how many row groups from `first_row_group` on; 0 is the whole file."""
     first_prompt: int = 0
     """Of the prompts of a pass over it; above 0 for prompts that were added to a run."""
+    run: str = field(default="", compare=False)
+    """A hash that names the run: what one run makes of a shard is nothing to another."""
 
 
 class Sample(NamedTuple):
@@ -109,9 +111,13 @@ def file_format(path: str) -> str:
 
 def printable(name: str | bytes) -> str:
     """The name as valid UTF-8: bytes that are not are escaped (`\\xff`)."""
-    if isinstance(name, str):
-        name = _to_bytes(name)
-    return name.decode("utf-8", "backslashreplace")
+    if isinstance(name, bytes):
+        return name.decode("utf-8", "backslashreplace")
+    try:
+        encoded = _to_bytes(name)
+    except UnicodeEncodeError:  # JSON may hold half a character: "\ud83d"
+        encoded = name.encode("utf-8", "surrogatepass")
+    return encoded.decode("utf-8", "backslashreplace")
 
 
 def stem(path: str) -> str:
@@ -129,8 +135,8 @@ def name_rows(file: str, first: int, end: int, total: int) -> str:
 
 
 def file_of(name: str) -> str:
-    """The file that a shard of rows is of; any other name as it is."""
-    return re.sub(r"#rows=\d+-\d+$", "", name)
+    """The file that a shard of rows is of, the folder of a group of images; others as they are."""
+    return re.sub(r"#rows=\d+-\d+$|(?<![^/])images-\d{5,}$", "", name)
 
 
 def _to_bytes(name: str) -> bytes:

@@ -2,35 +2,15 @@
 
 from __future__ import annotations
 
-import io
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
-
-import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.account import SUCCESS
 from pipeline.added import read_added
-from pipeline.errors import JobError, UsageError
-from pipeline.receipts import is_added, list_receipts, stem
+from pipeline.errors import UsageError
+from pipeline.receipts import is_added, list_receipts
 from pipeline.record import read_run
-from pipeline.resume import discard_shard
-
-_AT_ONCE = 32  # parts of the errors table that are read
-
-
-@dataclass(frozen=True, kw_only=True)
-class Failures:
-    """What the errors table holds."""
-
-    reasons: Counter[str]
-    """How many rows failed for each reason, the shards' own failures among them."""
-    retryable: int
-    """How many may work another time."""
-    shards: dict[str, bool]
-    """The shards with a failure: stem -> whether one of theirs may work another time."""
+from pipeline.resume import read_failures
 
 
 def open_output(output: str) -> tuple[str, dict[str, Any]]:
@@ -42,32 +22,6 @@ def open_output(output: str) -> tuple[str, dict[str, Any]]:
     return uri, record
 
 
-def read_failures(output: str) -> Failures:
-    """The errors of the finished shards; shards without any have no part and cost nothing."""
-    files = storage.list_files(storage.join(output, "errors"), recursive=False)
-    uris = [file.uri for file in files if file.uri.endswith(".parquet")]
-    reasons: Counter[str] = Counter()
-    shards: dict[str, bool] = {}
-    retryable = 0
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        for rows in pool.map(_read_errors, uris):
-            for row in rows:
-                reasons[row["reason"]] += 1
-                name = stem(row["shard"])
-                shards[name] = shards.get(name, False) or row["retryable"]
-                retryable += row["retryable"]
-    return Failures(reasons=reasons, retryable=retryable, shards=shards)
-
-
-def _read_errors(uri: str) -> list[dict[str, Any]]:
-    columns = ["shard", "reason", "retryable"]
-    data = io.BytesIO(storage.read_bytes(uri))
-    try:
-        return pq.read_table(data, columns=columns).to_pylist()
-    except (OSError, ValueError) as error:  # what pyarrow raises for damage
-        raise JobError(f"{uri}: not a readable part of the errors table") from error
-
-
 def describe(output: str, record: dict[str, Any]) -> str:
     """Some lines on where a run stands."""
     found = list_receipts(output)
@@ -75,19 +29,22 @@ def describe(output: str, record: dict[str, Any]) -> str:
     later = sum(len(some) for name, some in found.items() if is_added(name))
     added = read_added(output)
     planned = int(record.get("plan", {}).get("shards", 0))
+    removed = int(record.get("plan", {}).get("removed_shards", 0))
     complete = storage.exists(storage.join(output, SUCCESS))
     ok, error = sum(r.ok for r in receipts), sum(r.error for r in receipts)
-    left = max(planned - len(receipts), 0)
+    done = max(len(receipts) - removed, 0)
     failures = read_failures(output)
     job = record.get("fingerprint", {}).get("job", "?")
     state = "complete" if complete else "not complete: the same command again does the rest"
     lines = [
         f"{output}: {job}, {state}",
         f"  started {record.get('started_at', '?')}",
-        f"  shards: {len(receipts):,} done, {left:,} left of {planned:,}, "
+        f"  shards: {done:,} done, {max(planned - done, 0):,} left of {planned:,}, "
         f"{sum(r.cut for r in receipts):,} not read to their end",
         f"  rows: {ok:,} came out well, {error:,} failed",
     ]
+    if removed:
+        lines.insert(3, f"  {removed:,} more, done before, are no longer in the input")
     lines += [f"    {reason}: {n:,}" for reason, n in failures.reasons.most_common()]
     if added:
         prompts = sum(map(len, added.values()))
@@ -98,17 +55,3 @@ def describe(output: str, record: dict[str, Any]) -> str:
             f"  {failures.retryable:,} may work another time: clipseg-ray retry-failed {output}"
         )
     return "\n".join(lines)
-
-
-def forget_failed(output: str, record: dict[str, Any], *, every: bool) -> int:
-    """Forget the shards with failures that may work another time, or with any; returns how many.
-
-    Their rows are gone from the tables until they are made anew.
-    """
-    shards = read_failures(output).shards
-    chosen = sorted(name for name, retryable in shards.items() if retryable or every)
-    if chosen:
-        storage.delete_file(storage.join(output, SUCCESS))
-    for name in chosen:
-        discard_shard(output, name, [str(table) for table in record.get("tables", ())])
-    return len(chosen)

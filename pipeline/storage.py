@@ -9,6 +9,7 @@ anonymously. What goes wrong is a StorageError (see `faults`). On S3 what may pa
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob as local_glob
 import io
 import os
@@ -52,7 +53,8 @@ __all__ = [
     "write_new",
 ]
 
-_FOLDER_GONE_TRIES = 5
+_FOLDER_TRIES = 10  # to write into, or to delete, a folder that others delete or write into
+_PROBES = 3
 _TEMPORARY = re.compile(r"\..*\.[0-9a-f]{32}\.tmp", re.DOTALL)  # as _beside names them
 
 
@@ -238,8 +240,13 @@ def write_new(uri: str, data: bytes) -> None:
 def ignores_create_only(folder: str) -> bool:
     """Whether a server lets `write_new` overwrite: some S3 servers ignore that it must not.
 
-    Tried with a file of a few bytes, which is deleted afterwards.
+    Tried with files of a few bytes, which are deleted afterwards: with several, since another
+    process may delete one between its two writes.
     """
+    return all(_overwrites(folder) for _ in range(_PROBES))
+
+
+def _overwrites(folder: str) -> bool:
     uri = join(folder, f".create-only-{uuid.uuid4().hex}")
     write_new(uri, b"first")
     try:
@@ -269,20 +276,31 @@ def delete_file(uri: str) -> None:
 
 
 def delete_folder(uri: str) -> None:
-    """Deletes everything below a folder, which need not exist; never a bucket or the root."""
+    """Deletes everything below a folder, which need not exist; never a bucket or the root.
+
+    What others write there meanwhile may stay.
+    """
     if parent(uri) == uri:
         raise UsageError(f"{uri}: refusing to delete a whole bucket or file system")
     if is_s3(uri):
         s3.delete_objects(uri)
         return
+    for _ in range(_FOLDER_TRIES):
+        shutil.rmtree(uri, ignore_errors=True)  # goes on past what others delete or write
+        if not os.path.lexists(uri):
+            return
     with storage_errors(uri), contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(uri)
+        try:
+            shutil.rmtree(uri)
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY:
+                raise
 
 
 def _place(path: str, fill: Callable[[Path], object], publish: Callable[[Path, str], None]) -> None:
     """Fill a temporary file beside `path`, and publish it there once it is on the disk."""
     with storage_errors(path):
-        for tries_left in range(_FOLDER_GONE_TRIES, 0, -1):
+        for tries_left in range(_FOLDER_TRIES, 0, -1):
             try:
                 with _beside(path) as temporary:
                     fill(temporary)
@@ -302,7 +320,9 @@ def _beside(path: str) -> Iterator[Path]:
     try:
         os.makedirs(folder, exist_ok=True)
     except FileExistsError as error:
-        raise StorageError(f"{folder}: a file stands where a folder is needed") from error
+        if not stat.S_ISDIR(os.stat(folder).st_mode):
+            raise StorageError(f"{folder}: a file stands where a folder is needed") from error
+        raise FileNotFoundError(folder) from error  # deleted and made again since: see _place
     temporary = Path(folder, f".{name[:100]}.{uuid.uuid4().hex}.tmp")
     try:
         yield temporary

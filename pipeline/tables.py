@@ -168,7 +168,7 @@ def make_fragments(
                 "images": len(pc.unique(first["row"])),
                 "outputs": sum(len(t) for name, t in tables.items() if name != "images"),
                 "errors": len(of_rows),
-                "reason": _most_frequent(of_rows["reason"]),
+                "reason": _most_frequent(failed["reason"]),
                 "total": ends["total"][0].as_py() if len(ends) else -1,
                 "tables": pack_tables({**tables, "errors": _errors(failed)}),
             }

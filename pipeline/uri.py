@@ -8,11 +8,13 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from itertools import product
 from urllib.parse import unquote
 
 from pipeline.errors import UsageError
 
 _BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}|arn:aws[A-Za-z0-9:._-]*")
+_MAX_BRACES = 1_000_000  # names that one pattern may stand for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,3 +71,29 @@ def parent(uri: str) -> str:
 
 def is_s3(uri: str) -> bool:
     return uri.startswith("s3://")
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Every name a pattern stands for: `{0000..0099}` (zeros kept), `{a,b}`, several in a row."""
+    pieces = re.split(r"\{([^{}]*)\}", pattern)
+    choices = [
+        [piece] if index % 2 == 0 else _brace_choices(piece) for index, piece in enumerate(pieces)
+    ]
+    count = 1
+    for choice in choices:
+        count *= len(choice)
+    if count > _MAX_BRACES:
+        raise UsageError(f"{pattern}: stands for {count:,} names; at most {_MAX_BRACES:,}")
+    return list(dict.fromkeys("".join(parts) for parts in product(*choices)))
+
+
+def _brace_choices(inner: str) -> list[str]:
+    if match := re.fullmatch(r"(\d+)\.\.(\d+)", inner):
+        first, last = match.groups()
+        width = max(map(len, match.groups())) if "0" in (first[0], last[0]) else 0
+        start, stop = int(first), int(last)
+        if abs(stop - start) >= _MAX_BRACES:
+            raise UsageError(f"{{{inner}}}: stands for more than {_MAX_BRACES:,} names")
+        step = 1 if start <= stop else -1
+        return [f"{number:0{width}d}" for number in range(start, stop + step, step)]
+    return inner.split(",") if "," in inner else [f"{{{inner}}}"]

@@ -60,7 +60,10 @@ class FakeHub(BaseHTTPRequestHandler):
         if found is None:
             known = repo in {name for name, _ in self.published}
             code = "RevisionNotFound" if known else "RepoNotFound"
-            status, code = (403, "GatedRepo") if repo == "org/gated" else (404, code)
+            status, code = {
+                "org/gated": (403, "GatedRepo"),
+                "org/refused": (401, "ByAnyProxy"),
+            }.get(repo, (404, code))
             self._answer(status, b"{}", {"X-Error-Code": code})
         return found
 

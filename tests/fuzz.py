@@ -125,7 +125,7 @@ def _scratch() -> tempfile.TemporaryDirectory[str]:
 
 @functools.cache
 def seeds(target: str) -> list[bytes]:
-    """Whole, good inputs of a target."""
+    """Whole inputs of a target, good ones but for a size of a tar."""
     if target == "config":
         contents = _checkpoint()[1].values()
         return [bytes([number]) + content for number, content in enumerate(contents)]
@@ -136,6 +136,7 @@ def seeds(target: str) -> list[bytes]:
         ("caf\udce9.jpg", b""),
         link("c.jpg"),
         ("d.txt", b"four"),
+        ("d.json", b'{"caption": "half of an emoji \\ud83d"}'),
         ("d.jpg", b"five" * 1000),
     ]
     formats = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
@@ -144,7 +145,10 @@ def seeds(target: str) -> list[bytes]:
     ]
     sparse = tarfile.TarInfo("s.jpg")
     sparse.type, sparse.size = tarfile.GNUTYPE_SPARSE, 0
-    return [*tars, gzip.compress(tars[1]), sparse.tobuf() + bytes(1024)]
+    endless = tarfile.TarInfo("e.jpg")
+    endless.pax_headers = {"size": "1" * 5000}
+    odd = [sparse.tobuf() + bytes(1024), make_tar([endless])]
+    return [*tars, gzip.compress(tars[1]), *odd]
 
 
 # fmt: off
@@ -152,7 +156,7 @@ TOKENS = {
     "tar": [
         b"\0" * 512, b"00000000000\0", b"77777777777\0", b"\x80\0\0\0\x7f\xff\xff\xff",
         b"ustar", b"12 path=x.jpg\n", b"18 GNU.sparse.a=1\n", b"19 size=99999999999\n",
-        b"x", b"L", b"K", b"S",
+        b"x", b"L", b"K", b"S", b"5011 size=" + b"1" * 5000 + b"\n", b"\\ud83d",
     ],
     "config": [
         b"null", b"-1", b"1e999", b"NaN", b"1000000000000", b"[]", b"{}", b'""', b"true", b"0.5",

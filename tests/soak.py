@@ -64,6 +64,9 @@ class World:
         command += ["--model", "pipeline/demo/model", "--prompt", "blue", "--prompt", "star"]
         command += ["--batch-size", "8", "--storage-timeout", "20"]
         env = {**os.environ, "RAY_ADDRESS": self.cluster.address, "PYTHONPATH": str(ROOT)}
+        # Ray Data renews what a job has of the cluster every 10 s, and keeps it for 180 s for one
+        # that was killed: the next one would wait as long.
+        env["RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S"] = "25"
         return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL)
 
     def wait_for_a_moment(self, job: subprocess.Popen[bytes], key: str = STAGED) -> None:
@@ -191,10 +194,15 @@ def kill_node(world: World, job: subprocess.Popen[bytes]) -> None:
         kill(pid)
     world.cluster.remove_node(node, allow_graceful=False)
     world.cluster.add_node(num_cpus=1)
+    # Until Ray knows: an actor of a job that starts before may be sent to the dead node, and then
+    # Ray 2.60 never starts it.
+    world.cluster.wait_for_nodes()
 
 
-def kill_actor_then_driver(world: World, job: subprocess.Popen[bytes]) -> None:
+def kill_each(world: World, job: subprocess.Popen[bytes]) -> None:
+    kill_worker(TASK)(world, job)
     kill_worker(ACTOR)(world, job)
+    kill_node(world, job)
     world.wait_for_a_moment(job, "*/_receipts/*")
     kill(job.pid)
 
@@ -240,14 +248,15 @@ def change(disturbance: Callable[[str], None]) -> Callable[[World, subprocess.Po
     return disturb
 
 
-ACTOR = "ray::MapWorker(MapBatches(SegmentImages))"
+ACTOR, TASK = "ray::MapWorker(MapBatches(SegmentImages))", "ray::MapBatches("
+KILL_EACH = "kill -9: task, actor, node, driver in turn"
 OFTEN = {"times": None, "rate": 0.1}
 KINDS: dict[str, Callable[[World, subprocess.Popen[bytes]], None]] = {
     "kill -9: driver": kill_driver,
     "kill -9: actor with the model": kill_worker(ACTOR),
-    "kill -9: worker of a task": kill_worker("ray::MapBatches("),
+    "kill -9: worker of a task": kill_worker(TASK),
     "kill -9: all of a Ray node": kill_node,
-    "kill -9: actor, then driver": kill_actor_then_driver,
+    KILL_EACH: kill_each,
     "503 SlowDown": fault("slow_down", **OFTEN),
     "500": fault("internal_error", **OFTEN),
     "connection reset": fault("reset", **OFTEN),
@@ -261,6 +270,8 @@ KINDS: dict[str, Callable[[World, subprocess.Popen[bytes]], None]] = {
     "object overwritten while read": change(lambda uri: storage.write_bytes(uri, b"new")),
 }
 COMMIT_KILLED = "kill -9: at a step of the commit"
+# Rows that are lost, twice there, other ones or too many, and finished shards that were redone.
+PROMISED = ("lost", "repeated", "changed", "more", "finished")
 COMMITS = [COMMIT_KILLED, "acknowledgement of CompleteMultipartUpload lost"]
 
 
@@ -312,7 +323,7 @@ def drive_large(output: str) -> None:
 
 
 def attempt(world: World, kind: str) -> Counter[str]:
-    """One try: rows lost, repeated and changed, shards redone, and those redone though finished."""
+    """One try: how much came out as in PROMISED, and how many shards were redone."""
     while True:
         output = world.output = f"{world.bucket}/{uuid.uuid4().hex}"
         world.proxy.clear()
@@ -371,8 +382,7 @@ def main() -> int:
                 n += (attempt_commit if kind in COMMITS else attempt)(world, kind)
             columns = [n[name] for name in ("tries", "again", "lost", "repeated", "redone")]
             print(f"| {kind} | {' | '.join(map(str, columns))} |", flush=True)
-            bad = {name: n[name] for name in ("lost", "repeated", "changed", "more", "finished")}
-            if any(bad.values()):
+            if bad := {name: n[name] for name in PROMISED if n[name]}:
                 broken = 1
                 print(f"NOT AS PROMISED: {kind}: {bad}", file=sys.stderr, flush=True)
     return broken

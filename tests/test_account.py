@@ -9,11 +9,13 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from test_commit import of_run
 from test_write import SHARD, TABLES, images, masks, part, write
 
+from pipeline import record
 from pipeline.account import close_run, open_run
 from pipeline.commit import finish_shard
-from pipeline.config import SegmentConfig, WorkerOptions
+from pipeline.config import RunOptions, SegmentConfig, WorkerOptions
 from pipeline.errors import JobError, UsageError
 from pipeline.receipts import stem
 from pipeline.shard import Shard
@@ -29,7 +31,7 @@ def config(output: Path, **values: Any) -> SegmentConfig:
 def finish(output: Path, shard=SHARD, rows: int = 2) -> dict[str, Any]:
     numbers = range(rows)
     names = write(output, {"images": images(*numbers), "masks": masks(*numbers)})
-    return finish_shard(str(output), shard, names, rows, TABLES)
+    return finish_shard(str(output), of_run(output, shard), names, rows, TABLES)
 
 
 def test_every_table_can_be_read_from_the_start(tmp_path: Path) -> None:
@@ -120,12 +122,65 @@ def test_a_file_that_is_split_in_another_way_leaves_no_old_rows(tmp_path: Path, 
     assert warned in capsys.readouterr().err
 
 
-def test_another_run_is_refused_with_the_difference(tmp_path: Path) -> None:
+def test_a_folder_with_fewer_images_leaves_no_old_rows(tmp_path: Path, capsys) -> None:
+    """What was in its second group is in the first now."""
+
+    def shards(*names: str) -> list[Shard]:
+        return [replace(SHARD, name=name, version=str(names)) for name in names]
+
+    kept, gone = shards("images-00000.tar"), shards("other/images-00000")
+    for now in (
+        [*shards("images-00000", "images-00001", "a/images-00000", "a/images-00001"), *gone],
+        shards("images-00000", "a/images-00000"),
+    ):
+        run = open_run(config(tmp_path), [*now, *kept], model=MODEL, tables=TABLES)
+        for shard in run.todo:
+            finish(tmp_path, shard)
+        close_run(run, 1.0)
+    paths = {f"{stem(shard.name)}.parquet" for shard in [*now, *kept, *gone]}
+    found = {p.name for p in (tmp_path / "masks").iterdir() if pq.read_metadata(p).num_rows}
+    assert found == paths
+    assert "1 finished shards are no longer in the input (other/im" in capsys.readouterr().err
+
+
+def test_a_shard_whose_part_is_gone_is_done_again(tmp_path: Path) -> None:
+    run = open_run(config(tmp_path), [SHARD, OTHER], model=MODEL, tables=TABLES)
+    finish(tmp_path)
+    finish(tmp_path, OTHER)
+    part(tmp_path, "masks").unlink()
+    with pytest.raises(JobError, match=r"1 shards were not finished \(a/b\.tar"):
+        close_run(run, 1.0)
+    run = open_run(config(tmp_path), [SHARD, OTHER], model=MODEL, tables=TABLES)
+    assert run.todo == [SHARD]
+    finish(tmp_path)
+    assert close_run(run, 1.0)["masks"] == 8
+
+
+def test_a_driver_that_lives_on_after_a_restart_does_not_close_the_new_run(tmp_path: Path) -> None:
+    """Nor does what it still writes count there."""
+    old = open_run(config(tmp_path), [SHARD], model=MODEL, tables=TABLES)
+    again = config(tmp_path, threshold=0.25, run=RunOptions(restart=True))
+    new = open_run(again, [SHARD], model=MODEL, tables=TABLES)
+    names = write(tmp_path, {"images": images(0), "masks": masks(0)})
+    finish_shard(str(tmp_path), old.todo[0], names, 1, TABLES)
+    for run, why in ((old, "started it over"), (new, "1 shards were not finished")):
+        with pytest.raises(JobError, match=why):
+            close_run(run, 1.0)
+    run = open_run(config(tmp_path, threshold=0.25), [SHARD], model=MODEL, tables=TABLES)
+    assert run.todo == [SHARD]
+
+
+def test_another_run_is_refused_with_the_difference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     open_run(config(tmp_path), [SHARD], model=MODEL, tables=TABLES)
     with pytest.raises(UsageError, match=r"threshold was 0\.5, now 0\.4"):
         open_run(config(tmp_path, threshold=0.4), [SHARD], model=MODEL, tables=TABLES)
     with pytest.raises(UsageError, match='weights_hash was "abc", now "abd"'):
         open_run(config(tmp_path), [SHARD], model={"weights_hash": "abd"}, tables=TABLES)
+    monkeypatch.setattr(record, "RESULTS_VERSION", 0)
+    with pytest.raises(UsageError, match="results_version was"):
+        open_run(config(tmp_path), [SHARD], model=MODEL, tables=TABLES)
 
 
 def test_files_of_somebody_else_are_left_alone(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_commit import PLAN, KilledError, Schedule, _named, rows, step  # noqa: F401
+from test_commit import PLAN, KilledError, Schedule, _named, of_run, rows, step  # noqa: F401
 from test_write import TABLES, errors, images, rows_of
 
 from jobs import status
@@ -26,7 +26,7 @@ from pipeline.account import Run, close_run, open_run
 from pipeline.commit import finish_shard
 from pipeline.config import RunOptions, SegmentConfig
 from pipeline.errors import JobError, UsageError
-from pipeline.resume import discard_shard
+from pipeline.resume import discard_pass
 from pipeline.shard import Shard
 from pipeline.write import WriteFragments, pack_tables
 
@@ -68,6 +68,7 @@ def finish(
     write = WriteFragments(str(output), run.first_prompt)
     fragments = write(pa.Table.from_pylist(batch, schema=schema.FRAGMENTS))["fragment"]
     total = len(good) + sum(row is not None for row in bad)
+    shard = of_run(output, shard)
     return finish_shard(str(output), shard, fragments.to_pylist(), total, run.tables)
 
 
@@ -211,7 +212,8 @@ def test_an_added_pass_belongs_to_the_first_pass_that_is_there(tmp_path: Path) -
     finish(tmp_path, added, added.plan[1], GOOD, BAD)
     kept = [path.name for path in (tmp_path / "masks").glob("a-*")]
     name = kept[0].removesuffix(".parquet")
-    discard_shard(str(tmp_path), name, ["images", "masks"])
+    for stem in (f"{name}.from-2", name):
+        discard_pass(str(tmp_path), stem, ["images", "masks"])
     with pytest.raises(JobError, match="being made anew"):
         finish(tmp_path, added, added.plan[0], GOOD, BAD)
     finish(tmp_path, run, PLAN[0], (0, 1), (2, 3))
@@ -278,7 +280,8 @@ def test_what_is_discarded_is_every_pass(tmp_path: Path) -> None:
     drive(tmp_path, "xy")
     drive(tmp_path, "xyz")
     name = next((tmp_path / "images").glob("a-*")).stem
-    discard_shard(str(tmp_path), name, ["images", "masks"])
+    for stem in (f"{name}.from-2", name):
+        discard_pass(str(tmp_path), stem, ["images", "masks"])
     assert not list(tmp_path.glob("*/a-*"))
     assert drive(tmp_path, "xyz") == [("a.tar", 0), ("a.tar", 2)]
     # Also where only the first pass is gone: its images may be others now.

@@ -98,6 +98,21 @@ def test_a_failed_job_is_one_line_and_code_1(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().err == "job: error: 3 shards were not finished\n"
 
 
+def test_names_in_an_error_move_no_cursor(capsys: pytest.CaptureFixture[str]) -> None:
+    def job(config: SegmentConfig) -> None:
+        raise JobError(
+            f"not finished: \x1b]0;owned\x07\x1b[2J\u202e\x9b1m.tar, é猫\udcff{'x' * 9999}"
+        )
+
+    assert run_command(SegmentConfig, job, "job", ["in", "out", "--prompt", "x"]) == 1
+    said = capsys.readouterr().err
+    assert said[:-1].isprintable()
+    assert said.startswith(
+        "job: error: not finished: \ufffd]0;owned\ufffd\ufffd[2J\ufffd\ufffd1m.tar, é猫"
+    )
+    assert said.endswith("xxx...\n") and len(said) < 5000
+
+
 def test_a_reader_that_has_enough_sees_no_traceback() -> None:
     command = f"{sys.executable} -m jobs segment --help | head -1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)

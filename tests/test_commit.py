@@ -7,6 +7,7 @@ another driver may go on.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import multiprocessing
@@ -33,36 +34,63 @@ from pipeline import schema, storage
 from pipeline.account import close_run, open_run
 from pipeline.commit import finish_shard
 from pipeline.config import RunOptions, SegmentConfig
-from pipeline.errors import JobError
-from pipeline.receipts import RECEIPTS
+from pipeline.errors import JobError, UsageError
+from pipeline.receipts import RECEIPTS, stem, version_hash
+from pipeline.record import name_run, read_run
 from pipeline.shard import Shard
-from pipeline.write import STAGING, WriteFragments, pack_tables
+from pipeline.write import EMPTY_PART, STAGING, WriteFragments, pack_tables
 
+THRESHOLD = 0.5
 PLAN = [replace(SHARD, name=f"{name}.tar", uri=f"/in/{name}.tar") for name in "ab"]
 STEPS = ("write_bytes", "write_new", "delete_file", "delete_folder")
+
+
+def of_run(output: Path | str, shard: Shard) -> Shard:
+    """The shard as the run that is there plans it."""
+    record = read_run(str(output))
+    assert record is not None
+    return replace(shard, run=name_run(record))
 
 
 class KilledError(BaseException):
     """Stands for kill -9: nothing in the code may catch it."""
 
 
-def drive(output: str) -> None:
-    """What a job does to its output: four records of each shard, one of them an error."""
-    config = SegmentConfig(input="in", output=output, prompt=("x", "y"))
-    run = open_run(config, PLAN, model={"weights_hash": "abc"}, tables=TABLES)
+def drive(
+    output: str, plan: list[Shard] = PLAN, threshold: float = THRESHOLD, **options: Any
+) -> None:
+    """What a job does to its output."""
+    config = SegmentConfig(
+        input="in",
+        output=output,
+        prompt=("x", "y"),
+        threshold=threshold,
+        run=RunOptions(**options),
+    )
+    run = open_run(config, plan, model={"weights_hash": "abc"}, tables=TABLES)
     for shard in run.todo:
-        finish_shard(output, shard, write_fragments(output, shard), 4, TABLES)
+        finish_shard(output, shard, write_fragments(output, shard, threshold), 4, TABLES)
     close_run(run, 1.0)
 
 
-def write_fragments(output: str, shard: Shard) -> list[str]:
+def outcome(shard: Shard) -> tuple[list[int], list[int]]:
+    """Which of a shard's four records come out well, and which fail."""
+    return ([0, 1, 2, 3], []) if shard.version == "v2" else ([0, 1, 3], [2])
+
+
+def write_fragments(output: str, shard: Shard, threshold: float = THRESHOLD) -> list[str]:
     """Two fragments with the records of a shard, cut at random as batches are."""
-    rows = [0, 1, 3]
+    rows, failed = outcome(shard)
     cut = random.randrange(4)
     pieces = [
-        {"images": images(*rows[:cut]), "masks": masks(*rows[:cut]), "errors": errors(2)},
+        {"images": images(*rows[:cut]), "masks": masks(*rows[:cut]), "errors": errors(*failed)},
         {"images": images(*rows[cut:]), "masks": masks(*rows[cut:])},
     ]
+    for piece in pieces:
+        table = piece["masks"]
+        column = pa.array([threshold] * len(table), table.schema.field("threshold").type)
+        place = table.schema.get_field_index("threshold")
+        piece["masks"] = table.set_column(place, table.schema.field(place), column)
     counts = {"shard": shard.name, "images": 0, "outputs": 0, "errors": 0, "reason": "", "total": 0}
     batch = [{**counts, "tables": pack_tables(_named(piece, shard))} for piece in pieces]
     accounts = WriteFragments(output)(pa.Table.from_pylist(batch, schema=schema.FRAGMENTS))
@@ -93,22 +121,36 @@ def rows(output: Path) -> dict[str, list[tuple[Any, ...]]]:
     return found
 
 
-WHOLE = {
-    "images": [(f"{s}.tar", row, None) for s in "ab" for row in (0, 1, 3)],
-    "masks": [(f"{s}.tar", row, p) for s in "ab" for row in (0, 1, 3) for p in (0, 1)],
-    "errors": [(f"{s}.tar", 2, None) for s in "ab"],
-}
+def whole(plan: list[Shard]) -> dict[str, list[tuple[Any, ...]]]:
+    """The rows of a complete run."""
+    good = [(shard.name, row) for shard in plan for row in outcome(shard)[0]]
+    return {
+        "images": [(*row, None) for row in good],
+        "masks": [(*row, prompt) for row in good for prompt in (0, 1)],
+        "errors": [(shard.name, row, None) for shard in plan for row in outcome(shard)[1]],
+    }
 
 
-def is_complete(output: Path) -> bool:
-    """Whether the run says that it is, which must then be true to the row."""
+WHOLE = whole(PLAN)
+
+
+def is_complete(
+    output: Path, plan: list[Shard] = PLAN, threshold: float = THRESHOLD, **_: Any
+) -> bool:
+    """Whether the run says that it is, which must then be true to the row and to the byte."""
     if not (output / "_SUCCESS").exists():
         return False
-    assert rows(output) == WHOLE
-    for receipt in output.glob("_receipts/*/*.json"):
-        for part in json.loads(receipt.read_text())["parts"]:
-            assert (output / part["path"]).stat().st_size == part["bytes"]
-    assert len(list(output.glob("_receipts/*/*.json"))) == len(PLAN)
+    assert rows(output) == whole(plan)
+    written = [json.loads(path.read_text()) for path in output.glob("_receipts/*/*.json")]
+    assert sorted(receipt["shard"] for receipt in written) == [shard.name for shard in plan]
+    said = {part["path"]: part["sha256"] for receipt in written for part in receipt["parts"]}
+    parts = [path for path in output.glob("*/*.parquet") if path.name != EMPTY_PART]
+    found = {path.relative_to(output).as_posix(): path.read_bytes() for path in parts}
+    assert {path: hashlib.sha256(data).hexdigest() for path, data in found.items()} == said
+    used = {
+        row["threshold"] for p in output.glob("masks/*") for row in pq.read_table(p).to_pylist()
+    }
+    assert used == {threshold}
     return True
 
 
@@ -134,11 +176,30 @@ def step(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[str], None]]:
     return hooks
 
 
+# What else a command may do to a run that is there.
+ANOTHER = {
+    "first": {},
+    "retry": {"retry": "all"},
+    "input changed": {"plan": [replace(PLAN[0], version="v2"), PLAN[1]]},
+    "restart": {"threshold": 0.25, "restart": True},
+}
+
+
+def settled(command: dict[str, Any]) -> dict[str, Any]:
+    """The command that completes what this one has begun."""
+    return {name: value for name, value in command.items() if name not in ("retry", "restart")}
+
+
+@pytest.mark.parametrize("what", ANOTHER)
 def test_a_driver_killed_at_any_step_is_completed_by_the_same_command(
-    tmp_path: Path, step: list[Callable[[str], None]]
+    what: str, tmp_path: Path, step: list[Callable[[str], None]]
 ) -> None:
-    for number in range(1000):
+    """The same without --restart, which has begun; after retry-failed, retry-failed or the job."""
+    command = ANOTHER[what]
+    for number in range(0, 1000, 1 if what == "first" else 3):
         output = tmp_path / str(number)
+        if what != "first":
+            drive(str(output))
         left = [number]
 
         def kill(_: str, left: list[int] = left) -> None:
@@ -148,41 +209,51 @@ def test_a_driver_killed_at_any_step_is_completed_by_the_same_command(
 
         step[:] = [kill]
         try:
-            drive(str(output))
+            drive(str(output), **command)
         except KilledError:
             step.clear()
+            if what == "restart" and number == 0:
+                continue  # killed before it could say what it wants
             rows(output)
-            drive(str(output))
+            drive(str(output), **(command if what == "retry" and number % 2 else settled(command)))
         else:
+            step.clear()
             break
-        assert is_complete(output)
+        assert is_complete(output, **command)
     assert 40 < number < 1000
 
 
 @settings(
-    max_examples=30,
-    deadline=None,
-    derandomize=True,  # in CI; remove it and raise max_examples to look further
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
-    turns=st.lists(st.integers(0, 1), max_size=120), kills=st.sets(st.integers(0, 80), max_size=3)
+    what=st.sampled_from(sorted(ANOTHER)),
+    before=st.booleans(),
+    turns=st.lists(st.integers(0, 1), max_size=120),
+    kills=st.sets(st.integers(0, 80), max_size=3),
 )
 def test_two_drivers_at_once_leave_every_row_once(
     tmp_path_factory: pytest.TempPathFactory,
     step: list[Callable[[str], None]],
+    what: str,
+    before: bool,
     turns: list[int],
     kills: set[int],
 ) -> None:
     """`turns`: whose step is next; `kills`: the steps at which the driver dies whose turn it is.
 
-    Each driver ends well, or with a JobError or killed; the same command afterwards completes it.
+    `before`: whether there is a run already. Each driver ends well, or with an error of ours or
+    killed; the second's command afterwards completes it.
     """
     output = tmp_path_factory.mktemp("out") / "run"
+    if before:
+        drive(str(output))
+    commands = ({}, ANOTHER[what])
     schedule = Schedule(turns, kills)
     step[:] = [schedule.wait]
     threads = [
-        threading.Thread(target=schedule.run, args=(i, lambda: drive(str(output)))) for i in (0, 1)
+        threading.Thread(target=schedule.run, args=(i, lambda c=c: drive(str(output), **c)))
+        for i, c in enumerate(commands)
     ]
     for thread in threads:
         thread.start()
@@ -190,12 +261,18 @@ def test_two_drivers_at_once_leave_every_row_once(
         thread.join(60)
         assert not thread.is_alive()
     step.clear()
-    assert all(isinstance(e, (JobError, KilledError)) for e in schedule.failures), schedule.failures
-    if not schedule.failures:
+    expected = (JobError, KilledError, *([UsageError] if what == "restart" else []))
+    assert all(isinstance(e, expected) for e in schedule.failures), schedule.failures
+    last = settled(commands[1])
+    if not schedule.failures and what in ("first", "retry"):
         assert is_complete(output)
     rows(output)
-    drive(str(output))
-    assert is_complete(output)
+    try:
+        drive(str(output), **last)
+    except UsageError:
+        assert what == "restart"  # the first driver came last
+        drive(str(output), **ANOTHER[what])
+    assert is_complete(output, **last)
 
 
 class Schedule:
@@ -351,6 +428,17 @@ def test_restart_leaves_nothing_of_the_run_before(tmp_path: Path) -> None:
     assert run.todo == PLAN
     assert rows(tmp_path) == {"images": [], "masks": [], "errors": []}
     assert not (tmp_path / "_SUCCESS").exists()
+
+
+def test_a_decision_whose_fragments_are_gone_is_taken_back(tmp_path: Path) -> None:
+    """A lifecycle rule on `_staging/` may do that; the next run makes the shard anew."""
+    output, shard = str(tmp_path), PLAN[0]
+    fragments = write_fragments(output, shard)
+    decision = tmp_path / STAGING / stem(shard.name) / f"{version_hash(shard)}.decision"
+    decision.write_text(json.dumps({"attempt": "x", "fragments": ["gone.arrows"], "total": 4}))
+    with pytest.raises(JobError, match="its fragments are gone; run it again"):
+        finish_shard(output, shard, fragments, 4, TABLES)
+    assert finish_shard(output, shard, fragments, 4, TABLES)["rows_in"] == 4
 
 
 def test_a_part_is_never_replaced_by_that_of_a_later_attempt(tmp_path: Path) -> None:

@@ -23,8 +23,9 @@ import pytest
 from fault_proxy import PASSING, Fault, FaultProxy
 from shards import make_tar
 
-from jobs import segment
+from jobs import classify, embed, segment
 from pipeline import retry, s3_read, s3_write, storage
+from pipeline.demo import MODEL
 from pipeline.errors import (
     ChangedError,
     CredentialsError,
@@ -303,6 +304,17 @@ def test_a_malformed_timeout_is_the_default(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setenv(TIMEOUT, value)
         assert retry.storage_timeout() == 300
     storage.set_storage_timeout(12.5)
+    assert retry.storage_timeout() == 12.5
+
+
+@pytest.mark.parametrize("job", [segment, embed, classify])
+def test_the_timeout_on_the_command_line_counts(
+    job: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv(TIMEOUT, "300")
+    more = ["--prompt", "x"] if job is segment else []
+    gone = [str(tmp_path / "gone"), str(tmp_path / "out"), "--model", str(MODEL), *more]
+    assert job.main([*gone, "--storage-timeout", "12.5"]) == 2
     assert retry.storage_timeout() == 12.5
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import subprocess
 import sys
@@ -164,6 +165,22 @@ def test_hub_errors_are_one_clear_line(hub: type[FakeHub], single: Path, tmp_pat
         with pytest.raises(CheckpointError, match=message) as caught:
             fetch(model)
         assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("model", ["unknown", "gated", "refused", "name@v9"])
+@pytest.mark.parametrize("secret", ["CANARY", "CAN@ARY:CANARY"])
+def test_a_password_in_the_hubs_address_is_not_said(
+    hub: type[FakeHub], single: Path, model: str, secret: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.publish("org/name", single)
+    address = os.environ["HF_ENDPOINT"].removeprefix("http://")
+    monkeypatch.setenv("HF_ENDPOINT", f"http://user:{secret}@{address}")
+    with pytest.raises(CheckpointError) as caught:
+        fetch(f"org/{model}")
+    assert hub.asked
+    assert "ARY" not in str(caught.value)
+    if model == "refused":  # where the address is said
+        assert f"401 Unauthorized' for url 'http://{address}api/models" in str(caught.value)
 
 
 def test_hub_out_of_reach(no_hub: None) -> None:

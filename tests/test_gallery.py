@@ -47,9 +47,10 @@ COLOURS = [(200, 30, 40), (30, 160, 60), (40, 60, 220), (220, 180, 20), (150, 40
 
 def write_run(output: str, source: str, **options: Any) -> Images:
     """What a finished run leaves behind that the gallery reads: its record and receipts."""
-    config = {"input": source, "images": {"image_column": None, "max_pixels": 10**6, **options}}
+    images = {"image_column": None, "max_pixels": 10**6}
+    config = {"input": source, "images": images, **options}
     storage.write_bytes(f"{output}/_run.json", json.dumps({"config": config}).encode())
-    for shard in plan_shards(source):
+    for shard in plan_shards(source, text_column=options.get("text_column")):
         write_receipt(output, shard, {"rows_ok": 1, "rows_error": 0, "shard_error": None})
     return open_gallery(output, 10)
 
@@ -98,6 +99,15 @@ def test_every_input_form_gives_its_thumbnails(folder: str) -> None:
     assert {key: colour_of(value) for key, value in thumbnails.items()} == {
         (name, row): COLOURS[row] for name, row in wanted
     }
+
+
+def test_thumbnails_of_a_run_that_read_texts(tmp_path: Path) -> None:
+    source = f"{tmp_path}/in"
+    storage.write_bytes(f"{source}/a.png", picture(COLOURS[1]))
+    storage.write_bytes(f"{source}/a.json", b'{"caption": "green"}')
+    images = write_run(f"{tmp_path}/out", source, text_column="caption")
+    wanted = ("images-00000", 0)
+    assert colour_of(read_thumbnails(images, {wanted})[wanted]) == COLOURS[1]
 
 
 def test_thumbnails_of_a_large_parquet_file(tmp_path: Path, monkeypatch) -> None:

@@ -1,4 +1,6 @@
-"""kill -9 of the actor with the model, then of the driver, of a real job; the rest is in soak.py.
+"""kill -9 of a task's worker, the actor with the model and then the driver of a real job.
+
+Those of a cluster, with a whole node, are in soak.py.
 
 The steps of the commit itself are in test_commit.
 """
@@ -56,7 +58,9 @@ def receipts(output: Path) -> dict[str, int]:
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_the_same_command_completes_what_lost_an_actor_and_then_its_driver(tmp_path: Path) -> None:
+def test_the_same_command_completes_what_lost_a_task_an_actor_and_its_driver(
+    tmp_path: Path,
+) -> None:
     source, calm, output = tmp_path / "in", tmp_path / "calm", tmp_path / "out"
     source.mkdir()
     noise = np.random.default_rng(0)
@@ -74,8 +78,11 @@ def test_the_same_command_completes_what_lost_an_actor_and_then_its_driver(tmp_p
     job = start(source, output)
     wait_until(job, (output / "_staging").exists)
     processes = lambda: soak.below(job.pid).items()  # noqa: E731
-    actor, *_ = wait_until(job, lambda: [p for p, t in processes() if t.startswith(soak.ACTOR)])
-    soak.kill(actor)
+    for title in (soak.TASK, soak.ACTOR):
+        found = wait_until(
+            job, lambda t=title: [p for p, name in processes() if name.startswith(t)]
+        )
+        soak.kill(found[0])
     wait_until(job, lambda: receipts(output))
     soak.kill(job.pid)
     job.wait(30)

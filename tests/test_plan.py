@@ -10,8 +10,9 @@ import pytest
 
 from pipeline import plan, storage
 from pipeline.errors import UsageError
-from pipeline.plan import expand_braces, plan_shards
+from pipeline.plan import plan_shards
 from pipeline.shard import shard_from_row, shard_to_row
+from pipeline.uri import expand_braces
 from tests.shards import hugging_face_column, make_parquet, make_tar, write_img2dataset
 
 TAR = make_tar([("a.jpg", b"image")])
@@ -169,6 +170,35 @@ def test_the_version_of_a_group_covers_every_file(folder: str):
     assert before.version != after.version
 
 
+@pytest.mark.parametrize("source", ["", "/*.jpg", "/{a,_MG_1}.jpg"])
+def test_with_a_text_column_the_version_of_a_group_covers_texts(folder: str, source: str):
+    def versions(text_column: str | None) -> str:
+        [shard] = plan_shards(folder + source, text_column=text_column)
+        assert shard.files == ("_MG_1.jpg", "a.jpg")
+        assert shard.size_bytes == 2 * len(b"image")
+        return shard.version
+
+    write_all(folder, "a.jpg", "_MG_1.jpg")
+    images = versions(None)
+    assert versions("caption") == images  # nothing else is read
+    seen = {images}
+    for name, text in [
+        ("a.json", b"one"),
+        ("a.json", b"other"),
+        ("a.txt", b"one"),
+        ("_MG_1.txt", b"one"),
+        ("_MG_1.txt", b"other"),
+    ]:
+        storage.write_bytes(f"{folder}/{name}", text)
+        assert versions("caption") not in seen
+        seen.add(versions("caption"))
+    before = versions("caption")
+    storage.write_bytes(f"{folder}/b.json", b"beside no image")
+    storage.write_bytes(f"{folder}/sub/a.txt", b"elsewhere")
+    assert versions("caption") == before
+    assert versions(None) == images
+
+
 def write_row_groups(folder: str, name: str, groups: int, rows: int = 10) -> int:
     """A Parquet file of equal row groups with images of 1,000 bytes; returns its size."""
     images = [os.urandom(1000) for _ in range(groups * rows)]
@@ -294,6 +324,24 @@ def test_what_cannot_be_planned_is_one_clear_line(folder: str):
 def test_an_empty_local_folder(tmp_path: Path):
     with pytest.raises(UsageError, match="the folder is empty"):
         plan_shards(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["{}.tar", "{}/a.jpg"])
+def test_names_that_print_alike_are_refused(tmp_path: Path, name: str):
+    """One is a byte that is not UTF-8, the other how that is written."""
+    names = [name.format(stem) for stem in (os.fsdecode(b"\xff"), "\\xff")]
+    write_all(str(tmp_path), *names[:1])
+    assert len(plan_names(str(tmp_path))) == 1
+    write_all(str(tmp_path), *names[1:])
+    with pytest.raises(UsageError, match=r"two names in it are both shown as \\xff") as caught:
+        plan_shards(str(tmp_path))
+    str(caught.value).encode()
+
+
+def test_loose_images_of_one_folder_may_print_alike(tmp_path: Path):
+    write_all(str(tmp_path), os.fsdecode(b"\xff.jpg"), "\\xff.jpg")
+    [shard] = plan_shards(str(tmp_path))
+    assert len(set(shard.files)) == 2
 
 
 def test_shards_travel_as_arrow_rows_with_names_that_are_not_utf8(tmp_path: Path):

@@ -4,7 +4,7 @@ import importlib
 import os
 import pickle
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -16,12 +16,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline import plan, s3_read, storage
-from pipeline.errors import CredentialsError
+from pipeline import plan, read, s3_read, storage
+from pipeline.errors import CredentialsError, StorageError, TransientError
 from pipeline.plan import plan_shards
 from pipeline.read import BATCH_BYTES, read_batches, read_shard
 from pipeline.schema import RECORDS
-from pipeline.shard import Shard, shard_to_row
+from pipeline.shard import TEXT_LIMIT_BYTES, Sample, Shard, shard_to_row
 from tests.shards import hugging_face_column, make_parquet, make_tar, write_img2dataset
 
 Records = list[dict[str, Any]]
@@ -160,6 +160,25 @@ def test_missing_credentials_stop_the_reader(
     for refused in (shard, replace(shard, format="parquet"), images):
         with pytest.raises(CredentialsError):
             list(read_shard(refused))
+
+
+@pytest.mark.parametrize("error", [ValueError("x" * 9000), RecursionError(), MemoryError("cells")])
+def test_what_nobody_knew_of_ends_a_shard_and_not_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+):
+    """As int() did of a size with thousands of digits."""
+    shard = write_one(str(tmp_path), "x.tar", make_tar(SAMPLES))
+
+    def read_tar(file: Any, **_: Any) -> Iterator[Sample]:
+        yield Sample("0", "0.jpg", b"image 0")
+        raise error
+
+    monkeypatch.setattr(read, "read_tar", read_tar)
+    end = read_failed(shard, kept=1)
+    assert end["reason"] == "shard_corrupt"
+    assert end["detail"].startswith(f"{type(error).__name__}: ")
+    assert end["retryable"] == isinstance(error, MemoryError)
+    assert len(end["detail"]) <= 500
 
 
 # ------------------------------------------------------------------------------- Parquet
@@ -393,6 +412,25 @@ def test_parquet_of_polars_is_read(tmp_path: Path):
     assert [(r["key"], r["image"]) for r in read_whole(shard)] == [("a", b"x"), ("b", b"y")]
 
 
+# ------------------------------------------------------------------------------- any text
+
+
+@pytest.mark.parametrize("form", ["x.tar", "x.jpg"])
+def test_a_caption_cut_inside_an_emoji_is_text(tmp_path: Path, form: str):
+    """JSON may say half of a pair of surrogates, which is no character and not in UTF-8."""
+    half, stray = b'{"caption": "cut \\ud83d"}', b'{"caption": "\\udcff \\ud83d\\ude00"}'
+    members = [("0.jpg", b"x"), ("0.json", half), ("1.jpg", b"y"), ("1.json", stray)]
+    if form == "x.tar":
+        (tmp_path / form).write_bytes(make_tar(members))
+    else:
+        for name, data in members:
+            (tmp_path / name).write_bytes(data)
+    [shard] = plan_shards(str(tmp_path), text_column="caption")
+    records = read_whole(shard)
+    pa.Table.from_pylist(records, schema=RECORDS)
+    assert [r["text"] for r in records] == ["cut \\xed\\xa0\\xbd", "\\xff \N{GRINNING FACE}"]
+
+
 # -------------------------------------------------------------------------- loose images
 
 
@@ -424,6 +462,48 @@ def test_a_loose_image_that_cannot_be_read_is_a_row(tmp_path: Path):
     [shard] = plan_shards(str(tmp_path))
     reasons = [record["reason"] for record in read_whole(shard)]
     assert reasons == ["", "file_unreadable", "file_missing"]
+
+
+def test_a_text_that_cannot_be_read_fails_its_image_alone(tmp_path: Path):
+    for key in "abcde":
+        (tmp_path / f"{key}.jpg").write_bytes(b"image")
+        (tmp_path / f"{key}.txt").write_bytes(b"text of " + key.encode())
+    (tmp_path / "b.json").mkdir()
+    (tmp_path / "c.txt").unlink()
+    (tmp_path / "c.txt").symlink_to("c.txt")  # a link to itself
+    (tmp_path / "d.txt").write_bytes(b"x" * (TEXT_LIMIT_BYTES + 1))
+    [shard] = plan_shards(str(tmp_path), text_column="caption")
+    records = read_whole(shard)
+    assert [(r["key"], r["reason"], r["text"]) for r in records] == [
+        ("a", "", "text of a"),
+        ("b", "file_unreadable", ""),
+        ("c", "file_unreadable", ""),
+        ("d", "no_text", ""),  # as in a tar, no text is cut
+        ("e", "", "text of e"),
+    ]
+    assert "b.json" in records[1]["detail"]
+    assert not any(r["retryable"] for r in records)
+
+
+def test_credentials_refused_for_a_text_end_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """And a fault that may pass leaves the image to be retried."""
+    (tmp_path / "a.jpg").write_bytes(b"image")
+    [shard] = plan_shards(str(tmp_path), text_column="caption")
+    faults: list[StorageError] = [TransientError("slow down"), CredentialsError("refused")]
+    whole = storage.read_bytes
+
+    def read_bytes(uri: str, **options: Any) -> bytes:
+        if uri.endswith(".jpg"):
+            return whole(uri, **options)
+        raise faults.pop(0)
+
+    monkeypatch.setattr(storage, "read_bytes", read_bytes)
+    [record] = read_whole(shard)
+    assert (record["reason"], record["retryable"]) == ("file_unreadable", True)
+    with pytest.raises(CredentialsError):
+        list(read_shard(shard))
 
 
 # ------------------------------------------------------------------------------- batches

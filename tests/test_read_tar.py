@@ -210,6 +210,8 @@ def test_a_sample_cut_before_its_image_is_left_to_the_shard_error():
     ("data", "reason"),
     [
         (b"", "shard_empty"),
+        (bytes(1), "shard_empty"),
+        (bytes(511), "shard_empty"),
         (bytes(512), "shard_empty"),
         (bytes(3_000_000), "shard_empty"),
         (bytes(1024) + b"x" * 1024, "shard_corrupt"),
@@ -218,6 +220,7 @@ def test_a_sample_cut_before_its_image_is_left_to_the_shard_error():
         (os.urandom(20_000), "shard_corrupt"),
         (gzip.compress(b"not a tar" * 500, mtime=0), "shard_corrupt"),
         (gzip.compress(b"", mtime=0), "shard_empty"),
+        (gzip.compress(bytes(100), mtime=0), "shard_empty"),
     ],
     # mtime=0 above: the bytes are in the test's name, which both workers of a run must agree on.
 )
@@ -271,6 +274,19 @@ def test_a_damaged_pax_header():
         assert samples == []
         assert error is not None
         assert error.reason == "shard_corrupt"
+
+
+def with_size(digits: str) -> bytes:
+    """A tar with a member of zeros, whose size stands in its pax header alone."""
+    info = tarfile.TarInfo("a.jpg")
+    info.pax_headers = {"size": digits}
+    return make_tar([info])
+
+
+@pytest.mark.parametrize("digits", [21, 4301, 100_000])
+def test_a_pax_size_of_too_many_digits(digits: int):
+    check_damage(with_size("1" * digits), 0, "shard_corrupt", "no number")
+    assert read_all(with_size("5".zfill(20))) == ([Sample("a", "a.jpg", bytes(5))], None)
 
 
 @settings(max_examples=150, deadline=None)

@@ -23,10 +23,11 @@ from urllib.parse import quote, urlsplit
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from embeddings import random_vectors, write_table
 from PIL import Image
 from shards import make_tar
 
-from jobs import embed
+from jobs import classify, duplicates, embed, index, search, segment
 from pipeline import storage
 from pipeline.demo import MODEL
 from pipeline.s3 import _client_of
@@ -232,10 +233,48 @@ def test_jobs_that_fail(
     assert not leaks_of_folder(tmp_path)
 
 
+SECRET_URI = f"s3://KEY:{IN_URI}@bucket/file"
+
+
+@pytest.mark.parametrize(
+    ("job", "options", "named"),
+    [
+        (segment, ("{in}", "{out}", "--prompt", "x", "--contact-sheet"), "--contact-sheet"),
+        (segment, ("{in}", "{out}", "--prompts"), "--prompts"),
+        (classify, ("{in}", "{out}", "--model", str(MODEL), "--labels"), "--labels"),
+        (search, ("{table}", "--queries"), "--queries"),
+        (search, ("{gone}", "--text", "x", "--output"), "--output"),
+        (search, ("{gone}", "--text", "x", "--gallery"), "--gallery"),
+        (search, ("{gone}", "--image"), "--image"),
+        (duplicates, ("{gone}", "--output"), "--output"),
+        (index, ("{gone}",), "DEST"),
+    ],
+)
+@pytest.mark.parametrize("secret", [SECRET_URI, f"https://user:{IN_URI}@host/file"])
+def test_files_named_with_a_secret_are_refused_at_once(
+    job: Any,
+    options: tuple[str, ...],
+    named: str,
+    secret: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    storage.write_bytes(f"{tmp_path}/in/00000.tar", SHARD)
+    write_table(f"{tmp_path}/table", random_vectors(9))
+    names = {name: str(tmp_path / name) for name in ("in", "out", "table", "gone")}
+    assert job.main([*(option.format(**names) for option in options), secret]) == 2
+    said = "".join(capfd.readouterr())
+    assert f"error: {named}: " in said
+    assert said.count("\n") == 1
+    assert not leaks(said)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_hub_that_refuses(endpoint: str, bucket: str, ray_folder: Path, tmp_path: Path) -> None:
     """In a process of its own: huggingface_hub reads its environment once."""
     storage.write_bytes(f"{bucket}/in/00000.tar", SHARD)
-    hub = {"HF_ENDPOINT": f"{endpoint}/refused", "HF_HOME": str(tmp_path / "hub")}
+    named = endpoint.replace("://", f"://user:{IN_URI}@")
+    hub = {"HF_ENDPOINT": f"{named}/refused", "HF_HOME": str(tmp_path / "hub")}
     arguments = (f"{bucket}/in", str(tmp_path / "out"), "--model", "org/no-such-model")
     code, said = run(endpoint, ray_folder, "embed", *arguments, **hub)
     assert code in (1, 2), said

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import io
+import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 from PIL import Image
 from shards import make_tar
-from test_commit import PLAN, TABLES, drive, write_fragments
+from test_commit import PLAN, TABLES, drive, of_run, write_fragments
 from test_write import rows_of
 
 from jobs import retry_failed, segment, status
@@ -30,7 +32,8 @@ def begin(output: str) -> None:
     """A run of two shards of which one is finished."""
     config = SegmentConfig(input="in", output=output, prompt=("x", "y"))
     open_run(config, PLAN, model={"weights_hash": "abc"}, tables=TABLES)
-    finish_shard(output, PLAN[0], write_fragments(output, PLAN[0]), 4, TABLES)
+    shard = of_run(output, PLAN[0])
+    finish_shard(output, shard, write_fragments(output, shard), 4, TABLES)
 
 
 def test_status_of_a_run_that_stopped(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,6 +78,62 @@ def test_nothing_is_forgotten_where_another_time_changes_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_nothing_is_forgotten_before_the_job_can_be_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its model is gone."""
+    drive(str(tmp_path))
+    record = json.loads((tmp_path / "_run.json").read_text())
+    record["config"]["model"] = str(tmp_path / "gone")
+    (tmp_path / "_run.json").write_text(json.dumps(record))
+    before = sorted(tmp_path.rglob("*"))
+    assert retry_failed.main([str(tmp_path), "--all"]) == 2
+    assert "no such file or folder" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_shard_that_left_the_input_is_not_forgotten(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody can make its rows anew. It is not among those that are done, either."""
+    drive(str(tmp_path))
+    before = {path for path in tmp_path.glob("*/*.parquet") if "/a-" in str(path)}
+    drive(str(tmp_path), PLAN[1:], retry="all")
+    assert {path for path in tmp_path.glob("*/*.parquet") if "/a-" in str(path)} == before
+    config = SegmentConfig(input="in", output=str(tmp_path), prompt=("x", "y"))
+    plan = [PLAN[1], replace(PLAN[0], name="c.tar")]
+    open_run(config, plan, model={"weights_hash": "abc"}, tables=TABLES)
+    capsys.readouterr()
+    assert status.main([str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "1 done, 1 left of 2" in said
+    assert "1 more, done before, are no longer in the input" in said
+
+
+def test_what_an_interrupted_retry_left_is_done_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No shard has failures any more, and one is not made yet."""
+    asked = []
+    monkeypatch.setattr(segment, "segment", asked.append)
+    drive(str(tmp_path))
+    (tmp_path / "_SUCCESS").unlink()
+    assert retry_failed.main([str(tmp_path)]) == 0
+    (job,) = asked
+    assert (job.run.retry, job.run.restart, job.prompt) == ("retryable", False, ("x", "y"))
+
+
+def test_the_model_is_found_from_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    config = SegmentConfig(input="in", output="out", prompt=("x",), model="model")
+    open_run(config, PLAN, model={"weights_hash": "abc"}, tables=TABLES)
+    record = json.loads((tmp_path / "out" / "_run.json").read_text())
+    assert record["config"]["model"] == str(tmp_path / "model")
+
+
 def test_a_config_comes_back_from_its_record() -> None:
     config = SegmentConfig(
         input="in", output="out", prompt=("x",), workers=WorkerOptions(actors=2, quiet=True)
@@ -106,7 +165,7 @@ def test_failed_shards_are_made_anew_and_others_are_not(
     assert status.main([str(output)]) == 0
     assert f"1 may work another time: clipseg-ray retry-failed {output}" in capsys.readouterr().out
     assert retry_failed.main([str(output), "--quiet"]) == 0
-    assert "1 shards are made anew" in capsys.readouterr().out
+    assert "1 shards have such rows" in capsys.readouterr().out
     assert {p.name: p.read_bytes() for p in output.glob("masks/a-*.parquet")} == wanted
     assert {path: path.stat().st_mtime_ns for path in output.glob("*/b-*.parquet")} == others
     assert not list(output.glob("errors/a-*.parquet"))
@@ -117,10 +176,10 @@ def make_failed(output: Path, source: Path) -> None:
     """Put the shard a.tar where a storage that failed would have left it."""
     from pipeline.read import plan_shards
     from pipeline.receipts import stem
-    from pipeline.resume import discard_shard
+    from pipeline.resume import discard_pass
 
-    shard = plan_shards(str(source))[0]
-    discard_shard(str(output), stem(shard.name), ["images", "masks"])
+    shard = of_run(output, plan_shards(str(source))[0])
+    discard_pass(str(output), stem(shard.name), ["images", "masks"])
     failed = rows_of(
         "errors", {"shard": "a.tar", "row": 0, "reason": "file_unreadable", "retryable": True}
     )

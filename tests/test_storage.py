@@ -267,6 +267,83 @@ def test_a_bucket_or_root_is_never_deleted(uri: str):
         storage.delete_folder(uri)
 
 
+@pytest.mark.parametrize("writes", [1, 1000])
+def test_a_folder_that_others_delete_and_write_into(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int
+):
+    """It is not there in the end, unless they never stop; all that was in it is gone."""
+    folder, written = tmp_path / "a", []
+    write_all(str(folder), *(f"b{index}/{index}" for index in range(10)))
+    unlink, rmdir = os.unlink, os.rmdir
+
+    def unlink_second(path: str, **options: Any) -> None:
+        monkeypatch.setattr(os, "unlink", unlink)
+        unlink(path, **options)
+        raise FileNotFoundError(path)
+
+    def write_and_rmdir(path: str, **options: Any) -> None:
+        if os.path.basename(path) == "a" and len(written) < writes:
+            written.append(f"late-{len(written)}")
+            (folder / written[-1]).touch()
+        rmdir(path, **options)
+
+    monkeypatch.setattr(os, "unlink", unlink_second)
+    monkeypatch.setattr(os, "rmdir", write_and_rmdir)
+    storage.delete_folder(str(folder))
+    left = sorted(path.name for path in tmp_path.rglob("*"))
+    assert left == ([] if writes == 1 else ["a", written[-1]])
+
+
+@pytest.mark.parametrize("is_back", [False, True])
+def test_a_folder_that_is_deleted_while_it_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_back: bool
+):
+    """os.makedirs finds it there, and then finds no folder."""
+    calls: list[str] = []
+
+    def makedirs(folder: str, exist_ok: bool) -> None:
+        calls.append(folder)
+        if is_back or len(calls) == 2:
+            Path(folder).mkdir(exist_ok=True)
+        if len(calls) == 1:
+            raise FileExistsError(folder)
+
+    monkeypatch.setattr(os, "makedirs", makedirs)
+    storage.write_bytes(str(tmp_path / "a" / "x"), b"x")
+    assert (tmp_path / "a" / "x").read_bytes() == b"x"
+
+
+def test_a_folder_that_cannot_be_deleted_is_told(tmp_path: Path):
+    (tmp_path / "a").write_bytes(b"a file")
+    with pytest.raises(StorageError, match=str(tmp_path / "a")):
+        storage.delete_folder(str(tmp_path / "a"))
+
+
+@pytest.mark.parametrize("deleted", [0, 1, 2])
+def test_a_storage_that_keeps_its_word_is_not_blamed(
+    folder: str, deleted: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Also where another process deletes the folder in the middle."""
+    left = [True] * deleted
+    write_new = storage.write_new
+
+    def write_and_delete(uri: str, data: bytes) -> None:
+        write_new(uri, data)
+        if left and left.pop():
+            storage.delete_folder(folder)
+
+    monkeypatch.setattr(storage, "write_new", write_and_delete)
+    assert not storage.ignores_create_only(folder)
+    assert not left
+    assert storage.list_files(folder) == []
+
+
+def test_a_storage_that_overwrites_is_told(folder: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(storage, "write_new", storage.write_bytes)
+    assert storage.ignores_create_only(folder)
+    assert storage.list_files(folder) == []
+
+
 # --------------------------------------------------------------------------------- faults
 
 

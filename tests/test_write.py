@@ -93,7 +93,8 @@ def test_a_part_holds_every_row_once_and_in_order(tmp_path: Path) -> None:
     ]
     counts = {"rows_in": 4, "rows_ok": 3, "rows_error": 1, "shard_error": "no_image"}
     assert {k: receipt[k] for k in counts} == counts
-    name = f"{version_hash(SHARD)}.3-1.cut.json"
+    size_bytes = sum(part["bytes"] for part in receipt["parts"])
+    name = f"{version_hash(SHARD)}.3-1-{size_bytes}.cut.json"
     written = json.loads((tmp_path / "_receipts" / stem("a/b.tar") / name).read_text())
     assert written == receipt
     assert [r.name for r in receipts_of(str(tmp_path), SHARD)] == [name]

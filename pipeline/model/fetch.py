@@ -110,6 +110,7 @@ def _fetch_hub(repo: str, revision: str | None) -> Path:
     # The client lets errors of its HTTP library through, and which one depends on the version.
     except Exception as error:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        reason = re.sub(r"://\S*@", "://", reason)  # HF_ENDPOINT may hold a name and a password
         raise CheckpointError(f"{name}: could not be downloaded from the hub: {reason}") from error
 
 
