@@ -122,7 +122,7 @@ def chain(source: Path, output: Path, model: str) -> None:
     from pipeline.schema import embeddings
     from pipeline.tables import embedding_rows
 
-    embedder = open_embedder(model, text=False, normalize=True)
+    embedder = open_embedder(model, text=False, normalize=True, dtype="float32")
     columns = embeddings(embedder.checkpoint.dimension, "float32", {}, text=False)
 
     def vectors_of(batch: pa.Table) -> pa.Table:

@@ -32,7 +32,10 @@ def embed(config: EmbedConfig) -> None:
     column = config.images.image_column
     shards = plan_shards(config.input, image_column=column, text_column=config.text_column)
     embedder = open_embedder(
-        config.model, text=config.text_column is not None, normalize=config.normalize
+        config.model,
+        text=config.text_column is not None,
+        normalize=config.normalize,
+        dtype=config.dtype,
     )
     checkpoint = embedder.checkpoint
     tables = config.tables(checkpoint.dimension, checkpoint.weights_hash)

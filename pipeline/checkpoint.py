@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import CheckpointError, JobError
-from pipeline.model.clip import TextTower
+from pipeline.model.clip import TextTower, VisionTower
 from pipeline.model.preprocess import ImageProcessor
 from pipeline.model.tokenizer import Tokenizer
 
@@ -54,6 +54,32 @@ class Checkpoint:
             raise JobError(f"{self.name}: this worker finds other weights than the driver did")
 
 
+def open_processor(folder: Path, tower: VisionTower) -> ImageProcessor:
+    """The image processor of a checkpoint folder.
+
+    Raises CheckpointError where its images have no common size, or one that the checkpoint's
+    vision tower does not take.
+    """
+    processor = ImageProcessor.from_folder(folder)
+    size = processor.image_size
+    try:
+        tower.check_size(*size)
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: after its image processor an {error}") from error
+    return processor
+
+
+def open_tokenizer(folder: Path, tower: TextTower) -> Tokenizer:
+    """A checkpoint folder's tokenizer. Raises CheckpointError if it is not the text tower's."""
+    tokenizer = Tokenizer.from_folder(folder)
+    known = tower.embeddings.token_embedding.num_embeddings
+    if tokenizer.vocab_size > known:
+        raise CheckpointError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {known}"
+        )
+    return tokenizer
+
+
 @torch.inference_mode()
 def encode_texts(
     encode: Callable[[Tensor, Tensor], Tensor], tower: TextTower, folder: Path, texts: list[str]
@@ -64,12 +90,7 @@ def encode_texts(
     Texts of the same tokens have the same vector. Raises CheckpointError for a tokenizer that is
     not the model's.
     """
-    tokenizer = Tokenizer.from_folder(folder)
-    known = tower.embeddings.token_embedding.num_embeddings
-    if tokenizer.vocab_size > known:
-        raise CheckpointError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {known}"
-        )
+    tokenizer = open_tokenizer(folder, tower)
     ids, mask = tokenizer(texts, tower.embeddings.position_embedding.num_embeddings)
     rows = torch.cat([ids, mask], dim=1).unique(dim=0, return_inverse=True)
     (unique_ids, unique_mask), places = rows[0].chunk(2, dim=1), rows[1]

@@ -19,21 +19,19 @@ import pyarrow as pa
 import torch
 
 from pipeline import schema
-from pipeline.checkpoint import Checkpoint, encode_texts
+from pipeline.checkpoint import Checkpoint, encode_texts, open_processor
 from pipeline.config_classify import ClassifyConfig
 from pipeline.errors import UsageError
 from pipeline.model.check import read_config
+from pipeline.model.clip import CLIP
 from pipeline.model.encoders import (
     ImageClassifier,
     ImageEncoder,
-    TextEncoder,
     read_head_labels,
     read_logit_scale,
 )
 from pipeline.model.fetch import fetch
-from pipeline.model.preprocess import ImageProcessor
-from pipeline.model.weights import hash_weights
-from pipeline.pixels import has_pixels, open_device, stack_pixels
+from pipeline.pixels import fail_rows, has_pixels, open_device, stack_pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +75,7 @@ class Classifier:
 
 
 def open_classifier(name: str, config: ClassifyConfig) -> Classifier:
-    """Check a checkpoint and encode the labels with its text tower.
+    """Load a checkpoint, encode the labels with it, and let its weights go again.
 
     Raises CheckpointError, and UsageError where labels and checkpoint do not go together.
     """
@@ -89,19 +87,20 @@ def open_classifier(name: str, config: ClassifyConfig) -> Classifier:
             raise UsageError(
                 f"--{given[0]}: {name} classifies by a head with {len(own)} labels of its own"
             )
-        weights_hash, templates = hash_weights(folder), []
-        vectors, scale = np.empty((0, 0)), 1.0
+        head, weights_hash = ImageClassifier.from_folder(folder)
+        tower, templates, vectors, scale = head.vision_model, [], np.empty((0, 0)), 1.0
     else:
         if not labels:
             raise UsageError(f"nothing to choose from: {name} needs --labels FILE, one a line")
-        model, weights_hash = TextEncoder.from_folder(folder)
+        model, weights_hash = CLIP.from_folder(folder)
+        tower = model.vision_model
         templates, scale = config.templates(), read_logit_scale(folder)
         vectors = encode_labels(model, folder, labels, templates)
     checkpoint = Checkpoint(
         name=name,
         config=read_config(folder),
         weights_hash=weights_hash,
-        processor=ImageProcessor.from_folder(folder),
+        processor=open_processor(folder, tower),
     )
     names = labels if own is None else own
     return Classifier(
@@ -114,9 +113,7 @@ def open_classifier(name: str, config: ClassifyConfig) -> Classifier:
     )
 
 
-def encode_labels(
-    model: TextEncoder, folder: Path, labels: list[str], templates: list[str]
-) -> np.ndarray:
+def encode_labels(model: CLIP, folder: Path, labels: list[str], templates: list[str]) -> np.ndarray:
     """Embeddings (C, E) of the labels, float64 of length 1: the mean over all templates.
 
     Raises UsageError for a label that the model gives no direction.
@@ -202,17 +199,5 @@ def rank_labels(records: pa.Table, good: np.ndarray, logits: np.ndarray, top: in
         np.take_along_axis(logits, order, 1).astype(np.float32),
     )
     lists = [pa.ListArray.from_arrays(offsets, pa.array(v.reshape(-1))) for v in values]
-    records = _fail(records, failed)
+    records = fail_rows(records, failed, "classify", "the model's logits are not finite")
     return pa.table([*records.columns, *lists], schema=schema.RANKED)
-
-
-def _fail(records: pa.Table, failed: np.ndarray) -> pa.Table:
-    """The records, of which some failed at this stage."""
-    for name, value in (
-        ("stage", "classify"),
-        ("reason", "model_failed"),
-        ("detail", "the model's logits are not finite"),
-    ):
-        column = pa.compute.if_else(pa.array(failed), value, records[name])
-        records = records.set_column(records.schema.get_field_index(name), name, column)
-    return records

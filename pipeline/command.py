@@ -10,6 +10,7 @@ import contextlib
 import io
 import itertools
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -51,19 +52,40 @@ def run_command(
 
 def _parse(config: type[Config], prog: str, argv: Sequence[str] | None) -> Config:
     """`config` from the command line; what tyro says of a mistake in a box becomes one line."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    for argument in arguments:
+        if any("\ud800" <= c <= "\udfff" for c in argument):  # bytes that are no UTF-8
+            raise UsageError(f"an argument that is not UTF-8: {argument!a}")
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(config, prog=prog, args=argv, description=config.__doc__)
+            found = tyro.cli(config, prog=prog, args=arguments, description=config.__doc__)
+        _refuse_empty(arguments)
+        return found
     except SystemExit as end:
         if not end.code:
             raise
     # The first paragraph of the box, without its frame and without help texts (8 blanks deep).
     lines = [line[2:-1].rstrip() for line in said.getvalue().splitlines()[1:]]
-    first = itertools.takewhile(lambda line: line and not line.startswith("───"), lines)
+    while lines and _is_rule(lines[0]):  # of a terminal without UTF-8, below the title
+        del lines[0]
+    first = itertools.takewhile(lambda line: line and not _is_rule(line), lines)
     message = " ".join(line.strip() for line in first if not line.startswith(" " * 8))
     message = message.removeprefix(f"Error parsing {config.__name__}: ")
     raise UsageError(f"{message}; see {prog} --help")
+
+
+def _is_rule(line: str) -> bool:
+    return len(line) > 3 and not line.strip("─-")
+
+
+def _refuse_empty(arguments: list[str]) -> None:
+    """Raise UsageError for an empty value, of which a job could only think that it is not given."""
+    for before, argument in itertools.pairwise(["", *arguments]):
+        if not argument or re.fullmatch(r"--[\w-]+=", argument):
+            option = argument or before
+            name = option.rstrip("=") if option.startswith("--") else "an argument"
+            raise UsageError(f"{name}: it is empty; give it a value, or leave it out")
 
 
 def _say(prog: str, message: object, code: int) -> int:

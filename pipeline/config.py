@@ -234,7 +234,7 @@ def read_lines(file: str, option: str, what: str) -> list[str]:
     """
     check_file(option, file)
     try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
         raise UsageError(f"{option} {file}: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import torch
 
 from pipeline import schema
-from pipeline.checkpoint import Checkpoint
+from pipeline.checkpoint import Checkpoint, open_processor, open_tokenizer
 from pipeline.model.check import read_config
 from pipeline.model.clip import CLIP
 from pipeline.model.encoders import ImageEncoder
 from pipeline.model.fetch import fetch
-from pipeline.model.preprocess import ImageProcessor
-from pipeline.model.tokenizer import Tokenizer
-from pipeline.model.weights import hash_weights
-from pipeline.pixels import has_pixels, open_device, stack_pixels
+from pipeline.pixels import fail_rows, has_pixels, open_device, scale_to_unit, stack_pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,70 +28,88 @@ class Embedder:
     """Whether texts are embedded, too."""
     normalize: bool
     """Whether vectors are scaled to length 1."""
+    dtype: Literal["float32", "float16"]
+    """Of the vectors in the table: what is too large for it is no embedding."""
 
 
-def open_embedder(name: str, *, text: bool, normalize: bool) -> Embedder:
-    """Check a checkpoint without building its model. Raises CheckpointError."""
+def open_embedder(
+    name: str, *, text: bool, normalize: bool, dtype: Literal["float32", "float16"]
+) -> Embedder:
+    """Load a checkpoint as the actors will, and let its weights go again. Raises CheckpointError.
+
+    What it lacks, and what does not fit together in it, is found here, before anything is written.
+    """
     folder = fetch(name)
-    if text:
-        Tokenizer.from_folder(folder)
+    model, weights_hash = _load_model(folder, text)
+    if isinstance(model, CLIP):
+        open_tokenizer(folder, model.text_model)
     checkpoint = Checkpoint(
         name=name,
         config=read_config(folder),
-        weights_hash=hash_weights(folder),
-        processor=ImageProcessor.from_folder(folder),
+        weights_hash=weights_hash,
+        processor=open_processor(folder, model.vision_model),
     )
-    return Embedder(checkpoint=checkpoint, text=text, normalize=normalize)
+    return Embedder(checkpoint=checkpoint, text=text, normalize=normalize, dtype=dtype)
+
+
+def _load_model(folder: Path, text: bool) -> tuple[CLIP | ImageEncoder, str]:
+    """The model, which has a text tower only where texts are embedded, and its weights hash."""
+    return CLIP.from_folder(folder) if text else ImageEncoder.from_folder(folder)
 
 
 class EmbedImages:
     """An actor of the embed stage: schema.PIXELS -> schema.VECTORS.
 
-    It holds the text tower only where texts are embedded. An actor that finds other weights under
-    the model's name than the driver did refuses to start. `device` and `threads` as in
-    pixels.open_device.
+    An actor that finds other weights under the model's name than the driver did refuses to start.
+    `device` and `threads` as in pixels.open_device.
     """
 
     def __init__(self, embedder: Embedder, device: str, threads: int | None = None):
         self.device = open_device(device, threads)
         folder = fetch(embedder.checkpoint.name)
-        kind = CLIP if embedder.text else ImageEncoder
-        model, weights_hash = kind.from_folder(folder)
+        model, weights_hash = _load_model(folder, embedder.text)
         embedder.checkpoint.check_worker(weights_hash)
         self.model, self.embedder = model.to(self.device), embedder
-        self.tokenizer = Tokenizer.from_folder(folder) if embedder.text else None
+        self.tokenizer = (
+            open_tokenizer(folder, model.text_model) if isinstance(model, CLIP) else None
+        )
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         good = has_pixels(batch)
         rows = batch.filter(pa.array(good))
-        vectors, of_texts = (self._images(rows), self._texts(rows)) if len(rows) else ([], [])
-        table = batch.drop_columns(["pixels"])
-        columns = [*table.columns, _spread(vectors, good), _spread(of_texts, good)]
+        vectors = texts = np.zeros((len(rows), 0), np.float32)
+        if len(rows):
+            vectors, texts = self._images(rows), self._texts(rows)
+        with np.errstate(over="ignore"):
+            stored = np.concatenate([vectors, texts], axis=1).astype(self.embedder.dtype)
+        fits, failed = np.isfinite(stored).all(axis=1), good.copy()
+        failed[good], good[good] = ~fits, fits
+        detail = f"the embedding is not finite as {self.embedder.dtype}"
+        table = fail_rows(batch.drop_columns(["pixels"]), failed, "embed", detail)
+        columns = [*table.columns, _spread(vectors[fits], good), _spread(texts[fits], good)]
         return pa.table(columns, schema=schema.VECTORS)
 
     @torch.inference_mode()
-    def _images(self, rows: pa.Table) -> list[bytes]:
+    def _images(self, rows: pa.Table) -> np.ndarray:
         processor = self.embedder.checkpoint.processor
         pixels = stack_pixels(rows["pixels"], processor.image_size).to(self.device)
-        return self._bytes(self.model.encode_image(processor.normalize(pixels)))
+        return self._scaled(self.model.encode_image(processor.normalize(pixels)))
 
     @torch.inference_mode()
-    def _texts(self, rows: pa.Table) -> list[bytes]:
+    def _texts(self, rows: pa.Table) -> np.ndarray:
         if self.tokenizer is None or not isinstance(self.model, CLIP):
-            return [b""] * len(rows)
+            return np.zeros((len(rows), 0), np.float32)
         longest = self.model.text_model.embeddings.position_embedding.num_embeddings
         ids, mask = self.tokenizer(rows["text"].to_pylist(), max_length=longest)
-        return self._bytes(self.model.encode_text(ids.to(self.device), mask.to(self.device)))
+        return self._scaled(self.model.encode_text(ids.to(self.device), mask.to(self.device)))
 
-    def _bytes(self, vectors: torch.Tensor) -> list[bytes]:
-        """(N, E) -> float32 bytes of each, of length 1 if wanted."""
-        vectors = vectors.float()
-        if self.embedder.normalize:
-            vectors = torch.nn.functional.normalize(vectors, dim=-1)
-        return [vector.tobytes() for vector in vectors.cpu().numpy()]
+    def _scaled(self, vectors: torch.Tensor) -> np.ndarray:
+        """(N, E) float32, of length 1 if wanted."""
+        scaled = scale_to_unit(vectors) if self.embedder.normalize else vectors.float()
+        return scaled.cpu().numpy()
 
 
-def _spread(values: list[bytes], good: np.ndarray) -> pa.Array:
-    """The values at the places that are good, nothing at the others."""
-    rest = iter(values)
-    return pa.array([next(rest) if g else b"" for g in good], pa.large_binary())
+def _spread(vectors: np.ndarray, good: np.ndarray) -> pa.Array:
+    """The bytes of the vectors at the places that are good, nothing at the others."""
+    rest = iter(vectors)
+    return pa.array([next(rest).tobytes() if g else b"" for g in good], pa.large_binary())

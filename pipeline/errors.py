@@ -15,7 +15,7 @@ PipelineError
 from __future__ import annotations
 
 # Where in the flow a row failed: the `stage` column of the errors table.
-STAGES = ("read", "decode", "segment", "classify", "write")
+STAGES = ("read", "decode", "segment", "embed", "classify", "write")
 
 # Why it failed: the closed list of the `reason` column.
 REASONS = {
@@ -43,7 +43,7 @@ REASONS = {
     "member_unsupported": "a tar member that is not a plain file (a link, a device, or sparse)",
     "member_too_large": "a tar member, file or cell larger than the reader's bound",
     "no_vector": "the table of embeddings has neither a vector nor an error for the row",
-    "model_failed": "the model could not process the image",
+    "model_failed": "what the model gives for the image, or for its text, is not finite",
 }
 
 

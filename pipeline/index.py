@@ -138,7 +138,7 @@ def search_index(index: VectorIndex, queries: np.ndarray, top: int) -> list[list
         lance = _connect(index.uri).open_table(LANCE_TABLE)
         for query in queries:
             near = lance.search(query, vector_column_name="vector").distance_type("cosine")
-            near = near.nprobes(PROBES).limit(top * CANDIDATES)
+            near = near.nprobes(PROBES).limit(min(top, index.rows) * CANDIDATES)
             found = near.select(["shard", "row", "key", "vector", "_distance"]).to_arrow()
             search = ExactSearch(query[None], top)
             for batch in found.combine_chunks().to_batches():

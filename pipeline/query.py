@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from pipeline import storage
-from pipeline.checkpoint import encode_texts
+from pipeline.checkpoint import encode_texts, open_processor
 from pipeline.config_search import SearchConfig
 from pipeline.errors import (
     REASONS,
@@ -27,7 +27,6 @@ from pipeline.errors import (
 from pipeline.model.clip import CLIP
 from pipeline.model.encoders import ImageEncoder, TextEncoder
 from pipeline.model.fetch import fetch
-from pipeline.model.preprocess import ImageProcessor
 from pipeline.prepare import decode_image
 from pipeline.vectors import EmbeddingTable, check_weights, normalize
 
@@ -123,7 +122,7 @@ def _encode_images(encoder: Encoder, folder: Path, pictures: list[Image.Image]) 
     """Vectors (P, D) of length 1, one picture at a time."""
     if not pictures or isinstance(encoder, TextEncoder):
         return np.empty((0, 0))
-    processor = ImageProcessor.from_folder(folder)
+    processor = open_processor(folder, encoder.vision_model)
     pixels = (torch.from_numpy(processor.resize(picture))[None] for picture in pictures)
     vectors = [encoder.encode_image(processor.normalize(one)) for one in pixels]
     return normalize(torch.cat(vectors).numpy())

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from pipeline import schema
-from pipeline.checkpoint import Checkpoint, encode_texts
+from pipeline.checkpoint import Checkpoint, encode_texts, open_processor
 from pipeline.model.clipseg import CLIPSeg
 from pipeline.model.fetch import fetch
-from pipeline.model.preprocess import ImageProcessor
-from pipeline.pixels import has_pixels, open_device, stack_pixels
+from pipeline.pixels import fail_rows, has_pixels, open_device, scale_to_unit, stack_pixels
 
 # Logits handed on at once: a block of Ray Data's, which lies in the object store as one piece.
 BLOCK_BYTES = 64 * 1024**2
@@ -49,8 +48,8 @@ def encode_prompts(name: str, prompts: list[str], *, embed: bool = False) -> Pro
     Raises CheckpointError naming the file, field or tensor that is wrong.
     """
     folder = fetch(name)
-    processor = ImageProcessor.from_folder(folder)
     model, weights_hash = CLIPSeg.from_folder(folder)
+    processor = open_processor(folder, model.clip.vision_model)
     conditional = encode_texts(model.encode_text, model.clip.text_model, folder, prompts)
     checkpoint = Checkpoint(
         name=name, config=model.config.to_dict(), weights_hash=weights_hash, processor=processor
@@ -103,11 +102,17 @@ class SegmentImages:
                 logits = self.model.decode(some, conditional, grid).float().cpu()
                 if first == 0:
                     # An image that overflows does so with every prompt: it fails here, as a whole.
-                    good = torch.isfinite(logits).flatten(1).all(1)
-                    if not bool(good.all()):
-                        yield _failed(rows.filter(pa.array(~good.numpy())))
-                    rows, logits = rows.filter(pa.array(good.numpy())), logits[good]
-                    some, vector = [a[good.to(a.device)] for a in some], vector[good.numpy()]
+                    masked = torch.isfinite(logits).flatten(1).all(1).numpy()
+                    good = masked & np.isfinite(vector).all(axis=1)
+                    if not good.all():
+                        failed = fail_rows(rows, ~good, "embed", "the embedding is not finite")
+                        failed = fail_rows(
+                            failed, ~masked, "segment", "the model's logits are not finite"
+                        )
+                        yield _with_logits(failed.filter(pa.array(~good)), None, 0, None)
+                    rows, where = rows.filter(pa.array(good)), torch.from_numpy(good)
+                    some = [a[where.to(a.device)] for a in some]
+                    logits, vector = logits[where], vector[good]
                 yield _with_logits(rows, logits, first, vector if first == 0 else None)
 
     def _encode(self, pixels: Tensor) -> tuple[list[Tensor], np.ndarray]:
@@ -120,20 +125,7 @@ class SegmentImages:
         layers = wanted if wanted[-1] == deepest else (*wanted, deepest)
         states = tower.activations(pixels, layers)
         vectors = self.model.clip.visual_projection(tower.pool(states[-1]))
-        vectors = torch.nn.functional.normalize(vectors.float(), dim=-1)
-        return states[: len(wanted)], vectors.cpu().numpy()
-
-
-def _failed(rows: pa.Table) -> pa.Table:
-    """The same records, failed at this stage."""
-    for name, value in (
-        ("stage", "segment"),
-        ("reason", "model_failed"),
-        ("detail", "the model's logits are not finite"),
-    ):
-        column = pa.repeat(pa.scalar(value), len(rows))
-        rows = rows.set_column(rows.schema.get_field_index(name), name, column)
-    return _with_logits(rows, None, 0, None)
+        return states[: len(wanted)], scale_to_unit(vectors).cpu().numpy()
 
 
 def _with_logits(

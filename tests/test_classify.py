@@ -367,6 +367,9 @@ def test_wrong_usage_is_one_line(
     (tmp_path / "blank").write_text("\n \n")
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
     good = ["--labels", labels, "--model", clip]
+    crop = {"image_processor_type": "CLIPImageProcessor", "crop_size": 48}
+    small = checkpoints.copy_with(clip, tmp_path / "small", preprocessor_config=crop)
+    small_head = checkpoints.copy_with(head, tmp_path / "small head", preprocessor_config=crop)
     for source, options, says in [
         (shards, ["--model", clip], "needs --labels FILE"),
         (shards, [*good, "--template", "a photo"], "--template 'a photo': must contain {} exactly"),
@@ -383,6 +386,8 @@ def test_wrong_usage_is_one_line(
         (table, good, "the model ./other with the weights abababababababab"),
         (table, ["--labels", labels], "; --model says where the model of this table is"),
         (tmp_path / "gone", good, "no such file or folder"),
+        (shards, ["--labels", labels, "--model", small], "image is 48 x 48 pixels"),
+        (shards, ["--model", small_head], "image is 48 x 48 pixels"),
     ]:
         assert run(Path(source), tmp_path / "out", *options) == 2, options
         said = capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -35,7 +36,7 @@ def test_arguments_become_the_config() -> None:
 
 def test_prompts_of_the_file_follow_those_of_the_line(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
-    file.write_text("ein Hund\n\n  ネコ  \n", encoding="utf-8")
+    file.write_text("ein Hund\n\n  ネコ  \n", encoding="utf-8-sig")  # as Windows' editor does
     config = run("in", "out", "--prompt", "a cat", "--prompts", str(file))[1]
     assert config is not None
     assert config.all_prompts() == ["a cat", "ein Hund", "ネコ"]
@@ -56,6 +57,11 @@ def test_prompts_of_the_file_follow_those_of_the_line(tmp_path: Path) -> None:
         (["in", "out", "--prompt", "x", "--mask-size", "huge"], "'image', 'model'"),
         (["in", "out", "--prompt", "x", "--actors", "0"], "--actors 0: must be at least 1"),
         (["in", "out", "--prompts", "no/such/file"], "no/such/file: No such file"),
+        (["in", "out", "--prompt", "caf\udce9"], r"not UTF-8: 'caf\udce9'"),
+        (["in\udce9", "out", "--prompt", "x"], r"not UTF-8: 'in\udce9'"),
+        (["in", "out", "--prompt", "x", "--contact-sheet", ""], "--contact-sheet: it is empty"),
+        (["in", "out", "--prompt", "x", "--image-column="], "--image-column: it is empty"),
+        (["", "out", "--prompt", "x"], "an argument: it is empty"),
     ],
 )
 def test_wrong_usage_is_one_line_and_code_2(
@@ -66,6 +72,14 @@ def test_wrong_usage_is_one_line_and_code_2(
     assert said.startswith("clipseg-ray segment: error: ")
     assert says in said
     assert said.count("\n") == 1
+
+
+def test_mistakes_are_told_as_well_where_the_terminal_has_no_utf8() -> None:
+    command = [sys.executable, "-m", "jobs", "segment", "in", "out", "--bogus"]
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    says = "Unrecognized options: --bogus; see clipseg-ray segment --help"
+    assert done.stderr == f"clipseg-ray segment: error: {says}\n"
 
 
 def test_prompt_files_without_prompts_are_refused(tmp_path: Path, capsys) -> None:

@@ -21,6 +21,8 @@ from shards import make_parquet, make_tar
 from test_jobs import PIXELS, photos
 
 from jobs import embed, segment
+from pipeline import schema
+from pipeline.embed import EmbedImages, open_embedder
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -185,6 +187,54 @@ def test_texts_beside_the_images(
     assert np.abs(frame["text_vector"].to_numpy() - expected).max() < 1e-4
 
 
+def pixels_of(*texts: str) -> pa.Table:
+    """schema.PIXELS of random images with these texts, and the end of the shard."""
+    empty = {f.name: "" if pa.types.is_string(f.type) else 0 for f in schema.PIXELS}
+    empty |= {"shard": "s", "pixels": b"", "retryable": False}
+    images = np.random.default_rng(0).integers(0, 255, (len(texts), 64, 64, 3), np.uint8)
+    rows = [
+        empty | {"row": i, "text": text, "pixels": image.tobytes()}
+        for i, (text, image) in enumerate(zip(texts, images, strict=True))
+    ]
+    return pa.Table.from_pylist([*rows, empty | {"row": -1}], schema=schema.PIXELS)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "factor", "options"),
+    [
+        ("visual_projection.weight", 3e38, {"normalize": True, "dtype": "float32"}),
+        ("visual_projection.weight", 1e6, {"normalize": False, "dtype": "float16"}),
+        ("text_projection.weight", 1e6, {"normalize": False, "dtype": "float16"}),
+    ],
+)
+def test_an_embedding_that_overflows_fails_as_a_row(
+    tensor: str, factor: float, options: Any, tmp_path: Path
+) -> None:
+    checkpoints.save(checkpoints.small_clip(), tmp_path)
+    checkpoints.write_vocabulary(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(PIXELS))
+    checkpoints.change_tensors(tmp_path, lambda t: t[tensor].mul_(factor).clamp_(-3e38, 3e38))
+    actor = EmbedImages(open_embedder(str(tmp_path), text=True, **options), "cpu")
+    rows = actor(pixels_of("a cat", "red")).to_pylist()
+    assert [row["reason"] for row in rows] == ["model_failed", "model_failed", ""]
+    assert {(r["stage"], r["detail"]) for r in rows[:2]} == {
+        ("embed", f"the embedding is not finite as {options['dtype']}")
+    }
+    assert not any(row["vector"] or row["text_vector"] for row in rows)
+
+
+def test_a_long_embedding_is_normalised_and_not_lost(tmp_path: Path) -> None:
+    """Its length overflows float32, its numbers do not."""
+    checkpoints.save(checkpoints.small_clip(), tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(PIXELS))
+    checkpoints.change_tensors(tmp_path, lambda t: t["visual_projection.weight"].mul_(1e30))
+    options: Any = {"text": False, "normalize": True, "dtype": "float32"}
+    table = EmbedImages(open_embedder(str(tmp_path), **options), "cpu")(pixels_of("", ""))
+    data = b"".join(vector.as_buffer() for vector in table["vector"])
+    vectors = np.frombuffer(data, np.float32).reshape(2, -1)
+    assert np.linalg.norm(vectors, axis=1) == pytest.approx(1)
+
+
 def test_an_image_without_its_text_is_an_error(tmp_path: Path, model: Path) -> None:
     (tmp_path / "in").mkdir()
     members = [("a.jpg", photos()[0]), ("b.jpg", photos()[1]), ("b.txt", b"a cat")]
@@ -193,6 +243,54 @@ def test_an_image_without_its_text_is_an_error(tmp_path: Path, model: Path) -> N
     assert read(tmp_path / "out")["key"].to_list() == ["b"]
     errors = polars.read_parquet(tmp_path / "out" / "errors" / "*.parquet")
     assert errors.select("key", "reason").rows() == [("a", "no_text")]
+
+
+CROP = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 64}}
+
+
+@pytest.mark.parametrize(
+    ("made", "processor", "options", "says"),
+    [
+        (transformers.CLIPVisionModel, PIXELS, [], "has no visual_projection.weight"),
+        (transformers.CLIPForImageClassification, PIXELS, [], "has no visual_projection.weight"),
+        (transformers.CLIPTextModelWithProjection, PIXELS, [], "it has no vision tower"),
+        (
+            transformers.CLIPVisionModelWithProjection,
+            PIXELS,
+            ["--text-column", "caption"],
+            "is a clip_vision_model, one tower alone",
+        ),
+        (
+            transformers.CLIPModel,
+            CROP | {"crop_size": 48},
+            [],
+            "image is 48 x 48 pixels; without interpolated positions this model takes 64 x 64",
+        ),
+        (transformers.CLIPModel, CROP | {"do_center_crop": False}, [], "have no common size"),
+        (
+            transformers.CLIPModel,
+            PIXELS,
+            ["--text-column", "caption"],
+            "the tokenizer has 558 tokens, the model 557",
+        ),
+    ],
+)
+def test_a_model_that_cannot_embed_is_told_before_anything_starts(
+    made: Any, processor: Any, options: list[str], says: str, tmp_path: Path, shards: Path, capsys
+) -> None:
+    config = checkpoints.small_clip().config
+    part = {"Text": config.text_config, "Vision": config.vision_config}
+    model = made(next((part[name] for name in part if name in made.__name__), config))
+    checkpoints.save(model, tmp_path / "m")
+    merges = [*checkpoints.small_merges(), ("a</w>", "an</w>")]  # one more than the model knows
+    checkpoints.write_vocabulary(tmp_path / "m", merges)
+    (tmp_path / "m" / "preprocessor_config.json").write_text(json.dumps(processor))
+    arguments = [str(shards), str(tmp_path / "out"), "--model", str(tmp_path / "m"), *options]
+    assert embed.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert says in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_text_column_that_is_not_there(tmp_path: Path, model: Path, capsys) -> None:

@@ -72,7 +72,7 @@ def test_a_small_table_is_searched_as_exactly_as_ever(dtype: type, folder: str) 
     assert (built.rows, built.partitions) == (300, 0)
     assert built == open_index(f"{folder}/i")
     queries = random_vectors(4, seed=2)
-    for top in (1, 20, 1000):
+    for top in (1, 20, 1000, 10**18):
         wanted = search_files(table, table.files, queries, top)
         assert search_index(built, queries, top) == wanted
 

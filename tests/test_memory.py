@@ -7,8 +7,9 @@ import struct
 import subprocess
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,8 +29,7 @@ from pipeline import schema
 from pipeline.model.preprocess import ImageProcessor
 from pipeline.prepare import PrepareImages
 
-size = {"image_processor_type": "ViTImageProcessor", "size": {"height": 352, "width": 352}}
-prepare = PrepareImages(ImageProcessor.from_dict(size), int(sys.argv[2]))
+prepare = PrepareImages(ImageProcessor.from_dict(json.loads(sys.argv[3])), int(sys.argv[2]))
 blank = {"shard": "x", "row": 0, "key": "", "member": "", "text": "", "total": -1, "stage": "",
          "reason": "", "detail": "", "retryable": False}
 def peak():
@@ -66,6 +66,9 @@ def zeros(size_bytes: int) -> bytes:
     pieces = [squeeze.compress(piece) for _ in range(size_bytes >> 20)]
     return b"".join([*pieces, squeeze.compress(bytes(size_bytes & 0xFFFFF)), squeeze.flush()])
 
+
+CLIPSEG = {"image_processor_type": "ViTImageProcessor", "size": {"height": 352, "width": 352}}
+CLIP = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 224}}
 
 PIXEL = (b"IDAT", zlib.compress(bytes(13) * 4))
 
@@ -107,6 +110,14 @@ def bombs() -> dict[str, tuple[bytes, str]]:
     }
 
 
+def strips() -> dict[str, tuple[bytes, str]]:
+    """What is 1,000 times as large once its short edge has the model's size, as in bombs."""
+    return {
+        f"png of {width} x {height}": (encode(Image.new("RGB", (width, height)), "PNG"), "")
+        for width, height in ((1, 1000), (1000, 1))
+    }
+
+
 def legal(max_pixels: int) -> Iterator[tuple[str, bytes]]:
     """Images of nearly `max_pixels`, each in a way that costs."""
     height, width = max_pixels // 5000, 5000
@@ -129,22 +140,34 @@ def legal(max_pixels: int) -> Iterator[tuple[str, bytes]]:
     yield "16 bit", encode(Image.fromarray(np.asarray(grey, np.uint16)), "PNG", compress_level=1)
 
 
-def peaks(folder: Path, max_pixels: int) -> list[tuple[str, str, int]]:
+def peaks(folder: Path, max_pixels: int, processor: dict[str, Any]) -> list[tuple[str, str, int]]:
     """(file, reason, peak so far above that of the imports, in bytes), in the order decoded."""
-    command = [sys.executable, "-c", _DECODE, str(folder), str(max_pixels)]
+    command = [sys.executable, "-c", _DECODE, str(folder), str(max_pixels), json.dumps(processor)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
 
 
 @pytest.mark.parametrize(
-    "max_pixels", [4_000_000, pytest.param(50_000_000, marks=pytest.mark.soak)]
+    ("max_pixels", "processor", "small"),
+    [
+        (4_000_000, CLIPSEG, bombs),
+        (500_000, CLIP, strips),
+        pytest.param(50_000_000, CLIPSEG, bombs, marks=pytest.mark.soak),
+        pytest.param(50_000_000, CLIP, bombs, marks=pytest.mark.soak),
+    ],
+    ids=["clipseg", "clip", "clipseg-50M", "clip-50M"],
 )
-def test_the_whole_catalogue_stays_under_the_bound(tmp_path: Path, max_pixels: int) -> None:
+def test_the_whole_catalogue_stays_under_the_bound(
+    tmp_path: Path,
+    max_pixels: int,
+    processor: dict[str, Any],
+    small: Callable[[], dict[str, tuple[bytes, str]]],
+) -> None:
     (tmp_path / "0").write_bytes(encode(Image.new("RGB", (8, 8)), "TIFF"))
     expected = {"0": ""}
     allowed = {"0": 0}
-    for name, (data, reason) in bombs().items():
+    for name, (data, reason) in small().items():
         (tmp_path / f"0 {name}").write_bytes(data)
         expected[f"0 {name}"] = reason
         allowed[f"0 {name}"] = COPIES * len(data) + MORE_BYTES
@@ -152,7 +175,7 @@ def test_the_whole_catalogue_stays_under_the_bound(tmp_path: Path, max_pixels: i
         (tmp_path / f"1 {name}").write_bytes(data)
         expected[f"1 {name}"] = ""
         allowed[f"1 {name}"] = BYTES_PER_PIXEL * max_pixels + COPIES * len(data) + MORE_BYTES
-    found = peaks(tmp_path, max_pixels)
+    found = peaks(tmp_path, max_pixels, processor)
     for line in found:
         print(line)
     assert {name: reason for name, reason, _ in found} == expected

@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray.data
@@ -65,6 +66,19 @@ def test_a_stage_whose_workers_keep_dying_ends_the_job(monkeypatch: pytest.Monke
     lost = ray.data.from_items([{"shard": "x.tar"}]).map_batches(bounded(die), **share)
     with pytest.raises(JobError, match=r"die: its worker died 2 times .* x\.tar$"), ray_session():
         lost.take_all()
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_what_a_stage_did_not_expect_is_told_without_rays_advice() -> None:
+    class Surprised:
+        def __call__(self, batch: pa.Table) -> pa.Table:
+            raise ValueError("image is 48 x 48 pixels")
+
+    share: dict[str, Any] = {"num_cpus": 0.5, "compute": ray.data.ActorPoolStrategy(size=1)}
+    failing = ray.data.from_items([{"shard": "x.tar"}]).map_batches(Surprised, **share)
+    with pytest.raises(JobError) as caught, ray_session():
+        failing.take_all()
+    assert str(caught.value) == "a worker failed: ValueError: image is 48 x 48 pixels"
 
 
 def test_what_a_process_gives_before_it_ends_is_kept() -> None:

@@ -17,6 +17,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from pipeline.errors import CheckpointError
+from pipeline.model import resize
 from pipeline.model.preprocess import ImageProcessor
 
 IMAGENET: dict[str, Any] = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
@@ -84,6 +85,34 @@ def test_any_size_equals_the_oracle(name: str, height: int, width: int, seed: in
     assert_equal_to_oracle(ORACLES[name], random_image(height, width, seed))
 
 
+@settings(max_examples=150, deadline=None)
+@given(
+    size=st.tuples(st.integers(1, 300), st.integers(1, 300)),
+    resized=st.tuples(st.integers(1, 300), st.integers(1, 300)),
+    crop=st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    resample=st.integers(0, 5),
+    piece=st.sampled_from([1, 700, 5000]),
+)
+@example((1, 1000), (21, 21000), (21, 21), 3, 1 << 15)
+@example((1000, 1), (21000, 21), (21, 21), 1, 1 << 15)
+@example((1000, 2), (33, 1), (40, 40), 3, 1)
+@example((50, 40), (60, 9), (33, 33), 1, 1)
+def test_what_is_kept_of_a_large_result_is_pillows(
+    size: tuple[int, int],
+    resized: tuple[int, int],
+    crop: tuple[int, int],
+    resample: int,
+    piece: int,
+) -> None:
+    image = random_image(*size)
+    whole = image.resize(resized[::-1], Image.Resampling(resample))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resize, "PIECE_PX", piece)
+        patch.setattr(resize, "LEAST_LINES", 1)
+        kept = resize.resize_and_crop(image, resized, crop, resample)
+    assert np.array_equal(kept, resize.crop_center(whole, crop))
+
+
 def test_a_batch_is_normalised_like_its_images() -> None:
     processor = ImageProcessor.from_dict(config_of(ORACLES["clipseg"]))
     batch = torch.from_numpy(np.stack([processor.resize(random_image(40, 50, s)) for s in (1, 2)]))
@@ -127,6 +156,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"do_normalize": False},
     {"image_mean": [0.1, 0.5, 0.9]},
     {"image_std": [0.2, 0.7, 3.0]},
+    {"image_mean": 0.5, "image_std": 0.25},
     {"do_convert_rgb": False},
 ]
 
@@ -227,7 +257,8 @@ def test_absent_and_null_fields_take_the_defaults_of_the_class(kind: str, value:
         ("resample", "bicubic"),
         ("rescale_factor", "1/255"),
         ("rescale_factor", float("nan")),
-        ("image_mean", 0.5),
+        ("image_mean", True),
+        ("image_std", 0),
         ("image_mean", [0.5, 0.5]),
         ("image_std", [0.5, 0.0, 0.5]),
         ("image_std", [0.5, 10**400, 0.5]),

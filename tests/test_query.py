@@ -137,6 +137,24 @@ def test_a_model_with_other_weights_is_refused_with_both_named(
     assert search.main([table, "--text", "cat", "--model", str(moved)]) == 0
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"crop_size": 48}, "image is 48 x 48 pixels; without interpolated positions"),
+        ({"do_center_crop": False}, "images have no common size"),
+    ],
+)
+def test_a_query_image_of_a_size_that_the_model_does_not_take(
+    change: dict[str, Any], says: str, table: str, clip: Path, tmp_path: Path, capsys
+) -> None:
+    Image.new("RGB", (90, 64), "red").save(tmp_path / "q.png")
+    model = checkpoints.copy_with(clip, tmp_path / "m", preprocessor_config=PROCESSOR | change)
+    assert search.main([table, "--image", str(tmp_path / "q.png"), "--model", str(model)]) == 2
+    said = capsys.readouterr().err
+    assert says in said
+    assert said.count("\n") == 1
+
+
 def test_wrong_usage_is_one_line(
     table: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -126,3 +126,35 @@ def test_a_tokenizer_of_another_model_is_refused(checkpoint: Path, tmp_path: Pat
     checkpoints.write_vocabulary(folder, merges)
     with pytest.raises(CheckpointError, match="the tokenizer has 558 tokens, the model 557"):
         encode_prompts(str(folder), PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("size", "says"),
+    [
+        ({"height": 64, "width": 15}, "64 x 15 pixels, less than a patch of 16"),
+        ({"shortest_edge": 64}, "no common size"),
+    ],
+)
+def test_images_of_a_size_that_no_model_takes_are_refused(
+    size: dict[str, int], says: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    config = {"image_processor_type": "ViTImageProcessor", "size": size}
+    folder = checkpoints.copy_with(checkpoint, tmp_path / "m", preprocessor_config=config)
+    with pytest.raises(CheckpointError, match=says):
+        encode_prompts(str(folder), PROMPTS)
+
+
+def test_an_embedding_that_overflows_fails_as_a_row(checkpoint: Path, tmp_path: Path) -> None:
+    folder = checkpoints.copy_with(checkpoint, tmp_path / "m")
+    # Read by no mask, only by the embedding.
+    checkpoints.change_tensors(
+        folder, lambda tensors: tensors["clip.visual_projection.weight"].mul_(torch.inf)
+    )
+    actor = SegmentImages(encode_prompts(str(folder), PROMPTS, embed=True), "cpu")
+    rows = [row for t in actor(batch(2)[0]) for row in t.to_pylist()]
+    failed = [row for row in rows if row["reason"] == "model_failed"]
+    assert sorted(row["row"] for row in failed) == [0, 1]
+    assert {(row["stage"], row["detail"]) for row in failed} == {
+        ("embed", "the embedding is not finite")
+    }
+    assert not any(row["logits"] or row["vector"] for row in rows)

@@ -71,6 +71,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
         root / "extra",
         tokenizer_config=OLD_CONFIG | {"additional_special_tokens": ["[NEW]", "cat"]},
     )
+    named = {"extra_special_tokens": {"new_token": "[NEW]", "cat_token": "cat"}}
+    copy_with(files, root / "named", tokenizer_config=OLD_CONFIG | named)
     write_tokenizer_json(files, root / "json")
     odd = json.loads((root / "json" / "tokenizer.json").read_text())
     odd["truncation"] = {"direction": "Left", "max_length": 5, "strategy": "LongestFirst"}
@@ -92,7 +94,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-SMALL = ["files", "old", "map", "decoder", "pad", "extra", "json", "odd-json"]
+SMALL = ["files", "old", "map", "decoder", "pad", "extra", "named", "json", "odd-json"]
 
 
 @pytest.fixture(scope="session", params=[*SMALL, "real", "real-json"])

@@ -6,6 +6,7 @@ A module imports only from modules above it:
     config      what config.json says, as dataclasses
     weights     tensors of the folder -> a module, strictly
     check       config.json held against the tensors, before anything is built
+    resize      the centre of an image at another size, in bounded memory
     preprocess  images -> pixels at the model's size
     tokenizer   texts -> token ids
     clip        the two towers, and CLIP

@@ -163,11 +163,7 @@ class VisionEmbeddings(nn.Module):
 
     def forward(self, pixels: Tensor, interpolate: bool) -> Tensor:
         height, width = pixels.shape[2:]
-        if not interpolate and (height, width) != (self.image_size, self.image_size):
-            raise ValueError(
-                f"image is {height} x {width} pixels; without interpolated positions this model "
-                f"takes {self.image_size} x {self.image_size}"
-            )
+        self.check_size(height, width, interpolate)
         patches = self.patch_embedding(pixels.to(self.patch_embedding.weight.dtype))
         rows, cols = patches.shape[2:]
         patches = patches.flatten(2).transpose(1, 2)  # (B, r c, D)
@@ -176,6 +172,18 @@ class VisionEmbeddings(nn.Module):
         if rows * cols != len(table) - 1 or height != width:
             table = interpolate_positions(table, rows, cols)
         return torch.cat([cls, patches], dim=1) + table
+
+    def check_size(self, height: int, width: int, interpolate: bool) -> None:
+        """Raise ValueError for images of a size that they cannot have."""
+        if not interpolate and (height, width) != (self.image_size, self.image_size):
+            raise ValueError(
+                f"image is {height} x {width} pixels; without interpolated positions this model "
+                f"takes {self.image_size} x {self.image_size}"
+            )
+        if min(height, width) < self.patch_size:
+            raise ValueError(
+                f"image is {height} x {width} pixels, less than a patch of {self.patch_size}"
+            )
 
 
 def interpolate_positions(table: Tensor, rows: int, cols: int) -> Tensor:
@@ -203,6 +211,10 @@ class VisionTower(nn.Module):
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.encoder = Encoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise ValueError for images of a size that this tower does not take."""
+        self.embeddings.check_size(height, width, self.interpolate)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Patch states (B, 1 + r c, D) of normalised pixels (B, 3, H, W), class token first."""

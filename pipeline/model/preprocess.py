@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.errors import CheckpointError
+from pipeline.model.resize import crop_center, resize_and_crop
 
 if TYPE_CHECKING:  # 2 s and 200 MB in every process, and those that only resize need none of it
     import torch
@@ -142,12 +143,11 @@ class ImageProcessor:
                 raise ValueError(f"expected an RGB image, found mode {image.mode}")
             image = image.convert("RGB")
         if self.do_resize:
-            height, width = self._resized_size(image.height, image.width)
-            image = image.resize((width, height), resample=Image.Resampling(self.resample))
-        if self.do_center_crop:
-            height, width = self.crop_size
-            top, left = (image.height - height) // 2, (image.width - width) // 2
-            image = image.crop((left, top, left + width, top + height))
+            size = self._resized_size(image.height, image.width)
+            crop = self.crop_size if self.do_center_crop else size
+            image = resize_and_crop(image, size, crop, self.resample)
+        elif self.do_center_crop:
+            image = crop_center(image, self.crop_size)
         return np.array(image)
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -260,6 +260,8 @@ class _Fields:
 
     def triple(self, field: str, *, positive: bool = False) -> tuple[float, float, float]:
         value = self.values[field]
+        if _is_number(value):  # of all three channels
+            value = [value] * 3
         if not isinstance(value, (list, tuple)) or not all(map(_is_number, value)):
             raise self._wrong(field, "a list of 3 finite numbers")
         if len(value) != 3 or (positive and min(value) <= 0):

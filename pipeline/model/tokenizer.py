@@ -244,6 +244,7 @@ def _read_special_tokens(
             token = _added_token(sources.get(key, path), value, special=True)
             names[key] = registered.get(token.content, token)
     extra = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
+    extra = list(extra.values()) if isinstance(extra, dict) else extra  # by names of their own
     extra = extra if isinstance(extra, list) else []
     added = added + [t for t in names.values() if t.content not in registered]
     added += [_added_token(path, e, special=True) for e in extra]
