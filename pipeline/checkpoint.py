@@ -33,6 +33,8 @@ class Checkpoint:
     config: dict[str, Any]
     weights_hash: str
     processor: ImageProcessor
+    tokenizer_hash: str = ""
+    """Tokenizer.content_hash, where texts are encoded."""
 
     @property
     def dimension(self) -> int:
@@ -45,6 +47,7 @@ class Checkpoint:
             "weights_hash": self.weights_hash,
             "model_config": self.config,
             "preprocessing": asdict(self.processor),
+            "tokenizer_hash": self.tokenizer_hash,
             "dtype": "float32",
         }
 
@@ -82,15 +85,16 @@ def open_tokenizer(folder: Path, tower: TextTower) -> Tokenizer:
 
 @torch.inference_mode()
 def encode_texts(
-    encode: Callable[[Tensor, Tensor], Tensor], tower: TextTower, folder: Path, texts: list[str]
+    encode: Callable[[Tensor, Tensor], Tensor],
+    tower: TextTower,
+    tokenizer: Tokenizer,
+    texts: list[str],
 ) -> Tensor:
     """Projected embeddings (P, E) float32 of at least one text, not normalised.
 
-    `encode` is the encode_text of the model that `tower` belongs to, `folder` where it came from.
-    Texts of the same tokens have the same vector. Raises CheckpointError for a tokenizer that is
-    not the model's.
+    `encode` is the encode_text of the model that `tower` belongs to. Texts of the same tokens have
+    the same vector.
     """
-    tokenizer = open_tokenizer(folder, tower)
     ids, mask = tokenizer(texts, tower.embeddings.position_embedding.num_embeddings)
     rows = torch.cat([ids, mask], dim=1).unique(dim=0, return_inverse=True)
     (unique_ids, unique_mask), places = rows[0].chunk(2, dim=1), rows[1]

@@ -11,7 +11,6 @@ Shapes: B images, C labels, T templates, E projection, K labels that are kept.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ import pyarrow as pa
 import torch
 
 from pipeline import schema
-from pipeline.checkpoint import Checkpoint, encode_texts, open_processor
+from pipeline.checkpoint import Checkpoint, encode_texts, open_processor, open_tokenizer
 from pipeline.config_classify import ClassifyConfig
 from pipeline.errors import UsageError
 from pipeline.model.check import read_config
@@ -31,6 +30,7 @@ from pipeline.model.encoders import (
     read_logit_scale,
 )
 from pipeline.model.fetch import fetch
+from pipeline.model.tokenizer import Tokenizer
 from pipeline.pixels import fail_rows, has_pixels, open_device, stack_pixels
 
 
@@ -89,18 +89,22 @@ def open_classifier(name: str, config: ClassifyConfig) -> Classifier:
             )
         head, weights_hash = ImageClassifier.from_folder(folder)
         tower, templates, vectors, scale = head.vision_model, [], np.empty((0, 0)), 1.0
+        tokenizer_hash = ""
     else:
         if not labels:
             raise UsageError(f"nothing to choose from: {name} needs --labels FILE, one a line")
         model, weights_hash = CLIP.from_folder(folder)
         tower = model.vision_model
         templates, scale = config.templates(), read_logit_scale(folder)
-        vectors = encode_labels(model, folder, labels, templates)
+        tokenizer = open_tokenizer(folder, model.text_model)
+        vectors = encode_labels(model, tokenizer, labels, templates)
+        tokenizer_hash = tokenizer.content_hash
     checkpoint = Checkpoint(
         name=name,
         config=read_config(folder),
         weights_hash=weights_hash,
         processor=open_processor(folder, tower),
+        tokenizer_hash=tokenizer_hash,
     )
     names = labels if own is None else own
     return Classifier(
@@ -113,13 +117,15 @@ def open_classifier(name: str, config: ClassifyConfig) -> Classifier:
     )
 
 
-def encode_labels(model: CLIP, folder: Path, labels: list[str], templates: list[str]) -> np.ndarray:
+def encode_labels(
+    model: CLIP, tokenizer: Tokenizer, labels: list[str], templates: list[str]
+) -> np.ndarray:
     """Embeddings (C, E) of the labels, float64 of length 1: the mean over all templates.
 
     Raises UsageError for a label that the model gives no direction.
     """
     texts = [template.replace("{}", label) for label in labels for template in templates]
-    encoded = encode_texts(model.encode_text, model.text_model, folder, texts)
+    encoded = encode_texts(model.encode_text, model.text_model, tokenizer, texts)
     each = encoded.double().numpy().reshape(len(labels), len(templates), -1)  # (C, T, E)
     with np.errstate(invalid="ignore", divide="ignore"):
         mean = (each / np.linalg.norm(each, axis=2, keepdims=True)).mean(axis=1)

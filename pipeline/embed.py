@@ -41,13 +41,13 @@ def open_embedder(
     """
     folder = fetch(name)
     model, weights_hash = _load_model(folder, text)
-    if isinstance(model, CLIP):
-        open_tokenizer(folder, model.text_model)
+    tokenizer = open_tokenizer(folder, model.text_model) if isinstance(model, CLIP) else None
     checkpoint = Checkpoint(
         name=name,
         config=read_config(folder),
         weights_hash=weights_hash,
         processor=open_processor(folder, model.vision_model),
+        tokenizer_hash=tokenizer.content_hash if tokenizer else "",
     )
     return Embedder(checkpoint=checkpoint, text=text, normalize=normalize, dtype=dtype)
 

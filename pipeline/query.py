@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from pipeline import storage
-from pipeline.checkpoint import encode_texts, open_processor
+from pipeline.checkpoint import encode_texts, open_processor, open_tokenizer
 from pipeline.config_search import SearchConfig
 from pipeline.errors import (
     REASONS,
@@ -114,7 +114,9 @@ def _encode_texts(encoder: Encoder, folder: Path, texts: list[str]) -> np.ndarra
     """Vectors (P, D) of length 1."""
     if not texts or isinstance(encoder, ImageEncoder):
         return np.empty((0, 0))
-    return normalize(encode_texts(encoder.encode_text, encoder.text_model, folder, texts).numpy())
+    tokenizer = open_tokenizer(folder, encoder.text_model)
+    vectors = encode_texts(encoder.encode_text, encoder.text_model, tokenizer, texts)
+    return normalize(vectors.numpy())
 
 
 @torch.inference_mode()

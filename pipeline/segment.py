@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline import schema
-from pipeline.checkpoint import Checkpoint, encode_texts, open_processor
+from pipeline.checkpoint import Checkpoint, encode_texts, open_processor, open_tokenizer
 from pipeline.model.clipseg import CLIPSeg
 from pipeline.model.fetch import fetch
 from pipeline.pixels import fail_rows, has_pixels, open_device, scale_to_unit, stack_pixels
@@ -50,9 +50,14 @@ def encode_prompts(name: str, prompts: list[str], *, embed: bool = False) -> Pro
     folder = fetch(name)
     model, weights_hash = CLIPSeg.from_folder(folder)
     processor = open_processor(folder, model.clip.vision_model)
-    conditional = encode_texts(model.encode_text, model.clip.text_model, folder, prompts)
+    tokenizer = open_tokenizer(folder, model.clip.text_model)
+    conditional = encode_texts(model.encode_text, model.clip.text_model, tokenizer, prompts)
     checkpoint = Checkpoint(
-        name=name, config=model.config.to_dict(), weights_hash=weights_hash, processor=processor
+        name=name,
+        config=model.config.to_dict(),
+        weights_hash=weights_hash,
+        processor=processor,
+        tokenizer_hash=tokenizer.content_hash,
     )
     return PromptedModel(
         checkpoint=checkpoint, prompts=prompts, conditional=conditional.numpy(), embed=embed

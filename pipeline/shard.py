@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from dataclasses import dataclass, field
@@ -73,7 +74,7 @@ class Sample(NamedTuple):
 def find_text(wanted: str, extension: str, data: bytes) -> str | None:
     """The text in a file beside an image: the field `wanted` of a .json, else a .txt as it is."""
     if extension == "txt":
-        return data.decode("utf-8", "replace").strip()
+        return data.removeprefix(codecs.BOM_UTF8).decode("utf-8", "replace").strip()
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):

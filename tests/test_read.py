@@ -21,7 +21,7 @@ from pipeline.errors import CredentialsError, StorageError, TransientError
 from pipeline.plan import plan_shards
 from pipeline.read import BATCH_BYTES, read_batches, read_shard
 from pipeline.schema import RECORDS
-from pipeline.shard import TEXT_LIMIT_BYTES, Sample, Shard, shard_to_row
+from pipeline.shard import TEXT_LIMIT_BYTES, Sample, Shard, find_text, shard_to_row
 from tests.shards import hugging_face_column, make_parquet, make_tar, write_img2dataset
 
 Records = list[dict[str, Any]]
@@ -462,6 +462,11 @@ def test_a_loose_image_that_cannot_be_read_is_a_row(tmp_path: Path):
     [shard] = plan_shards(str(tmp_path))
     reasons = [record["reason"] for record in read_whole(shard)]
     assert reasons == ["", "file_unreadable", "file_missing"]
+
+
+@pytest.mark.parametrize(("extension", "data"), [("txt", b"a cat"), ("json", b'{"c": "a cat"}')])
+def test_a_byte_order_mark_is_no_part_of_a_text(extension: str, data: bytes):
+    assert find_text("c", extension, b"\xef\xbb\xbf" + data) == "a cat"
 
 
 def test_a_text_that_cannot_be_read_fails_its_image_alone(tmp_path: Path):

@@ -16,6 +16,7 @@ from pipeline import schema
 from pipeline import segment as stage
 from pipeline.errors import CheckpointError, JobError, UsageError
 from pipeline.model.clipseg import CLIPSeg
+from pipeline.model.tokenizer import Tokenizer
 from pipeline.segment import PromptedModel, SegmentImages, encode_prompts
 
 PROMPTS = [f"a red star {i}" for i in range(5)]
@@ -158,3 +159,10 @@ def test_an_embedding_that_overflows_fails_as_a_row(checkpoint: Path, tmp_path: 
         ("embed", "the embedding is not finite")
     }
     assert not any(row["logits"] or row["vector"] for row in rows)
+
+
+def test_another_tokenizer_is_another_run(prompted: PromptedModel) -> None:
+    """It decides what a prompt is."""
+    folder = prompted.checkpoint.name
+    known = prompted.checkpoint.fingerprint()["tokenizer_hash"]
+    assert known == Tokenizer.from_folder(folder).content_hash != ""

@@ -208,6 +208,16 @@ def test_pad_token_of_its_own(folders: Path) -> None:
     assert mask[0].tolist() == [1, 1, 1, 1, 0, 0]
 
 
+def test_the_hash_tells_tokenizers_apart(folders: Path, tmp_path: Path) -> None:
+    """By what they do: merges in another order, another pad token, one more special token."""
+    first, *others = small_merges()
+    write_vocabulary(tmp_path, [*others, first])
+    some = [tmp_path, *(folders / name for name in ("files", "pad", "extra"))]
+    hashes = [Tokenizer.from_folder(folder).content_hash for folder in some]
+    assert len(set(hashes)) == len(some)
+    assert Tokenizer.from_folder(folders / "files").content_hash == hashes[1]
+
+
 def test_pad_to_longest(folders: Path) -> None:
     tokenizer = Tokenizer.from_folder(folders / "files")
     assert tokenizer(["a cat", "a"], pad_to_longest=True)[0].shape == (2, 4)

@@ -11,6 +11,7 @@ Shape letters: P texts, L tokens.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -42,8 +43,10 @@ class Tokenizer:
 
     Attributes, all ids in the vocabulary: `bos_id` opens every text, `eos_id` closes it and is what
     the text tower pools at, `pad_id` fills up to the length; `special_ids` are all ids that stand
-    for no text.
+    for no text. `content_hash` is another one where other ids may come out; "" without a folder.
     """
+
+    content_hash = ""
 
     def __init__(self, backend: Backend, bos: str = START, eos: str = END, pad: str = END):
         """Wrap `backend`, which neither truncates, pads nor adds special tokens.
@@ -72,6 +75,10 @@ class Tokenizer:
         source, vocab, merges, added = _read_vocabulary(folder)
         names, added = _read_special_tokens(folder, added)
         text = {key: token.content for key, token in names.items()}
+        tokens = [
+            (t.content, t.single_word, t.lstrip, t.rstrip, t.normalized, t.special) for t in added
+        ]
+        decides = [sorted(vocab.items()), merges, text, tokens]
         backend = build_backend(vocab, merges, text["unk_token"])
         backend.add_tokens(added)
         for key in ("bos_token", "eos_token"):
@@ -79,7 +86,9 @@ class Tokenizer:
                 raise CheckpointError(
                     f"{source}: lacks {text[key]!r}, which is {key} (see tokenizer_config.json)"
                 )
-        return cls(backend, text["bos_token"], text["eos_token"], text["pad_token"])
+        tokenizer = cls(backend, text["bos_token"], text["eos_token"], text["pad_token"])
+        tokenizer.content_hash = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
+        return tokenizer
 
     def __call__(
         self, texts: Sequence[str], max_length: int = 77, *, pad_to_longest: bool = False
