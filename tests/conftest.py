@@ -88,7 +88,8 @@ def local_ray(s3: Any) -> Iterator[None]:
     """One Ray for all tests; it starts after S3, whose endpoint its workers inherit."""
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+    ray.init(address="local", num_cpus=2, **options)
     yield
     ray.shutdown()
 
