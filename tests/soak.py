@@ -287,7 +287,7 @@ def attempt_commit(world: World, kind: str) -> Counter[str]:
         driver.join(300)
         code = driver.exitcode
     else:
-        lost = Fault("lost_reply", operation="CompleteMultipartUpload", rate=0.5, times=None)
+        lost = Fault("lost_reply", operation="CompleteMultipartUpload", times=3)
         world.proxy.add(lost)
         drive_large(output)
         code = 0
