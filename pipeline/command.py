@@ -45,7 +45,9 @@ def run_command(
     except BrokenPipeError:  # who read our output, `head` for one, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        hint = "; the same command again completes the run" if resumes else ""
+        restarts = "--restart" in (sys.argv if argv is None else argv)
+        command = "the same command" + (" without --restart" if restarts else " again")
+        hint = f"; {command} completes the run" if resumes else ""
         return _say(prog, f"interrupted{hint}", 130)
     return 0
 

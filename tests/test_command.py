@@ -131,3 +131,21 @@ def test_the_entry_point_names_its_commands() -> None:
     assert wrong.returncode == 2
     known = "segment, embed, classify, status, retry-failed, index, search, duplicates"
     assert wrong.stderr == f"clipseg-ray: error: no command 'segmnt'; known: {known}\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "hint"),
+    [
+        ([], "the same command again completes the run"),
+        (["--restart"], "the same command without --restart completes the run"),
+    ],
+)
+def test_who_interrupts_a_job_is_told_how_to_go_on(
+    options: list[str], hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def job(_: SegmentConfig) -> None:
+        raise KeyboardInterrupt
+
+    argv = ["in", "out", "--prompt", "x", *options]
+    assert run_command(SegmentConfig, job, "clipseg-ray segment", argv, resumes=True) == 130
+    assert hint in capsys.readouterr().err
