@@ -1,6 +1,6 @@
 """Whether memory stays flat: the peak of a job on 2,000 and on 20,000 small images.
 
-    python -m benchmarks.memory [--job embed|segment] [--images 2000 20000] [--store-mib 512]
+    python -m benchmarks.memory [--job embed|segment|classify] [--images 2000 20000]
 
 64 x 64 JPEG in tar shards of equal size, the bundled model. All processes of the job count. Ray's
 object store is given a fixed size: by default it may take 30 % of the machine's memory, and Ray
@@ -29,8 +29,10 @@ def run_job(job: str, images: int, shards: int, store_mib: int) -> Watched:
     with tempfile.TemporaryDirectory() as name:
         source, output = Path(name, "in"), Path(name, "out")
         write_tars(source, small_images(images, 64), shards)
-        prompt = ["--prompt", "star"] if job == "segment" else []
-        options = ["--model", str(MODEL), "--batch-size", "64", "--quiet", *prompt]
+        labels = Path(name, "labels.txt")
+        labels.write_text("red\nblue\n")
+        own = {"embed": [], "segment": ["--prompt", "star"], "classify": ["--labels", str(labels)]}
+        options = ["--model", str(MODEL), "--batch-size", "64", "--quiet", *own[job]]
         command = [sys.executable, "-m", f"jobs.{job}", str(source), str(output), *options]
         return run_watched(command, env=env)
 
@@ -38,7 +40,7 @@ def run_job(job: str, images: int, shards: int, store_mib: int) -> Watched:
 def main() -> int:
     """Print both peaks and their difference; the exit code says whether memory is flat."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--job", choices=["embed", "segment"], default="embed")
+    parser.add_argument("--job", choices=["embed", "segment", "classify"], default="embed")
     parser.add_argument("--images", type=int, nargs=2, default=[2000, 20000])
     parser.add_argument("--shard-images", type=int, default=250)
     parser.add_argument("--store-mib", type=int, default=512)
