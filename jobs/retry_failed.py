@@ -47,9 +47,9 @@ def retry_failed(config: RetryConfig) -> None:
         hint = "" if config.every else "; --all makes those with other failures anew, too"
         print(f"{output}: no shard has rows that failed and may work another time{hint}")
         return
-    print(
-        f"{output}: {len(shards):,} shards have such rows; those still in the input are made anew"
-    )
+    rows = "rows that failed" + ("" if config.every else " and may work another time")
+    said = f"{len(shards):,} shards have such rows; those still in the input are made anew"
+    print(f"{output}: {rows}: {said}")
     # What fails again is most of what is read here, and stops nothing.
     retry = replace(
         job.run, restart=False, retry="all" if config.every else "retryable", max_error_rate=1.0

@@ -36,8 +36,9 @@ def run_command(
 
     `resumes` says that a job which was interrupted is continued where it was, not begun anew.
     """
+    arguments = sys.argv[1:] if argv is None else list(argv)
     try:
-        job(_parse(config, prog, argv))
+        job(_parse(config, prog, arguments))
     except UsageError as error:
         return _say(prog, error, 2)
     except PipelineError as error:
@@ -45,16 +46,14 @@ def run_command(
     except BrokenPipeError:  # who read our output, `head` for one, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        restarts = "--restart" in (sys.argv if argv is None else argv)
-        command = "the same command" + (" without --restart" if restarts else " again")
-        hint = f"; {command} completes the run" if resumes else ""
+        how = "without --restart" if "--restart" in arguments else "again"
+        hint = f"; the same command {how} completes the run" if resumes else ""
         return _say(prog, f"interrupted{hint}", 130)
     return 0
 
 
-def _parse(config: type[Config], prog: str, argv: Sequence[str] | None) -> Config:
+def _parse(config: type[Config], prog: str, arguments: list[str]) -> Config:
     """`config` from the command line; what tyro says of a mistake in a box becomes one line."""
-    arguments = sys.argv[1:] if argv is None else list(argv)
     for argument in arguments:
         if any("\ud800" <= c <= "\udfff" for c in argument):  # bytes that are no UTF-8
             raise UsageError(f"an argument that is not UTF-8: {argument!a}")

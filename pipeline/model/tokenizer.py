@@ -46,14 +46,19 @@ class Tokenizer:
     for no text. `content_hash` is another one where other ids may come out; "" without a folder.
     """
 
-    content_hash = ""
-
-    def __init__(self, backend: Backend, bos: str = START, eos: str = END, pad: str = END):
+    def __init__(
+        self,
+        backend: Backend,
+        bos: str = START,
+        eos: str = END,
+        pad: str = END,
+        content_hash: str = "",
+    ):
         """Wrap `backend`, which neither truncates, pads nor adds special tokens.
 
         KeyError where one of the three special tokens is not in the vocabulary.
         """
-        self.backend = backend
+        self.backend, self.content_hash = backend, content_hash
         vocab = backend.get_vocab(with_added_tokens=True)
         ids = {token: vocab[token] for token in (bos, eos, pad)}
         self.bos_id, self.eos_id, self.pad_id = ids[bos], ids[eos], ids[pad]
@@ -78,7 +83,8 @@ class Tokenizer:
         tokens = [
             (t.content, t.single_word, t.lstrip, t.rstrip, t.normalized, t.special) for t in added
         ]
-        decides = [sorted(vocab.items()), merges, text, tokens]
+        decides = json.dumps([sorted(vocab.items()), merges, text, tokens])
+        content_hash = hashlib.sha256(decides.encode()).hexdigest()[:16]
         backend = build_backend(vocab, merges, text["unk_token"])
         backend.add_tokens(added)
         for key in ("bos_token", "eos_token"):
@@ -86,9 +92,8 @@ class Tokenizer:
                 raise CheckpointError(
                     f"{source}: lacks {text[key]!r}, which is {key} (see tokenizer_config.json)"
                 )
-        tokenizer = cls(backend, text["bos_token"], text["eos_token"], text["pad_token"])
-        tokenizer.content_hash = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
-        return tokenizer
+        bos, eos, pad = (text[key] for key in ("bos_token", "eos_token", "pad_token"))
+        return cls(backend, bos, eos, pad, content_hash)
 
     def __call__(
         self, texts: Sequence[str], max_length: int = 77, *, pad_to_longest: bool = False
