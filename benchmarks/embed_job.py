@@ -20,12 +20,12 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import transformers
 
 from benchmarks.shards import photos, write_tars
 from benchmarks.watch import Watched, run_watched
+from pipeline.parts import read_part
 
 TINY = {
     "hidden_size": 64,
@@ -65,7 +65,7 @@ def run(peer: str, source: Path, output: Path, model: Path) -> Watched:
 def vectors_of(output: Path) -> dict[str, np.ndarray]:
     """Key -> vector, of whatever Parquet files a contender left."""
     folder = output / "embeddings" if (output / "embeddings").is_dir() else output
-    tables = [pq.read_table(path, columns=["key", "vector"]) for path in folder.glob("*.parquet")]
+    tables = [read_part(str(path), ["key", "vector"]) for path in folder.glob("*.parquet")]
     rows = [zip(t["key"].to_pylist(), _as_rows(t["vector"]), strict=True) for t in tables]
     return {key: vector for some in rows for key, vector in some}
 

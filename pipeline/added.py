@@ -9,17 +9,16 @@ covers the rows that came out well in the run's first pass: what failed there is
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.errors import JobError, NotFoundError, UsageError
+from pipeline.parts import read_part
 from pipeline.receipts import receipts_of, stem
 from pipeline.schema import Table
 from pipeline.shard import Shard
@@ -83,8 +82,7 @@ def _first_images(output: str, shard: Shard) -> pa.Table:
     uri = storage.join(output, "images", f"{stem(shard.name)}.parquet")
     images = pa.table({"row": pa.array([], pa.int64()), "key": pa.array([], pa.string())})
     with contextlib.suppress(NotFoundError):  # no image at all, if the receipt agrees
-        data = io.BytesIO(storage.read_bytes(uri))
-        images = pq.read_table(data, columns=["row", "key"]).combine_chunks()
+        images = read_part(uri, ["row", "key"]).combine_chunks()
     receipts = receipts_of(output, replace(shard, first_prompt=0))
     if [receipt.ok for receipt in receipts] != [len(images)]:
         raise JobError(f"shard {shard.name}: being made anew by another command; run it again")

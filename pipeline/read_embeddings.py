@@ -24,6 +24,7 @@ from pipeline.errors import (
     StorageError,
     UsageError,
 )
+from pipeline.parts import open_part, read_part
 from pipeline.read import shard_failure
 from pipeline.read_parquet import read_schema
 from pipeline.receipts import is_added
@@ -34,7 +35,6 @@ from pipeline.vectors import (
     EmbeddingTable,
     Vectors,
     find_parts,
-    open_part,
     open_table,
     read_vectors,
 )
@@ -91,7 +91,7 @@ def plan_embeddings(table: EmbeddingTable) -> list[Shard]:
 
 def _read_name(file: Stored) -> str:
     """The shard that a part is of, as its first row says."""
-    with open_part(file) as parquet:
+    with open_part(file.uri, file.version) as parquet:
         first = next(parquet.iter_batches(1, columns=["shard"]), None)
         if first is None:
             raise JobError(f"{file.uri}: a part without rows")
@@ -162,8 +162,7 @@ def read_embeddings(
 
 def _read_errors(uri: str) -> dict[int | None, dict[str, Any]]:
     """By row, what of a record of schema.VECTORS a part of the errors says; None: of the shard."""
-    with open_part(Stored(uri=uri, size_bytes=0, version="")) as parquet:
-        found = parquet.read(["row", "key", *_WHY]).to_pylist()
+    found = read_part(uri, ["row", "key", *_WHY]).to_pylist()
     records = {record["row"]: record for record in found}
     return {
         row: record if row is not None else {name: record[name] for name in _WHY}

@@ -12,17 +12,19 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
+import pyarrow as pa
+import pyarrow.compute as pc
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 from pycocotools import mask as coco
 
 from pipeline import storage
 from pipeline.errors import RowError
+from pipeline.parts import open_part
 from pipeline.prepare import decode_image
 from pipeline.read import read_shard
 from pipeline.receipts import stem
@@ -34,6 +36,7 @@ MARGIN_PX = 28
 LINE_PX = 19
 MAX_HEIGHT_PX = 320  # of a cell, for tall images
 
+_MASKS_AT_ONCE = 256
 _PAPER, _INK, _FADED = (255, 255, 255), (32, 34, 38), (126, 130, 138)
 # One accent for every mask: a colour per prompt would be read as the colour of what was found.
 _ACCENT = (226, 0, 116)
@@ -118,10 +121,8 @@ def _rows_of_output(
         images = _first_images(_parts_of(parts["images"], shard), quota)
         masks: dict[int, list[dict[str, Any]]] = {row: [] for row in images}
         for uri in _parts_of(parts["masks"], shard):
-            wanted = [("row", "in", list(images)), ("prompt_id", "<", max_prompts)]
-            with storage.open_read(uri) as file:
-                for mask in pq.read_table(file, filters=wanted).to_pylist():
-                    masks[mask["row"]].append(mask)
+            for mask in _masks_of(uri, list(images), max_prompts):
+                masks[mask["row"]].append(mask)
         for row, thumbnail in _thumbnails(shard, set(images), max_pixels):
             yield _sheet_row(images[row], masks[row], thumbnail)
         left -= len(images)
@@ -142,13 +143,24 @@ def _first_images(uris: list[str], count: int) -> dict[int, dict[str, Any]]:
     """Up to `count` rows of the table of images, by row."""
     found: dict[int, dict[str, Any]] = {}
     for uri in uris:
-        with storage.open_read(uri) as file:
+        with open_part(uri) as parquet:
             columns = ["row", "key", "height", "width"]
-            batches = pq.ParquetFile(file).iter_batches(batch_size=count, columns=columns)
+            batches = parquet.iter_batches(batch_size=count, columns=columns, use_threads=False)
             for image in next(batches).to_pylist() if count else []:
                 if len(found) < count:
                     found[image["row"]] = image
     return found
+
+
+def _masks_of(uri: str, rows: Collection[int], max_prompts: int) -> Iterator[dict[str, Any]]:
+    """A part is in the order of its rows: what comes after the last one wanted is not read."""
+    with open_part(uri) as parquet:
+        for batch in parquet.iter_batches(_MASKS_AT_ONCE, use_threads=False) if rows else ():
+            wanted = pc.is_in(batch["row"], value_set=pa.array(rows, pa.int64()))
+            early = pc.less(batch["prompt_id"], max_prompts)
+            yield from batch.filter(pc.and_(wanted, early)).to_pylist()
+            if batch["row"][-1].as_py() > max(rows):
+                return
 
 
 def _thumbnails(

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import pyarrow.parquet as pq
-
 from pipeline import storage
 from pipeline.commit import DECISION
-from pipeline.errors import JobError, one_line
+from pipeline.errors import one_line
+from pipeline.parts import read_part
 from pipeline.receipts import (
     RECEIPTS,
     Receipt,
@@ -153,12 +151,8 @@ def read_failures(output: str) -> Failures:
 
 
 def _read_errors(uri: str) -> list[dict[str, Any]]:
-    columns = ["shard", "reason", "retryable"]
-    data = io.BytesIO(storage.read_bytes(uri))
-    try:
-        return pq.read_table(data, columns=columns).to_pylist()
-    except (OSError, ValueError) as error:  # what pyarrow raises for damage
-        raise JobError(f"{uri}: not a readable part of the errors table") from error
+    found: list[dict[str, Any]] = read_part(uri, ["shard", "reason", "retryable"]).to_pylist()
+    return found
 
 
 def discard_pass(output: str, stem: str, tables: list[str]) -> None:

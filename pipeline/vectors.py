@@ -11,18 +11,17 @@ Shapes: B rows of a batch, D dimension.
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.account import is_unfinished
 from pipeline.errors import JobError, UsageError
+from pipeline.parts import open_part
 from pipeline.storage import Stored
 from pipeline.write import EMPTY_PART
 
@@ -78,7 +77,7 @@ def open_table(source: str, column: str = "vector") -> EmbeddingTable:
     files = [file for file in parts if not file.uri.endswith(f"/{EMPTY_PART}")]
     if not files:
         raise UsageError(f"{source}: the table of embeddings has no rows (yet)")
-    with open_part(files[0]) as parquet:
+    with open_part(files[0].uri, files[0].version) as parquet:
         found = _read_metadata(parquet.schema_arrow, files[0].uri, column)
     output = storage.parent(folder)
     return EmbeddingTable(
@@ -126,7 +125,7 @@ def warn_of_missing_rows(table: EmbeddingTable) -> None:
 
 def count_rows(file: Stored) -> int:
     """The rows of a part, by its footer."""
-    with open_part(file) as parquet:
+    with open_part(file.uri, file.version) as parquet:
         return int(parquet.metadata.num_rows)
 
 
@@ -143,7 +142,7 @@ def read_vectors(
     In memory is one batch, whatever the size of the part. Raises UsageError when the part is of
     another model than the table's first, JobError when it is damaged, StorageError.
     """
-    with open_part(file) as parquet:
+    with open_part(file.uri, file.version) as parquet:
         found = _read_metadata(parquet.schema_arrow, file.uri, table.column)
         if found["weights_hash"] != table.weights_hash:
             raise UsageError(
@@ -184,17 +183,6 @@ def normalize(rows: np.ndarray) -> np.ndarray:
 
 def _named(model: str, weights_hash: str) -> str:
     return f"{model} (weights {weights_hash[:12]})"
-
-
-@contextlib.contextmanager
-def open_part(file: Stored) -> Iterator[pq.ParquetFile]:
-    """A part, streamed by pages; damage is a JobError that names it."""
-    with storage.open_read(file.uri, version=file.version) as source:
-        try:
-            yield pq.ParquetFile(source, buffer_size=2**20, pre_buffer=False)
-        except (OSError, pa.ArrowException) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise JobError(f"{file.uri}: damaged or not Parquet: {reason}") from error
 
 
 def _read_metadata(schema: pa.Schema, uri: str, column: str) -> dict[str, str]:
