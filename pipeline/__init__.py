@@ -10,6 +10,7 @@ The modules in the order of the flow:
     command      the command line of every job, made from its config
     faults, retry, s3, s3_read, s3_write, storage
                  local disk and S3: list, read, write so that nobody sees half a file
+    parts        reading the parts of an output's tables
     isolate      a generator run in a process of its own
     shard, read_tar, read_parquet
                  what the unit of work is, and its rows, strictly read
