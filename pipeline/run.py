@@ -74,6 +74,8 @@ def ray_session() -> Iterator[None]:
             options["runtime_env"] = {"env_vars": told}
         if not os.environ.get("RAY_ADDRESS"):
             _require_token()
+            # Ray ends a task's process that was idle for 1 s: the next pays for its imports again.
+            os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
             # Not any cluster that /tmp says is running on this machine: it may be another user's.
             options |= {"address": "local", "include_dashboard": False}
         try:

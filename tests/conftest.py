@@ -88,6 +88,8 @@ def local_ray(s3: Any) -> Iterator[None]:
     """One Ray for all tests; it starts after S3, whose endpoint its workers inherit."""
     import ray
 
+    # Workers outlive the jobs of the tests, with what they have imported.
+    os.environ["RAY_idle_worker_killing_time_threshold_ms"] = "600000"
     options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
     ray.init(address="local", num_cpus=2, **options)
     yield
