@@ -89,7 +89,7 @@ def local_ray(s3: Any) -> Iterator[None]:
     import ray
 
     # Workers outlive the jobs of the tests, with what they have imported.
-    os.environ["RAY_idle_worker_killing_time_threshold_ms"] = "600000"
+    os.environ["RAY_idle_worker_killing_time_threshold_ms"] = "600000"  # noqa: SIM112
     options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
     ray.init(address="local", num_cpus=2, **options)
     yield

@@ -563,7 +563,7 @@ WORDS = ["--model", str(ROOT / "pipeline/demo/model"), "--prompt", "blue", "--qu
 
 def run_segment(source: str, output: str, *options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "jobs.segment", source, output, *WORDS, *options]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
 
 
 def segment_here(folder: Path) -> str:

@@ -256,7 +256,7 @@ def test_s3_by_several_processes_at_once(s3: Any, bucket: str, single: Path, cac
             )
             for _ in range(2)
         ]
-        folders = {process.communicate(timeout=60)[0].strip() for process in running}
+        folders = {process.communicate(timeout=300)[0].strip() for process in running}
     assert [str(path) for path in cache.iterdir()] == list(folders)
     assert hash_weights(next(iter(folders))) == hash_weights(single)
 

@@ -243,5 +243,5 @@ def browse(file: Path, *options: str) -> str:
     common = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", *quiet]
     profile = f"--user-data-dir={file.parent}/profile"
     command = [str(CHROMIUM), *common, profile, *options, file.as_uri()]
-    done = subprocess.run(command, capture_output=True, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, timeout=300, check=True)
     return done.stdout.decode()

@@ -399,7 +399,7 @@ def test_one_cpu_of_a_running_cluster_is_enough(tmp_path: Path, checkpoint: Path
             env={**os.environ, "RAY_ADDRESS": cluster.address},
             capture_output=True,
             text=True,
-            timeout=180,
+            timeout=400,
             check=False,
         )
     finally:

@@ -143,7 +143,7 @@ def legal(max_pixels: int) -> Iterator[tuple[str, bytes]]:
 def peaks(folder: Path, max_pixels: int, processor: dict[str, Any]) -> list[tuple[str, str, int]]:
     """(file, reason, peak so far above that of the imports, in bytes), in the order decoded."""
     command = [sys.executable, "-c", _DECODE, str(folder), str(max_pixels), json.dumps(processor)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
 
