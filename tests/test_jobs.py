@@ -192,13 +192,10 @@ FORMS: dict[str, Callable[[str], str]] = {
 }
 
 
-# From disk, too, in `make soak`.
+# The rest in `make soak`; how each form is planned and read is in test_plan and test_read, too.
+ALWAYS = {("tar", "s3"), ("parquet", "s3"), ("folders", "s3"), ("img2dataset_webdataset", "local")}
 BOTH = [
-    pytest.param(
-        form,
-        where,
-        marks=[pytest.mark.soak] if where == "local" else [],
-    )
+    pytest.param(form, where, marks=[] if (form, where) in ALWAYS else [pytest.mark.soak])
     for form in FORMS
     for where in ("local", "s3")
 ]

@@ -90,7 +90,7 @@ def test_the_same_command_completes_what_lost_a_task_an_actor_and_its_driver(
     seen, repeated = soak.rows_of(str(output))  # what a reader sees is whole, and part of the rows
     assert not repeated
     assert seen.items() <= wanted.items()
-    assert start(source, output).wait(600) == 0
+    assert segment.main(arguments(source, output)) == 0
     assert soak.rows_of(str(output)) == (wanted, 0)
     assert before.items() <= receipts(output).items()
     assert (output / "_SUCCESS").exists()
