@@ -108,6 +108,7 @@ def test_vectors_equal_the_reference(tmp_path: Path, shards: Path, model: Path) 
     assert_every_part_tells_what_it_holds(tmp_path, model)
 
 
+@pytest.mark.parametrize("model", ["clip"], indirect=True)
 def test_vectors_as_the_model_gives_them(tmp_path: Path, shards: Path, model: Path) -> None:
     run(shards, tmp_path, model, "--no-normalize", "--dtype", "float16")
     frame = read(tmp_path)
@@ -166,7 +167,10 @@ def write_texts(folder: Path, form: str) -> str:
     return "caption"
 
 
-@pytest.mark.parametrize("form", ["parquet", "json", "txt", "files"])
+@pytest.mark.parametrize(
+    "form",
+    ["parquet", "txt", *(pytest.param(form, marks=pytest.mark.soak) for form in ("json", "files"))],
+)
 def test_texts_beside_the_images(
     form: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -235,6 +239,7 @@ def test_a_long_embedding_is_normalised_and_not_lost(tmp_path: Path) -> None:
     assert np.linalg.norm(vectors, axis=1) == pytest.approx(1)
 
 
+@pytest.mark.parametrize("model", ["clip"], indirect=True)
 def test_an_image_without_its_text_is_an_error(tmp_path: Path, model: Path) -> None:
     (tmp_path / "in").mkdir()
     members = [("a.jpg", photos()[0]), ("b.jpg", photos()[1]), ("b.txt", b"a cat")]
