@@ -148,7 +148,10 @@ def is_complete(
     found = {path.relative_to(output).as_posix(): path.read_bytes() for path in parts}
     assert {path: hashlib.sha256(data).hexdigest() for path, data in found.items()} == said
     used = {
-        row["threshold"] for p in output.glob("masks/*") for row in pq.read_table(p).to_pylist()
+        row["threshold"]
+        for path in parts
+        if path.parent.name == "masks"
+        for row in pq.read_table(path).to_pylist()
     }
     assert used == {threshold}
     return True
