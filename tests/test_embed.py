@@ -27,6 +27,7 @@ from pipeline.embed import EmbedImages, open_embedder
 pytestmark = pytest.mark.usefixtures("local_ray")
 
 DIMENSION = checkpoints.PROJECTION
+CLIP_ALWAYS = ["clip", pytest.param("clipseg", marks=pytest.mark.soak)]
 
 
 @pytest.fixture(scope="session", params=["clip", "clipseg"])
@@ -108,7 +109,7 @@ def test_vectors_equal_the_reference(tmp_path: Path, shards: Path, model: Path) 
     assert_every_part_tells_what_it_holds(tmp_path, model)
 
 
-@pytest.mark.parametrize("model", ["clip"], indirect=True)
+@pytest.mark.parametrize("model", CLIP_ALWAYS, indirect=True)
 def test_vectors_as_the_model_gives_them(tmp_path: Path, shards: Path, model: Path) -> None:
     run(shards, tmp_path, model, "--no-normalize", "--dtype", "float16")
     frame = read(tmp_path)
@@ -239,7 +240,7 @@ def test_a_long_embedding_is_normalised_and_not_lost(tmp_path: Path) -> None:
     assert np.linalg.norm(vectors, axis=1) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("model", ["clip"], indirect=True)
+@pytest.mark.parametrize("model", CLIP_ALWAYS, indirect=True)
 def test_an_image_without_its_text_is_an_error(tmp_path: Path, model: Path) -> None:
     (tmp_path / "in").mkdir()
     members = [("a.jpg", photos()[0]), ("b.jpg", photos()[1]), ("b.txt", b"a cat")]
