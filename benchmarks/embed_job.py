@@ -25,7 +25,7 @@ import transformers
 
 from benchmarks.shards import photos, write_tars
 from benchmarks.watch import Watched, run_watched
-from pipeline.parts import read_part
+from pipeline.write.parts import read_part
 
 TINY = {
     "hidden_size": 64,

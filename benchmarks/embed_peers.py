@@ -114,13 +114,15 @@ def ray_data(source: Path, output: Path, model: str) -> None:
 
 def chain(source: Path, output: Path, model: str) -> None:
     """jobs/embed.py up to the vectors, then Ray's own writer."""
-    from pipeline.config import WorkerOptions
-    from pipeline.embed import EmbedImages, open_embedder
-    from pipeline.prepare import PrepareImages
-    from pipeline.read import plan_shards, read_batches
-    from pipeline.run import dataset_of, ray_session, share_cluster
+    from pipeline.config.options import WorkerOptions
+    from pipeline.infer.embed import EmbedImages, open_embedder
+    from pipeline.prepare.images import PrepareImages
+    from pipeline.read.records import plan_shards, read_batches
+    from pipeline.run.resources import share_cluster
+    from pipeline.run.session import ray_session
+    from pipeline.run.source import dataset_of
     from pipeline.schema import embeddings
-    from pipeline.tables import embedding_rows
+    from pipeline.write.rows import embedding_rows
 
     embedder = open_embedder(model, text=False, normalize=True, dtype="float32")
     columns = embeddings(embedder.checkpoint.dimension, "float32", {}, text=False)

@@ -20,14 +20,14 @@ from pathlib import Path
 import pyarrow as pa
 
 from benchmarks.shards import small_images, write_tars
-from pipeline.config import SegmentConfig
+from pipeline.config.segment import SegmentConfig
 from pipeline.demo import MODEL
-from pipeline.plan import plan_shards
-from pipeline.prepare import PrepareImages
-from pipeline.read import read_batches, shard_to_row
-from pipeline.segment import SegmentImages, encode_prompts
-from pipeline.tables import MakeTables
-from pipeline.write import WriteFragments
+from pipeline.infer.segment import SegmentImages, encode_prompts
+from pipeline.prepare.images import PrepareImages
+from pipeline.read.inputs import plan_shards
+from pipeline.read.records import read_batches, shard_to_row
+from pipeline.write.fragments import WriteFragments
+from pipeline.write.rows import MakeTables
 
 
 def plain_loop(source: Path, output: Path) -> float:

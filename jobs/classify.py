@@ -19,24 +19,28 @@ from collections.abc import Sequence
 
 import ray.data
 
-from pipeline.account import Run, open_run, summary
-from pipeline.classify import Classifier, ClassifyImages, ClassifyVectors, open_classifier
-from pipeline.command import run_command
-from pipeline.config import EmbedConfig
-from pipeline.config_classify import ClassifyConfig
-from pipeline.errors import CheckpointError, UsageError
-from pipeline.prepare import PrepareImages
-from pipeline.read import plan_shards, read_batches
-from pipeline.read_embeddings import (
+from pipeline.config.classify import ClassifyConfig
+from pipeline.config.command import run_command
+from pipeline.config.embed import EmbedConfig
+from pipeline.embeddings.source import (
     ReadEmbeddings,
     open_embeddings,
     plan_embeddings,
 )
-from pipeline.run import Shares, bounded, dataset_of, finish, ray_session, share_cluster
+from pipeline.embeddings.vectors import EmbeddingTable, check_weights
+from pipeline.errors import CheckpointError, UsageError
+from pipeline.infer.classify import Classifier, ClassifyImages, ClassifyVectors, open_classifier
+from pipeline.prepare.images import PrepareImages
+from pipeline.read.records import plan_shards, read_batches
+from pipeline.run.follow import finish
+from pipeline.run.guard import bounded
+from pipeline.run.lifecycle import Run, open_run, summary
+from pipeline.run.resources import Shares, share_cluster
+from pipeline.run.session import ray_session
+from pipeline.run.source import dataset_of
 from pipeline.storage import set_storage_timeout
-from pipeline.tables import MakeLabelTables
-from pipeline.vectors import EmbeddingTable, check_weights
-from pipeline.write import WriteFragments
+from pipeline.write.fragments import WriteFragments
+from pipeline.write.rows import MakeLabelTables
 
 
 def classify(config: ClassifyConfig) -> None:

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.progress import Progress
 
-from pipeline.command import run_command
-from pipeline.config_search import DuplicatesConfig
-from pipeline.duplicates import DUPLICATES, find_duplicates
-from pipeline.results import show_groups, write_parquet
-from pipeline.vectors import open_table, warn_of_missing_rows
+from pipeline.config.command import run_command
+from pipeline.config.search import DuplicatesConfig
+from pipeline.embeddings.duplicates import DUPLICATES, find_duplicates
+from pipeline.embeddings.results import show_groups, write_parquet
+from pipeline.embeddings.vectors import open_table, warn_of_missing_rows
 
 
 def duplicates(config: DuplicatesConfig) -> None:

@@ -14,16 +14,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from pipeline.account import open_run, summary
-from pipeline.command import run_command
-from pipeline.config import EmbedConfig
-from pipeline.embed import EmbedImages, open_embedder
-from pipeline.prepare import PrepareImages
-from pipeline.read import plan_shards, read_batches
-from pipeline.run import bounded, dataset_of, finish, ray_session, share_cluster
+from pipeline.config.command import run_command
+from pipeline.config.embed import EmbedConfig
+from pipeline.infer.embed import EmbedImages, open_embedder
+from pipeline.prepare.images import PrepareImages
+from pipeline.read.records import plan_shards, read_batches
+from pipeline.run.follow import finish
+from pipeline.run.guard import bounded
+from pipeline.run.lifecycle import open_run, summary
+from pipeline.run.resources import share_cluster
+from pipeline.run.session import ray_session
+from pipeline.run.source import dataset_of
 from pipeline.storage import set_storage_timeout
-from pipeline.tables import MakeEmbeddingTables
-from pipeline.write import WriteFragments
+from pipeline.write.fragments import WriteFragments
+from pipeline.write.rows import MakeEmbeddingTables
 
 
 def embed(config: EmbedConfig) -> None:

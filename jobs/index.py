@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.progress import Progress
 
-from pipeline.command import run_command
-from pipeline.config_search import IndexConfig
-from pipeline.index import VectorIndex, build_index
-from pipeline.recall import TOP, Recall, measure_recall
-from pipeline.vectors import open_table, warn_of_missing_rows
+from pipeline.config.command import run_command
+from pipeline.config.search import IndexConfig
+from pipeline.embeddings.index import VectorIndex, build_index
+from pipeline.embeddings.recall import TOP, Recall, measure_recall
+from pipeline.embeddings.vectors import open_table, warn_of_missing_rows
 
 
 def index(config: IndexConfig) -> None:

@@ -15,15 +15,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 
-from pipeline.account import is_unfinished
-from pipeline.added import read_added
-from pipeline.command import run_command
-from pipeline.config import EmbedConfig, SegmentConfig
-from pipeline.config_classify import ClassifyConfig
-from pipeline.config_status import RetryConfig, config_from_record
+from pipeline.config.classify import ClassifyConfig
+from pipeline.config.command import run_command
+from pipeline.config.embed import EmbedConfig
+from pipeline.config.segment import SegmentConfig
+from pipeline.config.status import RetryConfig, config_from_record
 from pipeline.errors import UsageError
-from pipeline.resume import read_failures
-from pipeline.status import open_output
+from pipeline.run.lifecycle import is_unfinished
+from pipeline.run.resume import read_failures
+from pipeline.run.status import open_output
+from pipeline.write.passes import read_added
 
 JOBS: dict[str, type[SegmentConfig | EmbedConfig | ClassifyConfig]] = {
     "segment": SegmentConfig,

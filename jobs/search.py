@@ -21,15 +21,15 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from pipeline.command import run_command
-from pipeline.config_search import SearchConfig
-from pipeline.gallery import open_gallery, write_gallery
-from pipeline.index import is_index, open_index, search_index
-from pipeline.query import encode_queries, queries_of
-from pipeline.results import RESULTS, results_table, show_results, write_parquet
-from pipeline.search import ExactSearch, Hit, search_files
+from pipeline.config.command import run_command
+from pipeline.config.search import SearchConfig
+from pipeline.embeddings.gallery import open_gallery, write_gallery
+from pipeline.embeddings.index import is_index, open_index, search_index
+from pipeline.embeddings.query import encode_queries, queries_of
+from pipeline.embeddings.results import RESULTS, results_table, show_results, write_parquet
+from pipeline.embeddings.search import ExactSearch, Hit, search_files
+from pipeline.embeddings.vectors import EmbeddingTable, open_table, warn_of_missing_rows
 from pipeline.storage import Stored
-from pipeline.vectors import EmbeddingTable, open_table, warn_of_missing_rows
 
 # Smaller tables are searched sooner than Ray starts: a core reads about 0.5 GB/s.
 RAY_FROM_BYTES = 2 * 2**30
@@ -83,7 +83,7 @@ def search_on_ray(
     """As search_files over all parts of a table, by Ray tasks that read a group of parts each."""
     import ray  # 2 s, which a search in this process does without
 
-    from pipeline.run import ray_session
+    from pipeline.run.session import ray_session
 
     groups = group_files(table.files, group_bytes)
     search = ExactSearch(queries, top)

@@ -17,17 +17,21 @@ from collections.abc import Sequence
 
 import ray.data
 
-from pipeline.account import Run, open_run, summary
-from pipeline.command import run_command
-from pipeline.config import SegmentConfig
-from pipeline.prepare import PrepareImages
-from pipeline.read import plan_shards, read_batches
-from pipeline.report import write_contact_sheet
-from pipeline.run import Shares, bounded, dataset_of, finish, ray_session, share_cluster
-from pipeline.segment import PromptedModel, SegmentImages, encode_prompts
+from pipeline.annotations.contact_sheet import write_contact_sheet
+from pipeline.config.command import run_command
+from pipeline.config.segment import SegmentConfig
+from pipeline.infer.segment import PromptedModel, SegmentImages, encode_prompts
+from pipeline.prepare.images import PrepareImages
+from pipeline.read.records import plan_shards, read_batches
+from pipeline.run.follow import finish
+from pipeline.run.guard import bounded
+from pipeline.run.lifecycle import Run, open_run, summary
+from pipeline.run.resources import Shares, share_cluster
+from pipeline.run.session import ray_session
+from pipeline.run.source import dataset_of
 from pipeline.storage import set_storage_timeout
-from pipeline.tables import MakeTables
-from pipeline.write import WriteFragments
+from pipeline.write.fragments import WriteFragments
+from pipeline.write.rows import MakeTables
 
 
 def segment(config: SegmentConfig) -> None:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from pipeline.command import run_command
-from pipeline.config_status import StatusConfig
-from pipeline.status import describe, open_output
+from pipeline.config.command import run_command
+from pipeline.config.status import StatusConfig
+from pipeline.run.status import describe, open_output
 
 
 def status(config: StatusConfig) -> None:

@@ -76,7 +76,7 @@ def s3() -> Iterator[Any]:
 @pytest.fixture
 def fresh_client(s3: Any) -> Iterator[None]:
     """The S3 client is made anew in the test, from the environment as the test leaves it."""
-    from pipeline.s3 import _client_of
+    from pipeline.storage.s3 import _client_of
 
     _client_of.cache_clear()
     yield

@@ -31,8 +31,8 @@ from safetensors.torch import save
 from pipeline.errors import REASONS, CheckpointError, RowError
 from pipeline.model.clipseg import CLIPSeg
 from pipeline.model.config import CLIPSegConfig
-from pipeline.model.preprocess import ImageProcessor
-from pipeline.read_tar import read_tar
+from pipeline.prepare.processor import ImageProcessor
+from pipeline.read.tar import read_tar
 from tests.shards import link, make_tar
 
 INPUT_TIMEOUT_S = 20

@@ -10,10 +10,10 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pipeline import read
 from pipeline.errors import JobError
-from pipeline.prepare import PrepareImages
-from pipeline.shard import Shard
+from pipeline.prepare.images import PrepareImages
+from pipeline.read import records as read
+from pipeline.read.shard import Shard
 
 POISON = b"poison"
 

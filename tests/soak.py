@@ -37,8 +37,9 @@ from fault_proxy import Fault, FaultProxy, Request
 from PIL import Image
 from shards import make_tar
 
-from pipeline import s3_write, storage
-from pipeline.write import unpack_tables
+from pipeline import storage
+from pipeline.storage import s3_write
+from pipeline.write.fragments import unpack_tables
 
 ROOT = Path(__file__).parent.parent
 SHARDS, IMAGES = 8, 24

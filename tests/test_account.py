@@ -12,13 +12,14 @@ import pytest
 from test_commit import of_run
 from test_write import SHARD, TABLES, images, masks, part, write
 
-from pipeline import record
-from pipeline.account import close_run, open_run
-from pipeline.commit import finish_shard
-from pipeline.config import RunOptions, SegmentConfig, WorkerOptions
+from pipeline.config.options import RunOptions, WorkerOptions
+from pipeline.config.segment import SegmentConfig
 from pipeline.errors import JobError, UsageError
-from pipeline.receipts import stem
-from pipeline.shard import Shard
+from pipeline.read.shard import Shard
+from pipeline.run import manifest as record
+from pipeline.run.lifecycle import close_run, open_run
+from pipeline.write.commit import finish_shard
+from pipeline.write.receipts import stem
 
 MODEL = {"weights_hash": "abc"}
 OTHER = replace(SHARD, name="c.tar", version="v1")

@@ -21,14 +21,18 @@ from test_commit import PLAN, KilledError, Schedule, _named, of_run, rows, step 
 from test_write import TABLES, errors, images, rows_of
 
 from jobs import status
-from pipeline import account, commit, resume, schema
-from pipeline.account import Run, close_run, open_run
-from pipeline.commit import finish_shard
-from pipeline.config import RunOptions, SegmentConfig
+from pipeline import schema
+from pipeline.config.options import RunOptions
+from pipeline.config.segment import SegmentConfig
 from pipeline.errors import JobError, UsageError
-from pipeline.resume import discard_pass
-from pipeline.shard import Shard
-from pipeline.write import WriteFragments, pack_tables
+from pipeline.read.shard import Shard
+from pipeline.run import lifecycle as account
+from pipeline.run import resume
+from pipeline.run.lifecycle import Run, close_run, open_run
+from pipeline.run.resume import discard_pass
+from pipeline.write import commit
+from pipeline.write.commit import finish_shard
+from pipeline.write.fragments import WriteFragments, pack_tables
 
 # What comes out of the four records of a shard: images and errors, by the number of the pass.
 GOOD, BAD = (0, 1, 3), (2,)

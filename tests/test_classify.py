@@ -21,11 +21,11 @@ from test_jobs import PIXELS, photos
 
 from jobs import classify, embed
 from pipeline import schema
-from pipeline.checkpoint import Checkpoint
-from pipeline.classify import Classifier, ClassifyVectors, rank_labels
-from pipeline.model.preprocess import ImageProcessor
+from pipeline.embeddings.source import open_embeddings, plan_embeddings, read_embeddings
+from pipeline.infer.checkpoint import Checkpoint
+from pipeline.infer.classify import Classifier, ClassifyVectors, rank_labels
 from pipeline.model.weights import hash_weights
-from pipeline.read_embeddings import open_embeddings, plan_embeddings, read_embeddings
+from pipeline.prepare.processor import ImageProcessor
 
 LABELS = ["cat", "red star", "{}", "猫", "a dog's 12"]
 TEMPLATES = ["a photo of a {}.", "the {}", "{} !! circle"]

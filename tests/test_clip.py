@@ -32,9 +32,9 @@ from pipeline.model.clip import CLIP, contrastive_loss
 from pipeline.model.clipseg import CLIPSeg
 from pipeline.model.config import CLIPConfig, CLIPSegConfig, TextConfig, VisionConfig
 from pipeline.model.encoders import ImageClassifier, ImageEncoder, TextEncoder
-from pipeline.model.preprocess import ImageProcessor
 from pipeline.model.tokenizer import Tokenizer
 from pipeline.model.weights import hash_weights
+from pipeline.prepare.processor import ImageProcessor
 
 SMALL: dict[str, Any] = {
     "text_config": TEXT | {"projection_dim": PROJECTION},

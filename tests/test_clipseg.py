@@ -17,8 +17,8 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from pipeline.model import clipseg
 from pipeline.model.clipseg import CLIPSeg, segmentation_loss
-from pipeline.model.preprocess import ImageProcessor
 from pipeline.model.tokenizer import Tokenizer
+from pipeline.prepare.processor import ImageProcessor
 
 SMALL_TEXT = {
     "vocab_size": 99,

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.command import run_command
-from pipeline.config import SegmentConfig
+from pipeline.config.command import run_command
+from pipeline.config.segment import SegmentConfig
 from pipeline.errors import JobError
 
 

@@ -31,14 +31,15 @@ from hypothesis import strategies as st
 from test_write import SHARD, TABLES, errors, images, masks
 
 from pipeline import schema, storage
-from pipeline.account import close_run, open_run
-from pipeline.commit import finish_shard
-from pipeline.config import RunOptions, SegmentConfig
+from pipeline.config.options import RunOptions
+from pipeline.config.segment import SegmentConfig
 from pipeline.errors import JobError, UsageError
-from pipeline.receipts import RECEIPTS, stem, version_hash
-from pipeline.record import name_run, read_run
-from pipeline.shard import Shard
-from pipeline.write import EMPTY_PART, STAGING, WriteFragments, pack_tables
+from pipeline.read.shard import Shard
+from pipeline.run.lifecycle import close_run, open_run
+from pipeline.run.manifest import name_run, read_run
+from pipeline.write.commit import finish_shard
+from pipeline.write.fragments import EMPTY_PART, STAGING, WriteFragments, pack_tables
+from pipeline.write.receipts import RECEIPTS, stem, version_hash
 
 THRESHOLD = 0.5
 PLAN = [replace(SHARD, name=f"{name}.tar", uri=f"/in/{name}.tar") for name in "ab"]

@@ -12,8 +12,8 @@ import pytest
 from embeddings import embedding_part, ids_of, random_vectors, write_part, write_table
 
 from jobs import duplicates
-from pipeline.duplicates import Forest, find_duplicates
-from pipeline.vectors import open_table, read_vectors
+from pipeline.embeddings.duplicates import Forest, find_duplicates
+from pipeline.embeddings.vectors import open_table, read_vectors
 
 
 def clustered(count: int = 400, dimension: int = 24) -> np.ndarray:

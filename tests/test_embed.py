@@ -22,7 +22,7 @@ from test_jobs import PIXELS, photos
 
 from jobs import embed, segment
 from pipeline import schema
-from pipeline.embed import EmbedImages, open_embedder
+from pipeline.infer.embed import EmbedImages, open_embedder
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 

@@ -24,7 +24,7 @@ from fault_proxy import PASSING, Fault, FaultProxy
 from shards import make_tar
 
 from jobs import classify, embed, segment
-from pipeline import retry, s3_read, s3_write, storage
+from pipeline import storage
 from pipeline.demo import MODEL
 from pipeline.errors import (
     ChangedError,
@@ -33,9 +33,10 @@ from pipeline.errors import (
     StorageError,
     TransientError,
 )
-from pipeline.plan import plan_shards
-from pipeline.read import read_shard
-from pipeline.s3 import _client_of, client
+from pipeline.read.inputs import plan_shards
+from pipeline.read.records import read_shard
+from pipeline.storage import retry, s3_read, s3_write
+from pipeline.storage.s3 import _client_of, client
 
 ROOT = Path(__file__).parent.parent
 TIMEOUT = "CLIPSEG_RAY_STORAGE_TIMEOUT_S"

@@ -19,7 +19,7 @@ from checkpoints import change_tensors, save, save_bin, small_clipseg, write_voc
 from fake_hub import FakeHub
 
 from pipeline.errors import CheckpointError
-from pipeline.model.fetch import fetch
+from pipeline.infer.fetch import fetch
 from pipeline.model.weights import hash_weights
 
 
@@ -242,7 +242,7 @@ def test_s3_other_forms(
     assert hash_weights(fetch(f"{bucket}/m")) == hash_weights(source)
 
 
-_FETCH = "import sys; from pipeline.model.fetch import fetch; print(fetch(sys.argv[1]))"
+_FETCH = "import sys; from pipeline.infer.fetch import fetch; print(fetch(sys.argv[1]))"
 
 
 def test_s3_by_several_processes_at_once(s3: Any, bucket: str, single: Path, cache: Path) -> None:

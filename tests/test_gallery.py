@@ -19,13 +19,20 @@ import pytest
 from PIL import Image
 from shards import make_parquet, make_tar
 
-from pipeline import plan, storage
+from pipeline import storage
+from pipeline.embeddings.gallery import (
+    Images,
+    draw_gallery,
+    open_gallery,
+    read_thumbnails,
+    write_gallery,
+)
+from pipeline.embeddings.search import Hit
 from pipeline.errors import UsageError
-from pipeline.gallery import Images, draw_gallery, open_gallery, read_thumbnails, write_gallery
-from pipeline.plan import plan_shards
-from pipeline.receipts import write_receipt
-from pipeline.record import name_run
-from pipeline.search import Hit
+from pipeline.read import inputs as plan
+from pipeline.read.inputs import plan_shards
+from pipeline.run.manifest import name_run
+from pipeline.write.receipts import write_receipt
 
 CHROMIUM = shutil.which("chromium")
 HOSTILE = [

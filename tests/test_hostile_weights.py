@@ -18,7 +18,8 @@ from checkpoints import change_json, empty_clipseg, save, save_bin, small_clipse
 from safetensors.torch import load_file, save_file
 
 from pipeline.errors import CheckpointError
-from pipeline.model.weights import load_weights, read_json, read_shapes
+from pipeline.model.weights import load_weights, read_shapes
+from pipeline.storage.documents import read_json
 
 
 @pytest.fixture(scope="session")

@@ -20,8 +20,7 @@ from test_gallery import write_run, write_tar
 
 from jobs import duplicates, index, search
 from pipeline import storage
-from pipeline.errors import JobError, UsageError
-from pipeline.index import (
+from pipeline.embeddings.index import (
     FACTS,
     INDEX_FROM_ROWS,
     build_index,
@@ -29,10 +28,11 @@ from pipeline.index import (
     open_index,
     search_index,
 )
+from pipeline.embeddings.recall import draw_rows, measure_recall, share_found
+from pipeline.embeddings.search import Hit, search_files
+from pipeline.embeddings.vectors import open_table
+from pipeline.errors import JobError, UsageError
 from pipeline.model.weights import hash_weights
-from pipeline.recall import draw_rows, measure_recall, share_found
-from pipeline.search import Hit, search_files
-from pipeline.vectors import open_table
 
 ROOT = Path(__file__).parent.parent
 
@@ -258,8 +258,8 @@ def test_a_failed_build_is_no_index_and_is_begun_anew(folder: str) -> None:
 
 KILLED = """
 import sys, time
-import pipeline.index as i
-from pipeline.vectors import open_table
+import pipeline.embeddings.index as i
+from pipeline.embeddings.vectors import open_table
 table = open_table(sys.argv[1])
 def stop(share):
     print("copying", flush=True)

@@ -31,8 +31,8 @@ from shards import hugging_face_column, make_parquet, make_tar, write_img2datase
 
 from jobs import segment
 from pipeline import storage
-from pipeline.masks import mask_from_probabilities
-from pipeline.segment import BLOCK_BYTES
+from pipeline.infer.masks import mask_from_probabilities
+from pipeline.infer.segment import BLOCK_BYTES
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 

@@ -12,7 +12,7 @@ import pytest
 
 _START = """
 import os, sys, ray
-from pipeline.run import ray_session
+from pipeline.run.session import ray_session
 with ray_session():
     print(ray.get_runtime_context().gcs_address, flush=True)
     print(os.environ.get("RAY_AUTH_TOKEN", ""), flush=True)
@@ -70,7 +70,7 @@ def test_only_who_knows_the_token_can_run_code(tmp_path: Path) -> None:
 
 
 def test_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline.run import _require_token
+    from pipeline.run.session import _require_token
 
     monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")

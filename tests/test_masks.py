@@ -16,7 +16,7 @@ from pycocotools import mask as coco
 
 from pipeline import schema
 from pipeline.errors import RowError
-from pipeline.masks import (
+from pipeline.infer.masks import (
     mask_from_logits,
     mask_from_probabilities,
     masks_of_image,

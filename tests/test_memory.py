@@ -26,8 +26,8 @@ import json, re, sys
 from pathlib import Path
 import pyarrow as pa
 from pipeline import schema
-from pipeline.model.preprocess import ImageProcessor
-from pipeline.prepare import PrepareImages
+from pipeline.prepare.processor import ImageProcessor
+from pipeline.prepare.images import PrepareImages
 
 prepare = PrepareImages(ImageProcessor.from_dict(json.loads(sys.argv[3])), int(sys.argv[2]))
 blank = {"shard": "x", "row": 0, "key": "", "member": "", "text": "", "total": -1, "stage": "",

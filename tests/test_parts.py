@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import JobError
-from pipeline.parts import open_part, read_part
+from pipeline.write.parts import open_part, read_part
 
 TABLE = pa.table({"row": [0, 1], "reason": ["a", "b"], "more": [1, 2]})
 
@@ -38,6 +38,6 @@ def test_who_has_read_a_part_can_end(tmp_path: Path) -> None:
     """With pq.read_table, four in ten of such processes were aborted when they were done."""
     part = str(tmp_path / "a.parquet")
     pq.write_table(TABLE, part)
-    code = f"from pipeline.parts import read_part; read_part({part!r}, ['row'])"
+    code = f"from pipeline.write.parts import read_part; read_part({part!r}, ['row'])"
     ended = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(8)]
     assert [process.wait() for process in ended] == [0] * 8

@@ -8,11 +8,12 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from pipeline import plan, storage
+from pipeline import storage
 from pipeline.errors import UsageError
-from pipeline.plan import plan_shards
-from pipeline.shard import shard_from_row, shard_to_row
-from pipeline.uri import expand_braces
+from pipeline.read import inputs as plan
+from pipeline.read.inputs import plan_shards
+from pipeline.read.shard import shard_from_row, shard_to_row
+from pipeline.storage.uri import expand_braces
 from tests.shards import hugging_face_column, make_parquet, make_tar, write_img2dataset
 
 TAR = make_tar([("a.jpg", b"image")])
@@ -235,7 +236,8 @@ def test_a_large_parquet_file_is_several_shards(folder: str, monkeypatch: pytest
 
 _FLIPS = """
 import random, sys
-from pipeline import plan, storage
+from pipeline import storage
+from pipeline.read import inputs as plan
 path, tries = sys.argv[1], int(sys.argv[2])
 good = open(path, "rb").read()
 footer = len(good) - 8 - int.from_bytes(good[-8:-4], "little")

@@ -15,10 +15,11 @@ from PIL import Image
 from shards import make_tar
 
 from jobs import embed
-from pipeline import run
 from pipeline.errors import JobError
-from pipeline.isolate import ProcessDiedError, run_apart
-from pipeline.run import bounded, ray_session
+from pipeline.read.isolate import ProcessDiedError, run_apart
+from pipeline.run import session as run
+from pipeline.run.guard import bounded
+from pipeline.run.session import ray_session
 from tests.poison import POISON, PoisonedPrepare, count_and_die, die, poisoned_read_batches
 
 MODEL = Path(__file__).parent.parent / "pipeline" / "demo" / "model"

@@ -21,8 +21,8 @@ from PIL import Image, ImageFile, ImageOps
 
 from pipeline import schema
 from pipeline.errors import REASONS, RowError
-from pipeline.model.preprocess import ImageProcessor
-from pipeline.prepare import DecodedImage, PrepareImages, decode_image
+from pipeline.prepare.images import DecodedImage, PrepareImages, decode_image
+from pipeline.prepare.processor import ImageProcessor
 
 MAX_PIXELS = 1_000_000
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"]

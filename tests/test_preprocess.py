@@ -18,7 +18,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from pipeline.errors import CheckpointError
 from pipeline.model import resize
-from pipeline.model.preprocess import ImageProcessor
+from pipeline.prepare.processor import ImageProcessor
 
 IMAGENET: dict[str, Any] = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 ORACLES = {

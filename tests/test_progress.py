@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline import progress
-from pipeline.progress import ProgressDisplay
+from pipeline.run import progress
+from pipeline.run.progress import ProgressDisplay
 
 
 def test_off_a_terminal_there_is_one_line_now_and_then(

@@ -16,12 +16,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline import plan, read, s3_read, storage
+from pipeline import storage
 from pipeline.errors import CredentialsError, StorageError, TransientError
-from pipeline.plan import plan_shards
-from pipeline.read import BATCH_BYTES, read_batches, read_shard
+from pipeline.read import inputs as plan
+from pipeline.read import records as read
+from pipeline.read.inputs import plan_shards
+from pipeline.read.records import BATCH_BYTES, read_batches, read_shard
+from pipeline.read.shard import TEXT_LIMIT_BYTES, Sample, Shard, find_text, shard_to_row
 from pipeline.schema import RECORDS
-from pipeline.shard import TEXT_LIMIT_BYTES, Sample, Shard, find_text, shard_to_row
+from pipeline.storage import s3_read
 from tests.shards import hugging_face_column, make_parquet, make_tar, write_img2dataset
 
 Records = list[dict[str, Any]]

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import REASONS, RowError
-from pipeline.read_tar import read_tar
-from pipeline.shard import Sample
+from pipeline.read.shard import Sample
+from pipeline.read.tar import read_tar
 from tests.shards import Member, find_header, link, make_tar
 
 FIVE = [(f"{index}.jpg", b"image %d " % index * 200) for index in range(5)]

@@ -14,10 +14,10 @@ from PIL import Image
 from test_memory import BYTES_PER_PIXEL, COPIES, MORE_BYTES
 
 from jobs import embed, search, segment
-from pipeline import plan
-from pipeline.config import ImageOptions
+from pipeline.config.options import ImageOptions
 from pipeline.errors import REASONS
-from pipeline.run import WORKER_DEATHS
+from pipeline.read import inputs as plan
+from pipeline.run.guard import WORKER_DEATHS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

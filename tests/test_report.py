@@ -15,10 +15,18 @@ import pytest
 from PIL import Image
 
 from pipeline import schema
-from pipeline.masks import masks_of_image
-from pipeline.read import plan_shards
-from pipeline.receipts import stem
-from pipeline.report import CELL_PX, GAP_PX, MARGIN_PX, Cell, SheetRow, contact_sheet, draw_sheet
+from pipeline.annotations.contact_sheet import (
+    CELL_PX,
+    GAP_PX,
+    MARGIN_PX,
+    Cell,
+    SheetRow,
+    contact_sheet,
+    draw_sheet,
+)
+from pipeline.infer.masks import masks_of_image
+from pipeline.read.records import plan_shards
+from pipeline.write.receipts import stem
 
 HEIGHT, WIDTH = 60, 120
 

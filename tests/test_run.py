@@ -12,10 +12,10 @@ import pytest
 from test_account import MODEL, OTHER, config
 from test_write import SHARD, TABLES, images
 
-from pipeline.account import open_run
 from pipeline.errors import JobError
-from pipeline.run import finish
-from pipeline.tables import make_fragments
+from pipeline.run.follow import finish
+from pipeline.run.lifecycle import open_run
+from pipeline.write.rows import make_fragments
 
 
 @dataclass

@@ -21,9 +21,9 @@ from embeddings import (
 )
 
 from jobs import search
+from pipeline.embeddings.search import ExactSearch, Hit, search_files
+from pipeline.embeddings.vectors import open_table
 from pipeline.errors import JobError, UsageError
-from pipeline.search import ExactSearch, Hit, search_files
-from pipeline.vectors import open_table
 
 
 def short(hits: list[list[Hit]]) -> list[list[tuple[str, int]]]:

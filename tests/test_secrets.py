@@ -32,7 +32,7 @@ from shards import make_tar
 from jobs import classify, duplicates, embed, index, search, segment
 from pipeline import storage
 from pipeline.demo import MODEL
-from pipeline.s3 import _client_of
+from pipeline.storage.s3 import _client_of
 
 ROOT = Path(__file__).parent.parent
 SHARD = (ROOT / "pipeline/demo/shards/scenes-000000.tar").read_bytes()

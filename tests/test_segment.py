@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from pipeline import schema
-from pipeline import segment as stage
 from pipeline.errors import CheckpointError, JobError, UsageError
+from pipeline.infer import segment as stage
+from pipeline.infer.segment import PromptedModel, SegmentImages, encode_prompts
 from pipeline.model.clipseg import CLIPSeg
 from pipeline.model.tokenizer import Tokenizer
-from pipeline.segment import PromptedModel, SegmentImages, encode_prompts
 
 PROMPTS = [f"a red star {i}" for i in range(5)]
 SIZE = {"height": 64, "width": 96}  # not square

@@ -18,12 +18,13 @@ from test_write import rows_of
 
 from jobs import retry_failed, segment, status
 from pipeline import schema
-from pipeline.account import open_run
-from pipeline.commit import finish_shard
-from pipeline.config import SegmentConfig, WorkerOptions
-from pipeline.config_status import config_from_record
+from pipeline.config.options import WorkerOptions
+from pipeline.config.segment import SegmentConfig
+from pipeline.config.status import config_from_record
 from pipeline.errors import UsageError
-from pipeline.write import WriteFragments, pack_tables
+from pipeline.run.lifecycle import open_run
+from pipeline.write.commit import finish_shard
+from pipeline.write.fragments import WriteFragments, pack_tables
 
 MODEL = Path(__file__).parent.parent / "pipeline" / "demo" / "model"
 
@@ -174,9 +175,9 @@ def test_failed_shards_are_made_anew_and_others_are_not(
 
 def make_failed(output: Path, source: Path) -> None:
     """Put the shard a.tar where a storage that failed would have left it."""
-    from pipeline.read import plan_shards
-    from pipeline.receipts import stem
-    from pipeline.resume import discard_pass
+    from pipeline.read.records import plan_shards
+    from pipeline.run.resume import discard_pass
+    from pipeline.write.receipts import stem
 
     shard = of_run(output, plan_shards(str(source))[0])
     discard_pass(str(output), stem(shard.name), ["images", "masks"])

@@ -12,11 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import schema
-from pipeline.commit import finish_shard
 from pipeline.errors import JobError
-from pipeline.receipts import receipts_of, stem, version_hash
-from pipeline.shard import Shard
-from pipeline.write import WriteFragments, pack_tables, unpack_tables
+from pipeline.read.shard import Shard
+from pipeline.write.commit import finish_shard
+from pipeline.write.fragments import WriteFragments, pack_tables, unpack_tables
+from pipeline.write.receipts import receipts_of, stem, version_hash
 
 TABLES = {
     "images": schema.Table(schema.IMAGES, 1),

@@ -24,9 +24,9 @@ from pipeline.demo.scenes import ALL_PAIRS, COLOURS, SHAPES, UNSEEN_PAIRS, Pair,
 from pipeline.demo.scenes import phrase as plain_phrase
 from pipeline.model.clipseg import CLIPSeg
 from pipeline.model.config import CLIPSegConfig
-from pipeline.model.preprocess import ImageProcessor
 from pipeline.model.tokenizer import Tokenizer
 from pipeline.model.weights import load_weights
+from pipeline.prepare.processor import ImageProcessor
 
 SEED = 20_000_000  # far from every seed of the training scenes
 KINDS = ("pair seen in training", "pair unseen", "colour", "shape")

@@ -15,7 +15,8 @@ from typing import Any
 
 from pipeline.errors import CheckpointError
 from pipeline.model.config import CLIPConfig, CLIPSegConfig, TextConfig, VisionConfig
-from pipeline.model.weights import read_json, read_shapes
+from pipeline.model.weights import read_shapes
+from pipeline.storage.documents import read_json
 
 SIZE_LIMIT = 1 << 24  # of one width or vocabulary, where no tensor says how large it is
 LAYER_LIMIT = 1 << 10

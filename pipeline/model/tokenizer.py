@@ -23,7 +23,7 @@ from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
 from pipeline.errors import CheckpointError
-from pipeline.model.weights import read_json
+from pipeline.storage.documents import read_json
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 SUFFIX = "</w>"  # ends the last symbol of every word

@@ -9,7 +9,6 @@ loader.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 import zipfile
@@ -18,16 +17,19 @@ from contextlib import ExitStack
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from pipeline.errors import CheckpointError
-from pipeline.model.fetch import WEIGHT_FILES
+from pipeline.storage.documents import read_json
 
-JSON_LIMIT_BYTES = 64 << 20  # the largest such file, CLIP's tokenizer.json, has 3.6 MB
+SAFETENSORS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin")
+# One of these says that there are weights; in the order of preference.
+WEIGHT_FILES = SAFETENSORS[:2] + PICKLES[:2]
 HEADER_LIMIT_BYTES = 16 << 20  # 150,000 tensors; CLIPSeg's header has 56 KB for 462
 FLOATS = {
     "F64": torch.float64,
@@ -47,35 +49,6 @@ class Entry(NamedTuple):
     dtype: torch.dtype
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
-
-
-def read_json(path: Path, limit_bytes: int = JSON_LIMIT_BYTES) -> dict[str, Any]:
-    """The object in a JSON file; CheckpointError, naming the file, for anything else.
-
-    A file over `limit_bytes`, an object with the same key twice and nesting without end are
-    refused.
-    """
-    try:
-        with path.open("rb") as file:
-            data = file.read(limit_bytes + 1)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    if len(data) > limit_bytes:
-        raise CheckpointError(f"{path}: larger than {limit_bytes:,} bytes")
-    try:
-        value = json.loads(data, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON: {str(error)[:200]}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: must hold an object, not a {type(value).__name__}")
-    return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        raise ValueError("an object has the same key twice")
-    return result
 
 
 def read_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:

@@ -1,0 +1,1 @@
+"""Commands and pictures made from a finished table of masks."""

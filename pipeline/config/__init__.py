@@ -1,0 +1,1 @@
+"""Job configurations, one file a job, and the command line made from them."""

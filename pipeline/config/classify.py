@@ -1,0 +1,84 @@
+"""Configuration of the job that classifies images, or their embeddings."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any
+
+import tyro
+
+from pipeline.config.options import (
+    ImageOptions,
+    Input,
+    Output,
+    RunOptions,
+    WorkerOptions,
+    check_positive,
+    read_lines,
+    refuse_repeated,
+)
+from pipeline.errors import UsageError
+from pipeline.schema import IMAGES, Table, labels
+
+TEMPLATE = "a photo of a {}."
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifyConfig:
+    """Tell which labels fit every image of INPUT best, and write them as Parquet tables."""
+
+    input: Input
+    """WebDataset tars, Parquet with image bytes, or a folder of images; local or s3://. Or the
+    OUTPUT of an embed run, or embeddings/ in it: then its vectors are classified, not images."""
+
+    output: Output
+    """Folder for the tables, local or s3://. The same command again completes it."""
+
+    labels: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """Text file with one label a line; needed unless the model has labels of its own."""
+
+    template: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Sentence to put each label into, in the place of {}; of several, the label's embedding is
+    the mean. By default "a photo of a {}."."""
+
+    top: Annotated[int, tyro.conf.arg(metavar="K")] = 5
+    """How many labels to keep of each image, at most all."""
+
+    model: str | None = None
+    """CLIP, CLIPSeg or image-classification checkpoint: a local folder, an s3:// folder, or a hub
+    id with @revision. By default that of the embeddings, or openai/clip-vit-base-patch16."""
+
+    images: tyro.conf.OmitArgPrefixes[ImageOptions] = field(default_factory=ImageOptions)
+    workers: tyro.conf.OmitArgPrefixes[WorkerOptions] = field(default_factory=WorkerOptions)
+    run: tyro.conf.OmitArgPrefixes[RunOptions] = field(default_factory=RunOptions)
+
+    def __post_init__(self) -> None:
+        check_positive(self, "top")
+        for template in self.template:
+            if template.count("{}") != 1:
+                raise UsageError(
+                    f"--template {template!r}: must contain {{}} exactly once, for the label"
+                )
+
+    def all_labels(self) -> list[str]:
+        """The labels in the order of their label_id, none without --labels. Raises UsageError."""
+        found = read_lines(self.labels, "--labels", "labels") if self.labels is not None else []
+        refuse_repeated(found, "label")
+        return found
+
+    def templates(self) -> list[str]:
+        """The templates, or the one that stands for none."""
+        return list(self.template) or [TEMPLATE]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides the results of a run, beside the model and the labels it is asked for."""
+        return {"job": "classify", "input": self.input, "top": self.top, **asdict(self.images)}
+
+    def tables(self, facts: dict[str, str], top: int, *, images: bool) -> dict[str, Table]:
+        """The tables that the job writes beside `errors`.
+
+        `facts` as in schema.labels; `top`: how many labels there are of each image, --top or all;
+        `images`: whether images are read.
+        """
+        tables = {"images": Table(IMAGES, 1)} if images else {}
+        return tables | {"labels": Table(labels(facts), top)}

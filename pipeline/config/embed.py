@@ -1,0 +1,61 @@
+"""Configuration of the job that embeds images, and texts beside them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from pipeline.config.options import ImageOptions, Input, Output, RunOptions, WorkerOptions
+from pipeline.schema import IMAGES, Table, embeddings
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedConfig:
+    """Embed every image of INPUT with CLIP, and write the vectors as Parquet tables."""
+
+    input: Input
+    """WebDataset tars, Parquet with image bytes, or a folder of images; local or s3://.
+    Globs (*.tar) and braces ({0000..0099}.tar) name several."""
+
+    output: Output
+    """Folder for the tables, local or s3://. The same command again completes it."""
+
+    model: str = "openai/clip-vit-base-patch16"
+    """CLIP or CLIPSeg checkpoint: a local folder, an s3:// folder, or a hub id with @revision."""
+
+    text_column: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """Also embed the text beside each image: a Parquet column, a field of the .json member, or
+    else the .txt member."""
+
+    normalize: bool = True
+    """Scale every vector to length 1, so that a dot product is the cosine."""
+
+    dtype: Literal["float32", "float16"] = "float32"
+    """Of the vectors in the table; not every reader takes float16."""
+
+    images: tyro.conf.OmitArgPrefixes[ImageOptions] = field(default_factory=ImageOptions)
+    workers: tyro.conf.OmitArgPrefixes[WorkerOptions] = field(default_factory=WorkerOptions)
+    run: tyro.conf.OmitArgPrefixes[RunOptions] = field(default_factory=RunOptions)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides the results of a run: another value of any of these is another run."""
+        return {
+            "job": "embed",
+            "input": self.input,
+            "text_column": self.text_column,
+            "normalize": self.normalize,
+            "vectors": self.dtype,
+            **asdict(self.images),
+        }
+
+    def tables(self, dimension: int, weights_hash: str) -> dict[str, Table]:
+        """The tables that the job writes beside `errors`."""
+        normalized = "true" if self.normalize else "false"
+        facts = {"model": self.model, "weights_hash": weights_hash, "normalized": normalized}
+        schema = embeddings(dimension, self.dtype, facts, text=self.text_column is not None)
+        return {
+            "images": Table(IMAGES, 1),
+            "embeddings": Table(schema, 1),
+        }

@@ -1,0 +1,124 @@
+"""Configuration of the commands on a finished table of embeddings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+from pipeline.config.options import check_file, read_lines
+from pipeline.errors import UsageError
+
+_Embeddings = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="EMBEDDINGS")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexConfig:
+    """Build a vector index of a table of embeddings; `clipseg-ray search DEST` then uses it."""
+
+    embeddings: _Embeddings
+    """A run's OUTPUT folder, or the folder embeddings/ in it; local or s3://."""
+
+    dest: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DEST")]
+    """Folder of the index; local or s3://."""
+
+    column: Literal["vector", "text_vector"] = "vector"
+    """Index the embeddings of the images, or those of their texts."""
+
+    overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Build the index in DEST anew, if there is one."""
+
+    recall: Annotated[int, tyro.conf.arg(metavar="N")] = 0
+    """Then search for N rows of the table, by the index and exactly, and print recall@10, the
+    share of the ten nearest other rows that the index finds, and the time of a query by each."""
+
+    def __post_init__(self) -> None:
+        if self.recall < 0:
+            raise UsageError(f"--recall {self.recall}: must be at least 0")
+        check_file("DEST", self.dest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """Find the rows of a table of embeddings that are nearest to texts and images, by cosine."""
+
+    embeddings: _Embeddings
+    """A run's OUTPUT folder, or the folder embeddings/ in it, or the DEST of clipseg-ray index;
+    local or s3://."""
+
+    text: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """What to look for, in words. Texts and images given several times are added into one query;
+    the same one given twice counts twice."""
+
+    image: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="FILE")] = ()
+    """An image to look for; local or s3://."""
+
+    minus: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """What to look away from, in words: subtracted from the query."""
+
+    queries: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """Text file with one query a line, each on its own, all answered in one pass."""
+
+    top: Annotated[int, tyro.conf.arg(metavar="N")] = 20
+    """How many rows to find for each query."""
+
+    column: Literal["vector", "text_vector"] = "vector"
+    """Compare with the embeddings of the images, or with those of their texts."""
+
+    model: str | None = None
+    """Where the table's model is found, if not where the table says; other weights are refused."""
+
+    output: Annotated[str | None, tyro.conf.arg(metavar="PARQUET")] = None
+    """Write what was found into this Parquet file."""
+
+    gallery: Annotated[str | None, tyro.conf.arg(metavar="HTML")] = None
+    """Write a page with the images found into this HTML file."""
+
+    quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Nothing on the terminal, only --output and --gallery."""
+
+    def __post_init__(self) -> None:
+        if self.top < 1:
+            raise UsageError(f"--top {self.top}: must be at least 1")
+        if not self.text and not self.image:
+            if self.minus:
+                raise UsageError("--minus: give a --text or --image to subtract it from")
+            if self.queries is None:
+                raise UsageError('nothing to look for: give --text "...", --image or --queries')
+        for name in ("text", "image", "minus"):
+            if any(not value.strip() for value in getattr(self, name)):
+                raise UsageError(f"--{name}: it is empty; say what to look for")
+        if self.quiet and self.output is None and self.gallery is None:
+            raise UsageError("--quiet: would show nothing at all; add --output or --gallery")
+        for image in self.image:
+            check_file("--image", image)
+        check_file("--output", self.output)
+        check_file("--gallery", self.gallery)
+
+    def lines(self) -> list[str]:
+        """The queries of --queries. Raises UsageError for a file without any."""
+        return [] if self.queries is None else read_lines(self.queries, "--queries", "queries")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DuplicatesConfig:
+    """Group the rows of a table of embeddings that are nearly the same image."""
+
+    embeddings: _Embeddings
+    """A run's OUTPUT folder, or the folder embeddings/ in it; local or s3://."""
+
+    cosine: float = 0.97
+    """Two rows are near-duplicates when their cosine is at least this; 0 to 1. A group is what
+    hangs together by such pairs, so its ends may be further apart."""
+
+    output: Annotated[str | None, tyro.conf.arg(metavar="PARQUET")] = None
+    """Write all groups into this Parquet file."""
+
+    quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """No progress display and no groups on the terminal, only the last line."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.cosine <= 1:
+            raise UsageError(f"--cosine {self.cosine}: must be between 0 and 1")
+        check_file("--output", self.output)

@@ -1,0 +1,104 @@
+"""Configuration of the job that segments images with prompts."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from pipeline.config.options import (
+    ImageOptions,
+    Input,
+    Output,
+    RunOptions,
+    WorkerOptions,
+    check_file,
+    read_lines,
+    refuse_repeated,
+)
+from pipeline.errors import UsageError
+from pipeline.schema import IMAGES, MASKS, PROBABILITIES, Table, embeddings
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentConfig:
+    """Segment every image of INPUT with every prompt, and write the masks as Parquet tables."""
+
+    input: Input
+    """WebDataset tars, Parquet with image bytes, or a folder of images; local or s3://.
+    Globs (*.tar) and braces ({0000..0099}.tar) name several."""
+
+    output: Output
+    """Folder for the tables, local or s3://. The same command again completes it."""
+
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """What to segment, in words; give it once for each prompt."""
+
+    prompts: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """Text file with one prompt a line, after those of --prompt."""
+
+    model: str = "CIDAS/clipseg-rd64-refined"
+    """Checkpoint: a local folder, an s3:// folder, or a hub id, with @revision if wanted."""
+
+    threshold: float = 0.5
+    """A pixel belongs to the mask when its probability is above this; 0 to 1."""
+
+    mask_size: Literal["image", "model"] = "image"
+    """Masks at the image's own size, or on the model's grid."""
+
+    keep_probabilities: Literal["none", "88", "176", "352"] = "none"
+    """Also keep 8-bit probability maps of this size, so that thresholds can be changed later."""
+
+    embed: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Also write CLIP embeddings of the images, as `embed` does, from the same pass."""
+
+    contact_sheet: Annotated[str | None, tyro.conf.arg(metavar="PNG")] = None
+    """Afterwards draw a few images with their masks into this PNG file."""
+
+    images: tyro.conf.OmitArgPrefixes[ImageOptions] = field(default_factory=ImageOptions)
+    workers: tyro.conf.OmitArgPrefixes[WorkerOptions] = field(default_factory=WorkerOptions)
+    run: tyro.conf.OmitArgPrefixes[RunOptions] = field(default_factory=RunOptions)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threshold <= 1:
+            raise UsageError(f"--threshold {self.threshold}: must be between 0 and 1")
+        if not self.prompt and self.prompts is None:
+            raise UsageError(
+                'nothing to segment: give at least one --prompt "..." or --prompts FILE'
+            )
+        if any(not p.strip() for p in self.prompt):
+            raise UsageError("--prompt: an empty prompt; say what to segment")
+        check_file("--contact-sheet", self.contact_sheet)
+
+    def all_prompts(self) -> list[str]:
+        """Every prompt in the order of its prompt_id. Raises UsageError for a file without any."""
+        prompts = list(self.prompt)
+        if self.prompts is not None:
+            prompts += read_lines(self.prompts, "--prompts", "prompts")
+        refuse_repeated(prompts, "prompt")
+        return prompts
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides the results of a run: another value of any of these is another run."""
+        return {
+            "job": "segment",
+            "input": self.input,
+            "prompts": self.all_prompts(),
+            "threshold": self.threshold,
+            "mask_size": self.mask_size,
+            "keep_probabilities": self.keep_probabilities,
+            "embed": self.embed,
+            **asdict(self.images),
+        }
+
+    def tables(self, dimension: int, weights_hash: str) -> dict[str, Table]:
+        """The tables that the job writes beside `errors`."""
+        prompts = len(self.all_prompts())
+        tables = {"images": Table(IMAGES, 1), "masks": Table(MASKS, prompts, per_prompt=True)}
+        if self.keep_probabilities != "none":
+            tables["probabilities"] = Table(PROBABILITIES, prompts, per_prompt=True)
+        if self.embed:
+            facts = {"model": self.model, "weights_hash": weights_hash, "normalized": "true"}
+            tables["embeddings"] = Table(embeddings(dimension, "float32", facts, text=False), 1)
+        return tables

@@ -1,0 +1,53 @@
+"""Configuration of the commands on the output of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Annotated, Any, TypeVar
+
+import tyro
+
+from pipeline.config.options import Output, WorkerOptions
+from pipeline.errors import UsageError
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatusConfig:
+    """Tell what of a run is done, failed and left."""
+
+    output: Output
+    """The OUTPUT of a job, local or s3://."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetryConfig:
+    """Make the shards anew in which rows failed that may work another time."""
+
+    output: Output
+    """The OUTPUT of a job, local or s3://. What else the job needs is in its _run.json."""
+
+    every: Annotated[bool, tyro.conf.arg(name="all"), tyro.conf.FlagCreatePairsOff] = False
+    """Also the shards whose failures will hardly go away: images that are broken, for one."""
+
+    workers: tyro.conf.OmitArgPrefixes[WorkerOptions] = field(default_factory=WorkerOptions)
+
+
+def config_from_record(config: type[Config], values: dict[str, Any]) -> Config:
+    """A job's config as _run.json keeps it. Raises UsageError where it is of another version."""
+    known: dict[str, Any] = {}
+    for item in fields(config):  # type: ignore[arg-type]
+        if item.name not in values:
+            continue
+        value = values[item.name]
+        default = item.default_factory() if callable(item.default_factory) else None
+        if is_dataclass(default):
+            value = config_from_record(type(default), value)
+        known[item.name] = tuple(value) if isinstance(value, list) else value
+    try:
+        return config(**known)
+    except TypeError as error:
+        raise UsageError(
+            f"the run was started by another version of clipseg-ray: {error}"
+        ) from error

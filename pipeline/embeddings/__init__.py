@@ -1,0 +1,1 @@
+"""Search, duplicates and indexes over a finished table of embeddings."""

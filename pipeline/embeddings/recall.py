@@ -1,0 +1,97 @@
+"""How many of the nearest rows an index finds, and how long a query takes.
+
+Some rows of the table are the queries. What each should find are the nearest other rows, by the
+exact search; the row itself, which any index finds, does not count.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.embeddings.index import BATCH_ROWS, VectorIndex, search_index
+from pipeline.embeddings.search import Hit, search_files
+from pipeline.embeddings.vectors import EmbeddingTable, read_vectors
+
+TOP = 10
+SEED = 0  # of the rows that are drawn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recall:
+    """What was measured."""
+
+    queries: int
+    recall: float
+    """The share of the nearest TOP rows that the index finds, mean over the queries."""
+    index_ms: float
+    """Milliseconds a query, one after the other, by the index."""
+    exact_ms: float
+    """Milliseconds of a query alone, by the exact search."""
+    exact_pass_ms: float
+    """Milliseconds a query, all of them answered in one pass of the exact search."""
+
+
+def measure_recall(index: VectorIndex, table: EmbeddingTable, count: int) -> Recall | None:
+    """The recall of an index of `table`, with `count` of its rows as the queries.
+
+    The same table gives the same queries. Reads the table three times. None when no row that was
+    drawn has another one near it.
+    """
+    ids, queries = draw_rows(table, index.rows, count)
+    started = time.perf_counter()
+    found = search_index(index, queries, TOP + 1)
+    index_s = time.perf_counter() - started
+    started = time.perf_counter()
+    wanted = search_files(table, table.files, queries, TOP + 1)
+    pass_s = time.perf_counter() - started
+    started = time.perf_counter()
+    search_files(table, table.files, queries[:1], TOP + 1)
+    exact_s = time.perf_counter() - started
+    shares = [
+        share_found(_others(hits, own), _others(best, own))
+        for own, hits, best in zip(ids, found, wanted, strict=True)
+        if _others(best, own)
+    ]
+    if not shares:
+        return None
+    return Recall(
+        queries=len(shares),
+        recall=float(np.mean(shares)),
+        index_ms=1000 * index_s / len(queries),
+        exact_ms=1000 * exact_s,
+        exact_pass_ms=1000 * pass_s / len(queries),
+    )
+
+
+def share_found(found: Sequence[Hit], wanted: Sequence[Hit]) -> float:
+    """The share of `wanted` that was found; another row at the last one's cosine is as good."""
+    return sum(hit.cosine >= wanted[-1].cosine for hit in found) / len(wanted)
+
+
+def draw_rows(
+    table: EmbeddingTable, rows: int, count: int
+) -> tuple[list[tuple[str, int]], np.ndarray]:
+    """Shard and row of `count` rows of a table that has `rows`, or of all, and their vectors."""
+    numbers = np.random.default_rng(SEED).choice(rows, min(count, rows), replace=False)
+    numbers.sort()
+    ids: list[tuple[str, int]] = []
+    pieces: list[np.ndarray] = []
+    offset = 0
+    for file in table.files:
+        for vectors in read_vectors(table, file, batch_rows=BATCH_ROWS):
+            end = offset + len(vectors.matrix)
+            here = numbers[(numbers >= offset) & (numbers < end)] - offset
+            pieces.append(vectors.matrix[here])
+            drawn = vectors.ids.take(here)
+            ids += zip(drawn["shard"].to_pylist(), drawn["row"].to_pylist(), strict=True)
+            offset = end
+    return ids, np.concatenate(pieces)
+
+
+def _others(hits: Sequence[Hit], own: tuple[str, int]) -> list[Hit]:
+    """The best TOP hits beside the query's own row."""
+    return [hit for hit in hits if (hit.shard, hit.row) != own][:TOP]

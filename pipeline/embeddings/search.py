@@ -1,0 +1,118 @@
+"""The nearest rows of a table of embeddings to many queries, exactly, in one pass.
+
+Every vector is compared with every query. What is kept is the best `top` rows of each query so
+far, so memory does not grow with the table.
+
+Shapes: B rows of a batch, M queries, D dimension.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.embeddings.vectors import EmbeddingTable, Vectors, cosines, normalize, read_vectors
+from pipeline.storage import Stored
+
+BATCH_ROWS = 8192  # 16 MB of vectors at 512 dimensions
+QUERIES_AT_ONCE = 1024  # 32 MB of cosines with such a batch
+
+
+class Hit(NamedTuple):
+    """A row that was found."""
+
+    cosine: float
+    """Rounded to float32."""
+    shard: str
+    row: int
+    key: str
+
+    @property
+    def order(self) -> tuple[float, str, int]:
+        """What hits are sorted by: the largest cosine first, then by shard and row."""
+        return -self.cosine, self.shard, self.row
+
+
+class ExactSearch:
+    """The best `top` hits of each of M queries (M, D) among the vectors added so far.
+
+    Which hits, and their cosines, depend neither on the order of the batches nor on their sizes.
+    A vector that is zero or not finite has no cosine and is never found.
+    """
+
+    def __init__(self, queries: np.ndarray, top: int):
+        self.queries, self.top = normalize(queries), top
+        self.hits: list[list[Hit]] = [[] for _ in queries]
+        # A row enters when its cosine is above or at this: that of the last hit of a full list.
+        self.floors = np.full(len(queries), -np.inf, np.float32)
+        # How far the product of float32 matrices may be from the cosine: it rounds D times. What
+        # is near enough to a floor is computed once more, exactly.
+        self.margin = np.float32(queries.shape[1] * 2.0**-22)
+
+    def add(self, vectors: Vectors) -> None:
+        """Compare the rows of a batch with all queries."""
+        lengths = np.linalg.norm(vectors.matrix, axis=1)
+        usable = np.isfinite(lengths) & (lengths > 0)
+        if not usable.all():
+            ids = vectors.ids.filter(pa.array(usable))
+            vectors, lengths = Vectors(matrix=vectors.matrix[usable], ids=ids), lengths[usable]
+        for first in range(0, len(self.queries) if len(lengths) else 0, QUERIES_AT_ONCE):
+            near = self.queries[first : first + QUERIES_AT_ONCE] @ vectors.matrix.T  # (M, B)
+            near /= lengths
+            enough = near >= self._floors(near, first)[:, None]
+            for query in np.flatnonzero(enough.any(axis=1)):
+                self._offer(first + int(query), vectors, np.flatnonzero(enough[query]))
+
+    def merge(self, hits: Sequence[Iterable[Hit]]) -> None:
+        """Take in what another search found for the same queries among other rows."""
+        for query, more in enumerate(hits):
+            self._keep(query, more)
+
+    def _floors(self, near: np.ndarray, first: int) -> np.ndarray:
+        """The least approximate cosine (M,) that may be one of a query's best."""
+        floors = self.floors[first : first + len(near)] - self.margin
+        fresh = np.isneginf(floors)
+        if fresh.any() and near.shape[1] > self.top:
+            # The batch alone has `top` rows at least as good as this, less twice the error.
+            place = near.shape[1] - self.top
+            floors[fresh] = np.partition(near[fresh], place, axis=1)[:, place] - 2 * self.margin
+        return floors
+
+    def _offer(self, query: int, vectors: Vectors, candidates: np.ndarray) -> None:
+        """Let rows that are near enough compete for a place among a query's best."""
+        exact = cosines(vectors.matrix[candidates], self.queries[query : query + 1])
+        better = exact >= self.floors[query]
+        ids = vectors.ids.take(pa.array(candidates[better]))
+        columns = (ids.column(name).to_pylist() for name in ("shard", "row", "key"))
+        hits = [Hit(*values) for values in zip(exact[better].tolist(), *columns, strict=True)]
+        self._keep(query, hits)
+
+    def _keep(self, query: int, more: Iterable[Hit]) -> None:
+        """The best of the hits so far and some more."""
+        hits = heapq.nsmallest(self.top, [*self.hits[query], *more], key=lambda hit: hit.order)
+        self.hits[query] = hits
+        if len(hits) == self.top:
+            self.floors[query] = hits[-1].cosine
+
+
+def search_files(
+    table: EmbeddingTable,
+    files: Iterable[Stored],
+    queries: np.ndarray,
+    top: int,
+    *,
+    batch_rows: int = BATCH_ROWS,
+) -> list[list[Hit]]:
+    """The best hits of each query (M, D), best first, among the rows of some of a table's parts.
+
+    Holds one batch of rows at a time. Raises UsageError, JobError, StorageError as read_vectors.
+    """
+    search = ExactSearch(queries, top)
+    for file in files:
+        for vectors in read_vectors(table, file, batch_rows=batch_rows):
+            search.add(vectors)
+    return search.hits

@@ -1,0 +1,1 @@
+"""Checkpoints and prompts, and the actors that run a model over pixels."""

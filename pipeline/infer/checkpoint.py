@@ -1,0 +1,106 @@
+"""A checkpoint as the driver hands it to the actors, and the text side that the driver encodes.
+
+Stands between the models, which know torch alone, and the stages: every job's model is named,
+described and recognised again in the same way.
+
+Shapes: P texts, E projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import CheckpointError, JobError
+from pipeline.model.clip import TextTower, VisionTower
+from pipeline.model.tokenizer import Tokenizer
+from pipeline.prepare.processor import ImageProcessor
+
+TEXTS_AT_ONCE = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """What decides the results of a model: no weights inside."""
+
+    name: str
+    """What the user called it: a folder, a hub id, an s3:// URI."""
+    config: dict[str, Any]
+    weights_hash: str
+    processor: ImageProcessor
+    tokenizer_hash: str = ""
+    """Tokenizer.content_hash, where texts are encoded."""
+
+    @property
+    def dimension(self) -> int:
+        """Length of an embedding."""
+        return int(self.config.get("projection_dim") or 512)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What of the model decides the results of a run."""
+        return {
+            "weights_hash": self.weights_hash,
+            "model_config": self.config,
+            "preprocessing": asdict(self.processor),
+            "tokenizer_hash": self.tokenizer_hash,
+            "dtype": "float32",
+        }
+
+    def check_worker(self, weights_hash: str) -> None:
+        """Raise JobError if a worker found other weights under this name than the driver did."""
+        if weights_hash != self.weights_hash:
+            raise JobError(f"{self.name}: this worker finds other weights than the driver did")
+
+
+def open_processor(folder: Path, tower: VisionTower) -> ImageProcessor:
+    """The image processor of a checkpoint folder.
+
+    Raises CheckpointError where its images have no common size, or one that the checkpoint's
+    vision tower does not take.
+    """
+    processor = ImageProcessor.from_folder(folder)
+    size = processor.image_size
+    try:
+        tower.check_size(*size)
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: after its image processor an {error}") from error
+    return processor
+
+
+def open_tokenizer(folder: Path, tower: TextTower) -> Tokenizer:
+    """A checkpoint folder's tokenizer. Raises CheckpointError if it is not the text tower's."""
+    tokenizer = Tokenizer.from_folder(folder)
+    known = tower.embeddings.token_embedding.num_embeddings
+    if tokenizer.vocab_size > known:
+        raise CheckpointError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {known}"
+        )
+    return tokenizer
+
+
+@torch.inference_mode()
+def encode_texts(
+    encode: Callable[[Tensor, Tensor], Tensor],
+    tower: TextTower,
+    tokenizer: Tokenizer,
+    texts: list[str],
+) -> Tensor:
+    """Projected embeddings (P, E) float32 of at least one text, not normalised.
+
+    `encode` is the encode_text of the model that `tower` belongs to. Texts of the same tokens have
+    the same vector.
+    """
+    ids, mask = tokenizer(texts, tower.embeddings.position_embedding.num_embeddings)
+    rows = torch.cat([ids, mask], dim=1).unique(dim=0, return_inverse=True)
+    (unique_ids, unique_mask), places = rows[0].chunk(2, dim=1), rows[1]
+    step = TEXTS_AT_ONCE
+    vectors = [
+        encode(unique_ids[i : i + step], unique_mask[i : i + step])
+        for i in range(0, len(unique_ids), step)
+    ]
+    return torch.cat(vectors)[places]

@@ -1,0 +1,209 @@
+"""Pixels or embeddings -> the labels that fit best, with their probabilities.
+
+Zero-shot, a label is as probable as the cosine of its embedding with the image's says (Radford et
+al. 2021, section 3.1): a label's embedding is the mean over the prompt templates of normalised text
+embeddings, normalised again, as in openai/CLIP's notebook Prompt_Engineering_for_ImageNet. The
+driver makes them once per job. A checkpoint with a classification head has labels of its own.
+
+Shapes: B images, C labels, T templates, E projection, K labels that are kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from pipeline import schema
+from pipeline.config.classify import ClassifyConfig
+from pipeline.errors import UsageError
+from pipeline.infer.checkpoint import Checkpoint, encode_texts, open_processor, open_tokenizer
+from pipeline.infer.device import fail_rows, has_pixels, open_device, stack_pixels
+from pipeline.infer.fetch import fetch
+from pipeline.model.check import read_config
+from pipeline.model.clip import CLIP
+from pipeline.model.encoders import (
+    ImageClassifier,
+    ImageEncoder,
+    read_head_labels,
+    read_logit_scale,
+)
+from pipeline.model.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classifier:
+    """A checkpoint and what it can answer: the labels, and how their logits come about."""
+
+    checkpoint: Checkpoint
+    labels: list[str]
+    templates: list[str]
+    """Empty where the labels are those of the checkpoint's head."""
+    vectors: np.ndarray
+    """Embeddings of the labels (C, E), float64 of length 1; of no labels with a head."""
+    scale: float
+    """What a cosine is multiplied with: exp(logit_scale)."""
+    top: int
+    """K, at most C."""
+
+    @property
+    def head(self) -> bool:
+        """Whether the labels are those of the checkpoint's own head."""
+        return not self.templates
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What of the model and the labels decides the results of a run."""
+        asked = {"labels": self.labels, "templates": self.templates}
+        return {**self.checkpoint.fingerprint(), **asked}
+
+    def facts(self) -> dict[str, str]:
+        """What every file of the labels table says of the model."""
+        return {"model": self.checkpoint.name, "weights_hash": self.checkpoint.weights_hash}
+
+    def logits(self, vectors: np.ndarray) -> np.ndarray:
+        """Logits (B, C) of image embeddings (B, E), normalised or not, in float64.
+
+        NaN where an embedding is zero or not finite.
+        """
+        rows = vectors.astype(np.float64)
+        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+            rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+            return self.scale * (rows @ self.vectors.T)
+
+
+def open_classifier(name: str, config: ClassifyConfig) -> Classifier:
+    """Load a checkpoint, encode the labels with it, and let its weights go again.
+
+    Raises CheckpointError, and UsageError where labels and checkpoint do not go together.
+    """
+    folder = fetch(name)
+    labels, own = config.all_labels(), read_head_labels(folder)
+    if own is not None:
+        given = [o for o in ("labels", "template") if getattr(config, o)]
+        if given:
+            raise UsageError(
+                f"--{given[0]}: {name} classifies by a head with {len(own)} labels of its own"
+            )
+        head, weights_hash = ImageClassifier.from_folder(folder)
+        tower, templates, vectors, scale = head.vision_model, [], np.empty((0, 0)), 1.0
+        tokenizer_hash = ""
+    else:
+        if not labels:
+            raise UsageError(f"nothing to choose from: {name} needs --labels FILE, one a line")
+        model, weights_hash = CLIP.from_folder(folder)
+        tower = model.vision_model
+        templates, scale = config.templates(), read_logit_scale(folder)
+        tokenizer = open_tokenizer(folder, model.text_model)
+        vectors = encode_labels(model, tokenizer, labels, templates)
+        tokenizer_hash = tokenizer.content_hash
+    checkpoint = Checkpoint(
+        name=name,
+        config=read_config(folder),
+        weights_hash=weights_hash,
+        processor=open_processor(folder, tower),
+        tokenizer_hash=tokenizer_hash,
+    )
+    names = labels if own is None else own
+    return Classifier(
+        checkpoint=checkpoint,
+        labels=names,
+        templates=templates,
+        vectors=vectors,
+        scale=scale,
+        top=min(config.top, len(names)),
+    )
+
+
+def encode_labels(
+    model: CLIP, tokenizer: Tokenizer, labels: list[str], templates: list[str]
+) -> np.ndarray:
+    """Embeddings (C, E) of the labels, float64 of length 1: the mean over all templates.
+
+    Raises UsageError for a label that the model gives no direction.
+    """
+    texts = [template.replace("{}", label) for label in labels for template in templates]
+    encoded = encode_texts(model.encode_text, model.text_model, tokenizer, texts)
+    each = encoded.double().numpy().reshape(len(labels), len(templates), -1)  # (C, T, E)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = (each / np.linalg.norm(each, axis=2, keepdims=True)).mean(axis=1)
+        vectors = mean / np.linalg.norm(mean, axis=1, keepdims=True)
+    for label, vector in zip(labels, vectors, strict=True):
+        if not np.isfinite(vector).all():
+            raise UsageError(f"the label {label!r}: the model has no embedding of it")
+    return np.asarray(vectors)
+
+
+class ClassifyImages:
+    """An actor of the classify stage: schema.PIXELS -> schema.RANKED.
+
+    It holds the vision tower, and either its projection or the head. An actor that finds other
+    weights under the model's name than the driver did refuses to start. `device` and `threads` as
+    in pixels.open_device.
+    """
+
+    def __init__(self, classifier: Classifier, device: str, threads: int | None = None):
+        self.device = open_device(device, threads)
+        kind = ImageClassifier if classifier.head else ImageEncoder
+        model, weights_hash = kind.from_folder(fetch(classifier.checkpoint.name))
+        classifier.checkpoint.check_worker(weights_hash)
+        self.model, self.classifier = model.to(self.device), classifier
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        good = has_pixels(batch)
+        logits = np.empty((0, len(self.classifier.labels)))
+        if good.any():
+            logits = self._logits(batch.filter(pa.array(good)))
+        return rank_labels(batch.drop_columns(["pixels"]), good, logits, self.classifier.top)
+
+    @torch.inference_mode()
+    def _logits(self, images: pa.Table) -> np.ndarray:
+        """(B, C) of records that hold an image."""
+        processor = self.classifier.checkpoint.processor
+        stacked = stack_pixels(images["pixels"], processor.image_size)
+        pixels = processor.normalize(stacked.to(self.device))
+        if isinstance(self.model, ImageClassifier):
+            return self.model(pixels).double().cpu().numpy()
+        return self.classifier.logits(self.model.encode_image(pixels).float().cpu().numpy())
+
+
+class ClassifyVectors:
+    """The classify stage where there are embeddings already: schema.VECTORS -> schema.RANKED."""
+
+    def __init__(self, classifier: Classifier):
+        self.classifier = classifier
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        data = [vector.as_buffer() for vector in batch["vector"]]
+        good = np.array([len(vector) > 0 for vector in data], dtype=bool)
+        floats = np.frombuffer(b"".join(data), np.float32)
+        logits = self.classifier.logits(floats.reshape(-1, self.classifier.vectors.shape[1]))
+        records = batch.drop_columns(["vector", "text_vector"])
+        return rank_labels(records, good, logits, self.classifier.top)
+
+
+def rank_labels(records: pa.Table, good: np.ndarray, logits: np.ndarray, top: int) -> pa.Table:
+    """Records with their best labels, schema.RANKED; those without usable logits fail.
+
+    `good` (N,) bool: which of the records the rows of `logits` (B, C) float64 belong to. Logits
+    that are equal as float32 are ranked by label_id.
+    """
+    usable = np.isfinite(logits).all(axis=1)
+    failed = np.zeros(len(records), dtype=bool)
+    failed[good] = ~usable
+    logits = logits[usable]
+    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+    probabilities = shifted / shifted.sum(axis=1, keepdims=True)
+    order = np.argsort(-logits.astype(np.float32), axis=1, kind="stable")[:, :top]
+    counts = np.where(good & ~failed, top, 0)
+    offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]), pa.int32())
+    values = (
+        order.astype(np.int32),
+        np.take_along_axis(probabilities, order, 1).astype(np.float32),
+        np.take_along_axis(logits, order, 1).astype(np.float32),
+    )
+    lists = [pa.ListArray.from_arrays(offsets, pa.array(v.reshape(-1))) for v in values]
+    records = fail_rows(records, failed, "classify", "the model's logits are not finite")
+    return pa.table([*records.columns, *lists], schema=schema.RANKED)

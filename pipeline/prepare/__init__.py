@@ -1,0 +1,1 @@
+"""Encoded bytes -> upright RGB -> uint8 pixels at the model's size."""

@@ -1,0 +1,298 @@
+"""Encoded bytes -> upright RGB -> uint8 pixels at the model's size. The decode stage.
+
+What arrives is whatever the web holds, so every image either becomes upright RGB or a RowError with
+a reason; nothing is dropped in silence and nothing is decoded before its size is known. How each
+kind of image becomes RGB is told in convert.py.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from io import BytesIO
+from typing import Any
+
+import pyarrow as pa
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError, features
+from PIL.TiffImagePlugin import TiffImageFile
+
+from pipeline import schema
+from pipeline.errors import RowError
+from pipeline.prepare.convert import to_rgb
+from pipeline.prepare.processor import ImageProcessor
+from pipeline.read.isolate import ProcessDiedError, run_apart
+
+MAX_ASPECT = 1000
+TILEWIDTH, TILELENGTH = 322, 323  # tags of a TIFF
+
+# The facts of a record without an image.
+_UNDECODED = {
+    "height": 0,
+    "width": 0,
+    "format": "",
+    "mode": "",
+    "orientation": 0,
+    "size_bytes": 0,
+    "pixels": b"",
+}
+
+# What files begin with: the allow-list first, then formats that are refused by name.
+# fmt: off
+_PREFIXES: dict[str, tuple[bytes, ...]] = {
+    "JPEG": (b"\xff\xd8\xff",), "PNG": (b"\x89PNG\r\n\x1a\n",), "GIF": (b"GIF87a", b"GIF89a"),
+    "TIFF": (b"II*\0", b"MM\0*", b"II\0*", b"MM*\0", b"II+\0", b"MM\0+"),
+    "PSD": (b"8BPS",), "EPS": (b"%!PS", b"\xc5\xd0\xd3\xc6"), "PDF": (b"%PDF",),
+    "FITS": (b"SIMPLE  =",), "ICO": (b"\0\0\1\0", b"\0\0\2\0"), "ICNS": (b"icns",),
+    "JPEG 2000": (b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  "), "JPEG XR": (b"II\xbc",),
+    "JPEG XL": (b"\xff\x0a", b"\0\0\0\x0cJXL "), "DDS": (b"DDS ",), "QOI": (b"qoif",),
+    "EXR": (b"v/1\1",), "HDR": (b"#?RADIANCE", b"#?RGBE"), "XCF": (b"gimp xcf",),
+    "WMF": (b"\xd7\xcd\xc6\x9a",), "SGI": (b"\1\xda",), "DJVU": (b"AT&TFORM",),
+    "BPG": (b"BPG\xfb",), "camera raw": (b"FUJIFILMCCD", b"IIRO", b"IIRS", b"IIU\0"),
+    "PNM": tuple(f"P{kind}{space}".encode() for kind in range(1, 8) for space in " \t\r\n"),
+}
+# fmt: on
+_BMP_HEADER_BYTES = (12, 16, 40, 52, 56, 64, 108, 124)
+
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodedImage:
+    """An upright RGB image and what it was before."""
+
+    image: Image.Image
+    """Mode RGB, orientation applied."""
+    height: int
+    """Of the upright image, in pixels."""
+    width: int
+    format: str
+    """Pillow's name: JPEG, MPO, PNG, WEBP, GIF, BMP, TIFF, AVIF."""
+    mode: str
+    """Pillow's mode before conversion: RGB, L, CMYK, I;16, ..."""
+    orientation: int
+    """The EXIF orientation that was applied, 1..8; 1 when there was none."""
+
+
+def decode_image(data: bytes, *, max_pixels: int) -> DecodedImage:
+    """Decode one image to upright RGB; its peak is 4 to 13 bytes per pixel, WebP's 20.
+
+    Whatever the bytes are, a process stays below 20 x max_pixels + 6 x len(data) + 64 MiB for it.
+
+    Raises RowError(stage="decode") with the reason image_empty, not_an_image, unsupported_format,
+    too_many_pixels or extreme_aspect (both found before decoding), or image_corrupt. One image at a
+    time is decoded in a process: Pillow's limits and Python's warnings are process-wide settings.
+    """
+    if not data:
+        raise _refusal("image_empty", "")
+    try:
+        with _pillow_limited_to(max_pixels):
+            return _decode(data, max_pixels)
+    except RowError:
+        raise
+    except Image.DecompressionBombError as error:
+        found = f"more than {2 * max_pixels} px, the limit is {max_pixels}"
+        raise _refusal("too_many_pixels", found) from error
+    except MemoryError as error:
+        # The pixel cap bounds what an image may ask for, so the machine was short of memory.
+        raise _refusal("image_corrupt", "out of memory", retryable=True) from error
+    # Pillow's decoders raise OSError, SyntaxError, ValueError, TypeError, RuntimeError, IndexError,
+    # struct.error, zlib.error, ... on broken input: no shorter list of exceptions is complete.
+    except Exception as error:
+        raise _refusal("image_corrupt", f"{type(error).__name__}: {error}") from error
+
+
+class PrepareImages:
+    """The decode stage: schema.RECORDS -> schema.PIXELS, at the size the model's processor says.
+
+    An image that fails becomes a record with stage, reason and detail; records that arrive with a
+    reason, and end records, pass as they are.
+    """
+
+    def __init__(self, processor: ImageProcessor, max_pixels: int):
+        self.processor, self.max_pixels = processor, max_pixels
+
+    def __call__(self, batch: pa.Table, *, apart: bool = False) -> pa.Table:
+        """`apart`: in a process of its own, where a row that ends it fails as decoder_crashed."""
+        records = batch.to_pylist()
+        done = self._prepare_apart(records) if apart else map(self._prepare, records)
+        return pa.Table.from_pylist(list(done), schema=schema.PIXELS)
+
+    def _prepare_apart(self, records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        done = 0
+        while done < len(records):
+            try:
+                for record in run_apart(self._prepare_all, records[done:]):
+                    yield record
+                    done += 1
+            except ProcessDiedError as death:
+                failure = _refusal("decoder_crashed", death.how, retryable=death.killed)
+                yield _failed(_blank(records[done]), failure)
+                done += 1
+
+    def _prepare_all(self, records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        return map(self._prepare, records)
+
+    def _prepare(self, record: dict[str, Any]) -> dict[str, Any]:
+        data, record = record["image"], _blank(record)
+        if record["reason"] or record["row"] < 0:
+            return record
+        try:
+            decoded = decode_image(data, max_pixels=self.max_pixels)
+            pixels = self.processor.resize(decoded.image)
+        except RowError as error:
+            failure = error
+        except MemoryError:
+            failure = _refusal("image_corrupt", "out of memory", retryable=True)
+        else:
+            facts = ("height", "width", "format", "mode", "orientation")
+            record |= {name: getattr(decoded, name) for name in facts}
+            return record | {"size_bytes": len(data), "pixels": pixels.tobytes()}
+        return _failed(record, failure)
+
+
+def _blank(record: dict[str, Any]) -> dict[str, Any]:
+    """A record of schema.PIXELS without an image."""
+    return {name: value for name, value in record.items() if name != "image"} | _UNDECODED
+
+
+def _failed(record: dict[str, Any], failure: RowError) -> dict[str, Any]:
+    why = ("stage", "reason", "detail", "retryable")
+    return record | {name: getattr(failure, name) for name in why}
+
+
+def _decode(data: bytes, max_pixels: int) -> DecodedImage:
+    image = _open(data, max_pixels)
+    form, mode = image.format or "", image.mode
+    if form == "PNG":
+        # Bit flips decode silently wrong in over half the cases; the chunks' checksums tell.
+        image.verify()
+        image = _open(data, max_pixels)
+    if form == "TIFF":
+        # Pillow applies a TIFF's orientation itself while loading, and forgets it.
+        orientation = _orientation(image)
+        image.load()
+        image = to_rgb(image)
+    else:
+        # In this order, as asking a PNG for its EXIF loads it.
+        image.load()
+        orientation = _orientation(image)
+        image = to_rgb(image)
+        if orientation != 1:
+            image = image.transpose(_TRANSPOSE[orientation])
+    return DecodedImage(
+        image=image,
+        height=image.height,
+        width=image.width,
+        format=form,
+        mode=mode,
+        orientation=orientation,
+    )
+
+
+def _open(data: bytes, max_pixels: int) -> Image.Image:
+    """Read the header and check the size; no pixel is decoded."""
+    form = _identify(data)
+    if form is None:
+        raise _refusal("not_an_image", "no image format begins like this")
+    if form not in _formats():
+        raise _refusal("unsupported_format", form)
+    try:
+        image = Image.open(BytesIO(data), formats=_formats())
+    except UnidentifiedImageError as error:
+        raise _refusal("image_corrupt", f"begins like {form}, but its header is broken") from error
+    height, width = image.height, image.width
+    if height < 1 or width < 1:
+        raise _refusal("image_corrupt", f"{height} x {width} px")
+    if height * width > max_pixels:
+        raise _refusal("too_many_pixels", f"{height} x {width} px, the limit is {max_pixels}")
+    if isinstance(image, TiffImageFile):
+        # Each tile is decoded as a whole, however little of it the image uses.
+        tile = [int(image.tag_v2.get(tag, 1)) for tag in (TILELENGTH, TILEWIDTH)]
+        if tile[0] * tile[1] > max_pixels:
+            found = f"tiles of {tile[0]} x {tile[1]} px, the limit is {max_pixels}"
+            raise _refusal("too_many_pixels", found)
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise _refusal("extreme_aspect", f"{height} x {width} px")
+    return image
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """The allow-list of Image.open: no parser of another format is ever reached."""
+    optional = tuple(form for form in ("WEBP", "AVIF") if features.check(form.lower()))
+    return ("JPEG", "PNG", "GIF", "BMP", "TIFF", *optional)
+
+
+def _identify(data: bytes) -> str | None:
+    """The format a file begins like; None when it begins like no image."""
+    head = data[:4096]
+    if head[4:8] == b"ftyp":
+        brands = head[8:64]
+        if b"avif" in brands or b"avis" in brands:
+            return "AVIF"
+        heif = (b"hei", b"hev", b"mif1", b"msf1")
+        return "HEIC" if any(brand in brands for brand in heif) else None
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "WEBP"
+    if head[:2] == b"BM" and int.from_bytes(head[14:18], "little") in _BMP_HEADER_BYTES:
+        return "BMP"
+    if head[:4] == b"II*\0" and head[8:10] == b"CR":
+        return "camera raw"
+    if head[128:132] == b"DICM":
+        return "DICOM"
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if text.startswith((b"<svg", b"<?xml", b"<!--", b"<!doctype svg")):
+        return "SVG" if b"<svg" in text and b"<html" not in text else None
+    return next((form for form, first in _PREFIXES.items() if head.startswith(first)), None)
+
+
+_pillow_lock = threading.Lock()
+
+
+@contextmanager
+def _pillow_limited_to(max_pixels: int) -> Iterator[None]:
+    """Pillow with our own pixel cap in place of its own, strict, and without its warnings.
+
+    The cap must hold inside Pillow too: some decoders allocate the canvas while opening. Libraries
+    are known to set LOAD_TRUNCATED_IMAGES for the whole process.
+    """
+    with _pillow_lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, max_pixels
+        lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+            ImageFile.LOAD_TRUNCATED_IMAGES = lenient
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return int(orientation) if orientation in _TRANSPOSE else 1
+    # Whatever a broken EXIF block raises, the picture itself may be fine.
+    except Exception:
+        return 1
+
+
+def _refusal(reason: str, detail: str, *, retryable: bool = False) -> RowError:
+    """A RowError whose detail is one printable line, without memory addresses or the image's own
+    bytes, so that the same image gives the same row in every run."""
+    detail = re.sub(r"\bb(['\"]).*?\1", "...", detail)
+    detail = re.sub(r"0x[0-9a-fA-F]{6,}", "...", detail)
+    detail = "".join(c if c.isprintable() else " " for c in detail)
+    return RowError("decode", reason, " ".join(detail.split()), retryable=retryable)

@@ -1,0 +1,1 @@
+"""An input -> its shards -> records of encoded bytes."""

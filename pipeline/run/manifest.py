@@ -1,0 +1,132 @@
+"""What a run was asked to do, as `_run.json` in its output keeps it."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+import platform
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any, ClassVar, Protocol
+
+from pipeline import __version__, storage
+from pipeline.config.options import RunOptions
+from pipeline.errors import NotFoundError, UsageError
+from pipeline.read.shard import Shard
+from pipeline.schema import SCHEMA_VERSION, Table
+
+RUN = "_run.json"
+DELETING = "being deleted"
+"""The status of a run that --restart has begun to delete: the next command does the rest."""
+
+# Raised whenever the same configuration gives other rows: another rule of reading, decoding or of
+# masks, another bound on what is decoded.
+RESULTS_VERSION = 1
+
+
+class JobConfig(Protocol):
+    """What the dataclass of a job's configuration offers."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def input(self) -> str:
+        """What is read, as the user wrote it."""
+        ...
+
+    @property
+    def output(self) -> str:
+        """Folder of the tables, as the user wrote it."""
+        ...
+
+    @property
+    def run(self) -> RunOptions:
+        """How the run deals with trouble."""
+        ...
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What of the configuration decides the results."""
+        ...
+
+
+def new_record(
+    config: JobConfig,
+    plan: list[Shard],
+    source: str,
+    output: str,
+    model: dict[str, Any],
+    tables: dict[str, Table],
+) -> dict[str, Any]:
+    """What _run.json says while the run is going on."""
+    versions = {"schema_version": SCHEMA_VERSION, "results_version": RESULTS_VERSION}
+    decides = {**config.fingerprint(), "input": source, **model, **versions}
+    asked = asdict(config) | {"input": source, "output": output}
+    for name in ("model", "labels", "contact_sheet"):  # retry-failed may run in another folder
+        if isinstance(path := asked.get(name), str) and os.path.exists(path):
+            asked[name] = os.path.abspath(path)
+    return {
+        "status": "running",
+        "fingerprint": json.loads(json.dumps(decides)),  # as it will be read back
+        "config": asked,
+        "plan": {"shards": len(plan), "bytes": sum(shard.size_bytes for shard in plan)},
+        "tables": list(tables),
+        "versions": _versions(),
+        "started_at": now(),
+    }
+
+
+def read_run(output: str) -> dict[str, Any] | None:
+    """The content of _run.json; None where there is none. Raises UsageError if it is damaged."""
+    uri = storage.join(output, RUN)
+    try:
+        record = json.loads(storage.read_bytes(uri))
+    except NotFoundError:
+        return None
+    except ValueError as error:
+        raise UsageError(f"{uri}: not readable ({error}); choose another output") from error
+    if not isinstance(record, dict):
+        raise UsageError(f"{uri}: not the record of a run; choose another output")
+    return record
+
+
+def refuse_other_run(output: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raise UsageError naming each field in which two fingerprints differ."""
+    fields = [k for k in {**found, **wanted} if found.get(k) != wanted.get(k)]
+    if fields:
+        differences = "; ".join(
+            f"{k} was {_short(found.get(k))}, now {_short(wanted.get(k))}" for k in fields
+        )
+        raise UsageError(
+            f"{output}: holds another run ({differences}); "
+            "choose another output, or --restart to delete it and start over"
+        )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def to_json(record: dict[str, Any]) -> bytes:
+    """The content of _run.json."""
+    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+    return text.encode(errors="backslashreplace")  # of a path that is not UTF-8; valid JSON, too
+
+
+def name_run(record: dict[str, Any]) -> str:
+    """A hash of what decides the results and of the start: --restart makes it another run."""
+    decides = json.dumps([record.get("fingerprint"), record.get("started_at")], sort_keys=True)
+    return hashlib.sha256(decides.encode()).hexdigest()[:16]
+
+
+def now() -> str:
+    """The time as ISO 8601, UTC."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def _versions() -> dict[str, str]:
+    names = ("ray", "torch", "pyarrow", "pillow", "numpy", "tokenizers", "pycocotools")
+    found = {name: version(name) for name in names}
+    return {"clipseg_ray": __version__, "python": platform.python_version(), **found}

@@ -1,0 +1,57 @@
+"""What of a run is done, failed and left, told from its output alone: no Ray, model or input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline import storage
+from pipeline.errors import UsageError
+from pipeline.run.lifecycle import SUCCESS
+from pipeline.run.manifest import read_run
+from pipeline.run.resume import read_failures
+from pipeline.write.passes import read_added
+from pipeline.write.receipts import is_added, list_receipts
+
+
+def open_output(output: str) -> tuple[str, dict[str, Any]]:
+    """The URI of a run's output and its record. Raises UsageError where there is no run."""
+    uri = storage.check_uri(output)
+    record = read_run(uri)
+    if record is None:
+        raise UsageError(f"{output}: no _run.json there: name the output of a job that was started")
+    return uri, record
+
+
+def describe(output: str, record: dict[str, Any]) -> str:
+    """Some lines on where a run stands."""
+    found = list_receipts(output)
+    receipts = [r for name, some in found.items() if not is_added(name) for r in some]
+    later = sum(len(some) for name, some in found.items() if is_added(name))
+    added = read_added(output)
+    planned = int(record.get("plan", {}).get("shards", 0))
+    removed = int(record.get("plan", {}).get("removed_shards", 0))
+    complete = storage.exists(storage.join(output, SUCCESS))
+    ok, error = sum(r.ok for r in receipts), sum(r.error for r in receipts)
+    done = max(len(receipts) - removed, 0)
+    failures = read_failures(output)
+    job = record.get("fingerprint", {}).get("job", "?")
+    state = "complete" if complete else "not complete: the same command again does the rest"
+    lines = [
+        f"{output}: {job}, {state}",
+        f"  started {record.get('started_at', '?')}",
+        f"  shards: {done:,} done, {max(planned - done, 0):,} left of {planned:,}, "
+        f"{sum(r.cut for r in receipts):,} not read to their end",
+        f"  rows: {ok:,} came out well, {error:,} failed",
+    ]
+    if removed:
+        lines.insert(3, f"  {removed:,} more, done before, are no longer in the input")
+    lines += [f"    {reason}: {n:,}" for reason, n in failures.reasons.most_common()]
+    if added:
+        prompts = sum(map(len, added.values()))
+        left = max(planned * len(added) - later, 0)
+        lines.append(f"  {prompts:,} prompts were added: {later:,} shards done, {left:,} left")
+    if failures.retryable:
+        lines.append(
+            f"  {failures.retryable:,} may work another time: clipseg-ray retry-failed {output}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,45 @@
+"""Local disk and S3 behind a few functions: list, read, write whole files, delete."""
+
+from pipeline.storage.faults import storage_errors
+from pipeline.storage.files import (
+    delete_file,
+    delete_folder,
+    exists,
+    glob_files,
+    ignores_create_only,
+    is_empty,
+    is_file,
+    list_files,
+    open_read,
+    put_file,
+    read_bytes,
+    stat_file,
+    write_bytes,
+    write_new,
+)
+from pipeline.storage.retry import set_storage_timeout
+from pipeline.storage.uri import Stored, check_uri, is_s3, join, parent
+
+__all__ = [
+    "Stored",
+    "check_uri",
+    "delete_file",
+    "delete_folder",
+    "exists",
+    "glob_files",
+    "ignores_create_only",
+    "is_empty",
+    "is_file",
+    "is_s3",
+    "join",
+    "list_files",
+    "open_read",
+    "parent",
+    "put_file",
+    "read_bytes",
+    "set_storage_timeout",
+    "stat_file",
+    "storage_errors",
+    "write_bytes",
+    "write_new",
+]

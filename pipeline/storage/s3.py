@@ -1,0 +1,251 @@
+"""S3 through s3fs: find and delete objects; `s3_read` and `s3_write` do what their names say.
+
+Requests go to the client inside s3fs, past its own retries and with those of botocore off:
+`retry.persist` is the only layer that sends a request again.
+Everything here is one request, or pages that are requests of their own: what has arrived before a
+fault is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import functools
+import os
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from pipeline.errors import NotFoundError
+from pipeline.storage.faults import sort_code
+from pipeline.storage.retry import patience_s, persist
+from pipeline.storage.uri import Stored, join
+
+_DELETE_KEYS = 1000  # the most that one DeleteObjects request takes
+_CONNECTIONS = 64  # more than any caller has threads
+
+# The name of an access point may itself hold slashes.
+_PARTS = re.compile(
+    r"s3://(arn:[^/]*:(?:accesspoint|outpost/[^/]+/accesspoint)/[^/]+|[^/]+)/?(.*)", re.DOTALL
+)
+
+
+def client() -> _Client:
+    """The client of this process, shared by its threads."""
+    return _client_of(os.getpid(), patience_s())
+
+
+@functools.lru_cache(maxsize=4)
+def _client_of(pid: int, patience_s: float) -> _Client:
+    return _Client(patience_s)
+
+
+class _Client:
+    """The S3 client of s3fs, whose methods are coroutines, called from threads.
+
+    Methods and parameters are botocore's (get_object, put_object, ...). The loop that they run on
+    is that of fsspec.
+    """
+
+    def __init__(self, patience_s: float):
+        import s3fs  # 0.5 s, and local runs need none of it
+
+        self._files = s3fs.S3FileSystem(
+            anon=False,
+            use_listings_cache=False,
+            skip_instance_cache=True,
+            config_kwargs={
+                "retries": {"total_max_attempts": 1},
+                "connect_timeout": patience_s,
+                "read_timeout": patience_s,  # for each read of the socket: a slow body is not cut
+                "max_pool_connections": _CONNECTIONS,
+            },
+        )
+
+    def __getattr__(self, method: str) -> Callable[..., dict[str, Any]]:
+        from fsspec.asyn import sync
+
+        loop = self._files.loop
+
+        def request(**parameters: Any) -> dict[str, Any]:
+            answer = sync(loop, getattr(self._files.s3, method), **parameters)
+            if "Body" in answer:
+                answer["Body"] = _Body(answer["Body"], loop)
+            return answer
+
+        return request
+
+
+class _Body:
+    """The content of an object while it arrives; close it."""
+
+    def __init__(self, stream: Any, loop: Any):
+        self._stream, self._loop = stream, loop
+
+    def read(self, size: int) -> bytes:
+        """At most `size` bytes; none at the end."""
+        from fsspec.asyn import sync
+
+        data: bytes = sync(self._loop, self._stream.read, size)
+        return data
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._stream.close)
+
+
+def split(uri: str) -> tuple[str, str]:
+    """Bucket and key; the key of a bucket is empty."""
+    parts = _PARTS.fullmatch(uri)
+    if parts is None:
+        raise NotFoundError(f"{uri}: not found")
+    return parts[1], parts[2]
+
+
+def request(
+    uri: str, method: str, *, timeout_s: float | None = None, **parameters: Any
+) -> dict[str, Any]:
+    """One request to the bucket of a URI, by botocore's name for it, tried until it is answered."""
+    bucket, _ = split(uri)
+    return persist(
+        uri, lambda: getattr(client(), method)(Bucket=bucket, **parameters), timeout_s=timeout_s
+    )
+
+
+# ----------------------------------------------------------------------------------- find
+
+
+def stat_object(uri: str) -> Stored:
+    """Size and ETag of one object; NotFoundError when there is none."""
+    key = split(uri)[1]
+    if not key:
+        raise NotFoundError(f"{uri}: not found")
+    found = request(uri, "head_object", Key=key)
+    return stored(uri, found["ContentLength"], found)
+
+
+def object_exists(uri: str) -> bool:
+    """Whether an object or a folder is there."""
+    with contextlib.suppress(NotFoundError):
+        stat_object(uri)
+        return True
+    return _folder_exists(uri, but=())
+
+
+def is_empty(folder: str) -> bool:
+    """Whether neither an object of this name nor any below it is there."""
+    with contextlib.suppress(NotFoundError):
+        stat_object(folder)
+        return False
+    return not _folder_exists(folder, but=(_prefix(folder),))  # what a console makes: no content
+
+
+def _folder_exists(folder: str, but: tuple[str, ...]) -> bool:
+    key = split(folder)[1]
+    try:
+        if not key and not but:
+            request(folder, "head_bucket")
+            return True
+        page = request(folder, "list_objects_v2", Prefix=_prefix(folder), MaxKeys=2)
+    except NotFoundError:
+        return False
+    return any(found["Key"] not in but for found in page.get("Contents", []))
+
+
+def list_objects(folder: str, *, recursive: bool = True) -> Iterator[Stored]:
+    """The objects below a folder, without the markers that stand for folders."""
+    with contextlib.suppress(NotFoundError):
+        for found in _list_all(folder, _prefix(folder), "" if recursive else "/"):
+            if isinstance(found, Stored) and not found.uri.endswith("/"):
+                yield found
+
+
+def glob_objects(pattern: str) -> Iterator[Stored | str]:
+    """What a pattern matches: objects, and the URIs of folders. One listing per folder."""
+    bucket, key = split(pattern)
+    with contextlib.suppress(NotFoundError):  # of a bucket that is not there
+        yield from _expand(f"s3://{bucket}", key.split("/"))
+
+
+def _expand(folder: str, names: list[str]) -> Iterator[Stored | str]:
+    """Match the first of `names` in a folder, and the rest below."""
+    first, *rest = names
+    magic = re.search(r"[*?\[]", first)
+    if first == "**":
+        for file in list_objects(folder):
+            if _matches(file.uri[len(folder) + 1 :].split("/"), names):
+                yield file
+    elif not magic and rest:
+        yield from _expand(f"{folder}/{first}", rest)
+    else:
+        start = first[: magic.start()] if magic else first
+        for found in _list_all(folder, _prefix(folder) + start, "/"):
+            uri = found.uri if isinstance(found, Stored) else found
+            if not fnmatch.fnmatchcase(uri.rpartition("/")[2], first):
+                continue
+            if not rest:
+                yield found
+            elif isinstance(found, str):
+                yield from _expand(uri, rest)
+
+
+def _matches(names: list[str], patterns: list[str]) -> bool:
+    if not patterns:
+        return not names
+    first, *rest = patterns
+    if first == "**":
+        return any(_matches(names[start:], rest) for start in range(len(names) + 1))
+    return bool(names) and fnmatch.fnmatchcase(names[0], first) and _matches(names[1:], rest)
+
+
+def _list_all(folder: str, prefix: str, delimiter: str) -> Iterator[Stored | str]:
+    """Objects and, up to a delimiter, the URIs of folders whose keys begin with `prefix`."""
+    bucket, _ = split(folder)
+    more: dict[str, Any] = {}
+    while True:
+        page = request(folder, "list_objects_v2", Prefix=prefix, Delimiter=delimiter, **more)
+        for found in page.get("Contents", []):
+            yield stored(f"s3://{bucket}/{found['Key']}", found["Size"], found)
+        for below in page.get("CommonPrefixes", []):
+            yield f"s3://{bucket}/{below['Prefix']}".removesuffix("/")
+        if not page.get("IsTruncated"):
+            return
+        more = {"ContinuationToken": page["NextContinuationToken"]}
+
+
+def _prefix(folder: str) -> str:
+    key = split(folder)[1]
+    return f"{key}/" if key else ""
+
+
+def stored(uri: str, size_bytes: int, found: dict[str, Any]) -> Stored:
+    """An object with the ETag of an answer about it."""
+    return Stored(uri=uri, size_bytes=size_bytes, version=found.get("ETag", "").strip('"'))
+
+
+# --------------------------------------------------------------------------------- delete
+
+
+def delete_object(uri: str) -> None:
+    """Deletes one object, which need not exist."""
+    request(uri, "delete_object", Key=split(uri)[1])
+
+
+def delete_objects(folder: str) -> None:
+    """Deletes every object below a folder, which need not exist."""
+    bucket, _ = split(folder)
+    with contextlib.suppress(NotFoundError):
+        found = [f.uri for f in _list_all(folder, _prefix(folder), "") if isinstance(f, Stored)]
+        keys = [split(uri)[1] for uri in found]
+        for start in range(0, len(keys), _DELETE_KEYS):
+            _delete_keys(folder, bucket, keys[start : start + _DELETE_KEYS])
+
+
+def _delete_keys(folder: str, bucket: str, keys: list[str]) -> None:
+    objects = {"Objects": [{"Key": key} for key in keys], "Quiet": True}
+
+    def delete() -> None:
+        answer = client().delete_objects(Bucket=bucket, Delete=objects)
+        for failed in answer.get("Errors", []):  # it answers 200 even where deletions failed
+            raise sort_code(join(f"s3://{bucket}", failed["Key"]), failed["Code"])
+
+    persist(folder, delete)

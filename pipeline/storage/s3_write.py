@@ -1,0 +1,120 @@
+"""Writing objects to S3 whole: in one request, or in parts that appear together at the end.
+
+A reply can be lost after the write has happened. Writing once more is harmless, except where a
+file must not exist yet: there the second attempt is refused because of the first. So after a
+refusal what is stored is compared with what was to be written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mimetypes
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import ChangedError, NotFoundError, StorageError
+from pipeline.storage.faults import storage_errors
+from pipeline.storage.s3 import request, split, stat_object
+from pipeline.storage.s3_read import read_range
+
+PART_BYTES = 32 * 2**20  # of an upload in parts, which begins at two of them
+_PARTS = 10_000  # the most that S3 takes
+_PARTS_AT_ONCE = 4
+_ABORT_TIMEOUT_S = 5.0  # the upload has failed already: nobody should wait long for its end
+
+
+def put_object(uri: str, source: bytes | Path, *, create: bool = False) -> None:
+    """Writes bytes or a local file. With `create`, FileExistsError if there is an object already.
+
+    Equal bytes that another writer stored pass for ours, since the reply to ours may have been
+    lost: whoever needs to know which of several writers won puts a name of its own into the bytes.
+    """
+    size = _size(source)
+    kind, _ = mimetypes.guess_type(uri)
+    wanted: dict[str, Any] = {"Key": split(uri)[1], **({"ContentType": kind} if kind else {})}
+    condition = {"IfNoneMatch": "*"} if create else {}
+    if size < 2 * PART_BYTES:
+        body = _read(source, 0, size)
+        _finish(uri, "put_object", source, create, **wanted, **condition, Body=body)
+    else:
+        _put_parts(uri, source, size, create, wanted, condition)
+
+
+def _put_parts(
+    uri: str,
+    source: bytes | Path,
+    size: int,
+    create: bool,
+    wanted: dict[str, Any],
+    condition: dict[str, str],
+) -> None:
+    """Upload in parts; when that fails, the parts are removed, which would be paid for unseen.
+
+    An upload whose very beginning was answered by nobody has no name by which to remove it: a
+    lifecycle rule for incomplete uploads clears those.
+    """
+    upload: dict[str, Any] = {"Key": wanted["Key"]}
+    upload["UploadId"] = request(uri, "create_multipart_upload", **wanted)["UploadId"]
+    step = max(PART_BYTES, -(-size // _PARTS))
+
+    def send(start: int) -> dict[str, Any]:
+        number, body = start // step + 1, _read(source, start, step)
+        sent = request(uri, "upload_part", **upload, PartNumber=number, Body=body)
+        return {"PartNumber": number, "ETag": sent["ETag"]}
+
+    try:
+        with ThreadPoolExecutor(_PARTS_AT_ONCE) as pool:
+            parts = {"Parts": list(pool.map(send, range(0, size, step)))}
+        ending = {**upload, **condition, "MultipartUpload": parts}
+        _finish(uri, "complete_multipart_upload", source, create, **ending)
+    except BaseException:
+        with contextlib.suppress(StorageError):
+            request(uri, "abort_multipart_upload", timeout_s=_ABORT_TIMEOUT_S, **upload)
+        raise
+
+
+def _finish(uri: str, method: str, source: bytes | Path, create: bool, **parameters: Any) -> None:
+    """The request that makes the object appear."""
+    try:
+        request(uri, method, **parameters)
+    except (ChangedError, NotFoundError) as error:  # it exists; or the upload is over already
+        # Perhaps by ourselves, and the answer was lost: aiohttp, too, sends a PUT again then.
+        if _is_stored(uri, source):
+            return
+        if create and isinstance(error, ChangedError):
+            raise FileExistsError(uri) from error
+        raise
+
+
+def _is_stored(uri: str, source: bytes | Path) -> bool:
+    """Whether the object holds exactly these bytes."""
+    try:
+        found = stat_object(uri)
+        return found.size_bytes == _size(source) and all(
+            read_range(uri, start, start + len(piece), found.version)[0] == piece
+            for start, piece in _pieces(source)
+        )
+    except (ChangedError, NotFoundError):
+        return False
+
+
+def _pieces(source: bytes | Path) -> Iterator[tuple[int, bytes]]:
+    for start in range(0, _size(source), PART_BYTES):
+        yield start, _read(source, start, PART_BYTES)
+
+
+def _size(source: bytes | Path) -> int:
+    if isinstance(source, bytes):
+        return len(source)
+    with storage_errors(str(source)):
+        return source.stat().st_size
+
+
+def _read(source: bytes | Path, start: int, count: int) -> bytes:
+    if isinstance(source, bytes):
+        return source[start : start + count]
+    with storage_errors(str(source)), open(source, "rb") as file:
+        file.seek(start)
+        return file.read(count)

@@ -1,0 +1,1 @@
+"""Results -> rows -> fragments -> parts and receipts in the output."""
