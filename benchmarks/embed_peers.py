@@ -117,9 +117,9 @@ def chain(source: Path, output: Path, model: str) -> None:
     from pipeline.config.options import WorkerOptions
     from pipeline.infer.embed import EmbedImages, open_embedder
     from pipeline.prepare.images import PrepareImages
-    from pipeline.read.records import plan_shards, read_batches
-    from pipeline.run.resources import share_cluster
-    from pipeline.run.session import ray_session
+    from pipeline.read.inputs import plan_shards
+    from pipeline.read.records import read_batches
+    from pipeline.run.session import open_ray
     from pipeline.run.source import dataset_of
     from pipeline.schema import embeddings
     from pipeline.write.rows import embedding_rows
@@ -130,19 +130,18 @@ def chain(source: Path, output: Path, model: str) -> None:
     def vectors_of(batch: pa.Table) -> pa.Table:
         return embedding_rows(batch.filter(pc.greater_equal(batch["row"], 0)), columns)
 
-    with ray_session():
-        shares = share_cluster(WorkerOptions(batch_size=BATCH))
+    with open_ray(WorkerOptions(batch_size=BATCH)) as engine:
         (
             dataset_of(plan_shards(str(source)))
-            .map_batches(read_batches, **shares.read)
-            .map_batches(PrepareImages(embedder.checkpoint.processor, 50_000_000), **shares.task)
+            .map_batches(read_batches, **engine.read)
+            .map_batches(PrepareImages(embedder.checkpoint.processor, 50_000_000), **engine.task)
             .map_batches(
                 EmbedImages,
-                fn_constructor_args=(embedder, shares.device, shares.threads),
-                **shares.actor,
+                fn_constructor_args=(embedder, engine.device, engine.threads),
+                **engine.actor,
             )
-            .map_batches(vectors_of, **shares.task)
-            .write_parquet(str(output), ray_remote_args={"num_cpus": shares.task["num_cpus"]})
+            .map_batches(vectors_of, **engine.task)
+            .write_parquet(str(output), ray_remote_args={"num_cpus": engine.task["num_cpus"]})
         )
 
 

@@ -17,31 +17,20 @@ import tempfile
 import time
 from pathlib import Path
 
-import pyarrow as pa
-
 from benchmarks.shards import small_images, write_tars
+from jobs.segment import segment
 from pipeline.config.segment import SegmentConfig
 from pipeline.demo import MODEL
-from pipeline.infer.segment import SegmentImages, encode_prompts
-from pipeline.prepare.images import PrepareImages
-from pipeline.read.inputs import plan_shards
-from pipeline.read.records import read_batches, shard_to_row
-from pipeline.write.fragments import WriteFragments
-from pipeline.write.rows import MakeTables
+from pipeline.run.local import open_local
 
 
 def plain_loop(source: Path, output: Path) -> float:
-    """Seconds of the same stages without Ray."""
+    """Seconds of the same job in this process, without Ray."""
     start = time.perf_counter()
-    config = SegmentConfig(input=str(source), output=str(output), prompt=("star",))
-    prompted = encode_prompts(str(MODEL), config.all_prompts())
-    prepare = PrepareImages(prompted.checkpoint.processor, config.images.max_pixels)
-    segment, make = SegmentImages(prompted, "cpu"), MakeTables(config, {}, prompted.prompts, 0)
-    write = WriteFragments(str(output))
-    for shard in plan_shards(str(source)):
-        for records in read_batches(pa.Table.from_pylist([shard_to_row(shard)])):
-            for logits in segment(prepare(records)):
-                write(make(logits))
+    config = SegmentConfig(
+        input=str(source), output=str(output), prompt=("star",), model=str(MODEL)
+    )
+    segment(config, open_local)
     return time.perf_counter() - start
 
 

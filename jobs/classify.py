@@ -17,33 +17,27 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-import ray.data
-
 from pipeline.config.classify import ClassifyConfig
 from pipeline.config.command import run_command
 from pipeline.config.embed import EmbedConfig
-from pipeline.embeddings.source import (
-    ReadEmbeddings,
-    open_embeddings,
-    plan_embeddings,
-)
+from pipeline.embeddings.source import ReadEmbeddings, open_embeddings, plan_embeddings
 from pipeline.embeddings.vectors import EmbeddingTable, check_weights
 from pipeline.errors import CheckpointError, UsageError
 from pipeline.infer.classify import Classifier, ClassifyImages, ClassifyVectors, open_classifier
-from pipeline.prepare.images import PrepareImages
-from pipeline.read.records import plan_shards, read_batches
-from pipeline.run.follow import finish
-from pipeline.run.guard import bounded
+from pipeline.prepare.images import PrepareImages, fail_crashed_image
+from pipeline.read.inputs import plan_shards
+from pipeline.read.records import end_crashed_shard, read_batches, read_one_by_one
+from pipeline.run.engine import Dataset, Engine, OpenEngine
+from pipeline.run.follow import follow_run
 from pipeline.run.lifecycle import Run, open_run, summary
-from pipeline.run.resources import Shares, share_cluster
-from pipeline.run.session import ray_session
-from pipeline.run.source import dataset_of
+from pipeline.run.progress import tell
+from pipeline.run.session import open_ray
 from pipeline.storage import set_storage_timeout
 from pipeline.write.fragments import WriteFragments
-from pipeline.write.rows import MakeLabelTables
+from pipeline.write.rows import MakeLabelRows
 
 
-def classify(config: ClassifyConfig) -> None:
+def classify(config: ClassifyConfig, open_engine: OpenEngine = open_ray) -> None:
     """Images or vectors -> the best labels of each -> Parquet tables."""
     set_storage_timeout(config.run.storage_timeout)
     table = open_embeddings(config.input)
@@ -55,44 +49,42 @@ def classify(config: ClassifyConfig) -> None:
         shards = plan_shards(config.input, image_column=config.images.image_column)
     tables = config.tables(classifier.facts(), classifier.top, images=table is None)
     run = open_run(config, shards, model=classifier.fingerprint(), tables=tables)
-    with ray_session():
-        shares = share_cluster(config.workers)
+    tell(run.notes)
+    rows = MakeLabelRows(tables, classifier.labels)
+    with open_engine(config.workers) as engine:
         if table:
-            ranked = classify_vectors(run, shares, table, classifier)
+            ranked = classify_vectors(run, engine, table, classifier)
         else:
-            ranked = classify_images(run, shares, config.images.max_pixels, classifier)
-        accounts = ranked.map_batches(
-            bounded(MakeLabelTables(tables, classifier.labels)), **shares.task
-        ).map_batches(bounded(WriteFragments(run.output)), **shares.task)
-        counts = finish(run, [accounts], quiet=config.workers.quiet)
+            ranked = classify_images(run, engine, config.images.max_pixels, classifier)
+        write = WriteFragments(run.first.ledger, rows)
+        stream = ranked.map_batches(engine.guard(write), **engine.task)
+        counts = follow_run(run, [stream], engine, quiet=config.workers.quiet)
     print(summary(run, counts))
 
 
-def classify_images(
-    run: Run, shares: Shares, max_pixels: int, classifier: Classifier
-) -> ray.data.Dataset:
+def classify_images(run: Run, engine: Engine, max_pixels: int, classifier: Classifier) -> Dataset:
     """Read shards -> decode and resize -> classify: schema.RANKED."""
     prepare = PrepareImages(classifier.checkpoint.processor, max_pixels)
     return (
-        dataset_of(run.todo)
-        .map_batches(bounded(read_batches, apart=True), **shares.read)
-        .map_batches(bounded(prepare, apart=True), **shares.task)
+        engine.dataset(run.first.todo)
+        .map_batches(engine.guard(read_batches, end_crashed_shard, read_one_by_one), **engine.read)
+        .map_batches(engine.guard(prepare, fail_crashed_image), **engine.task)
         .map_batches(
             ClassifyImages,
-            fn_constructor_args=(classifier, shares.device, shares.threads),
-            **shares.actor,
+            fn_constructor_args=(classifier, engine.device, engine.threads),
+            **engine.actor,
         )
     )
 
 
 def classify_vectors(
-    run: Run, shares: Shares, table: EmbeddingTable, classifier: Classifier
-) -> ray.data.Dataset:
+    run: Run, engine: Engine, table: EmbeddingTable, classifier: Classifier
+) -> Dataset:
     """Read the table -> classify: schema.RANKED, without a model on any worker."""
     return (
-        dataset_of(run.todo)
-        .map_batches(bounded(ReadEmbeddings(table)), **shares.read)
-        .map_batches(bounded(ClassifyVectors(classifier)), **shares.task)
+        engine.dataset(run.first.todo)
+        .map_batches(engine.guard(ReadEmbeddings(table)), **engine.read)
+        .map_batches(engine.guard(ClassifyVectors(classifier)), **engine.task)
     )
 
 

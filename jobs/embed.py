@@ -17,20 +17,20 @@ from collections.abc import Sequence
 from pipeline.config.command import run_command
 from pipeline.config.embed import EmbedConfig
 from pipeline.infer.embed import EmbedImages, open_embedder
-from pipeline.prepare.images import PrepareImages
-from pipeline.read.records import plan_shards, read_batches
-from pipeline.run.follow import finish
-from pipeline.run.guard import bounded
+from pipeline.prepare.images import PrepareImages, fail_crashed_image
+from pipeline.read.inputs import plan_shards
+from pipeline.read.records import end_crashed_shard, read_batches, read_one_by_one
+from pipeline.run.engine import OpenEngine
+from pipeline.run.follow import follow_run
 from pipeline.run.lifecycle import open_run, summary
-from pipeline.run.resources import share_cluster
-from pipeline.run.session import ray_session
-from pipeline.run.source import dataset_of
+from pipeline.run.progress import tell
+from pipeline.run.session import open_ray
 from pipeline.storage import set_storage_timeout
 from pipeline.write.fragments import WriteFragments
-from pipeline.write.rows import MakeEmbeddingTables
+from pipeline.write.rows import MakeEmbeddingRows
 
 
-def embed(config: EmbedConfig) -> None:
+def embed(config: EmbedConfig, open_engine: OpenEngine = open_ray) -> None:
     """Read shards -> decode and resize -> embed -> Parquet tables."""
     set_storage_timeout(config.run.storage_timeout)
     column = config.images.image_column
@@ -44,22 +44,24 @@ def embed(config: EmbedConfig) -> None:
     checkpoint = embedder.checkpoint
     tables = config.tables(checkpoint.dimension, checkpoint.weights_hash)
     run = open_run(config, shards, model=checkpoint.fingerprint(), tables=tables)
-    with ray_session():
-        shares = share_cluster(config.workers)
-        prepare = PrepareImages(checkpoint.processor, config.images.max_pixels)
-        accounts = (
-            dataset_of(run.todo)
-            .map_batches(bounded(read_batches, apart=True), **shares.read)
-            .map_batches(bounded(prepare, apart=True), **shares.task)
+    tell(run.notes)
+    prepare = PrepareImages(checkpoint.processor, config.images.max_pixels)
+    rows = MakeEmbeddingRows(tables["embeddings"].schema)
+    with open_engine(config.workers) as engine:
+        stream = (
+            engine.dataset(run.first.todo)
+            .map_batches(
+                engine.guard(read_batches, end_crashed_shard, read_one_by_one), **engine.read
+            )
+            .map_batches(engine.guard(prepare, fail_crashed_image), **engine.task)
             .map_batches(
                 EmbedImages,
-                fn_constructor_args=(embedder, shares.device, shares.threads),
-                **shares.actor,
+                fn_constructor_args=(embedder, engine.device, engine.threads),
+                **engine.actor,
             )
-            .map_batches(bounded(MakeEmbeddingTables(tables["embeddings"].schema)), **shares.task)
-            .map_batches(bounded(WriteFragments(run.output)), **shares.task)
+            .map_batches(engine.guard(WriteFragments(run.first.ledger, rows)), **engine.task)
         )
-        counts = finish(run, [accounts], quiet=config.workers.quiet)
+        counts = follow_run(run, [stream], engine, quiet=config.workers.quiet)
     print(summary(run, counts))
 
 

@@ -40,7 +40,7 @@ def retry_failed(config: RetryConfig) -> None:
     if name not in JOBS:
         raise UsageError(f"{output}/_run.json: of an unknown job {name!r}")
     job = config_from_record(JOBS[name], record["config"])
-    if isinstance(job, SegmentConfig):  # the file of the prompts may be gone
+    if isinstance(job, SegmentConfig):
         prompts = [*record["fingerprint"]["prompts"], *chain(*read_added(output).values())]
         job = replace(job, prompt=tuple(prompts), prompts=None)
     shards = read_failures(output).choose(every=config.every)

@@ -15,62 +15,61 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-import ray.data
-
 from pipeline.annotations.contact_sheet import write_contact_sheet
 from pipeline.config.command import run_command
 from pipeline.config.segment import SegmentConfig
 from pipeline.infer.segment import PromptedModel, SegmentImages, encode_prompts
-from pipeline.prepare.images import PrepareImages
-from pipeline.read.records import plan_shards, read_batches
-from pipeline.run.follow import finish
-from pipeline.run.guard import bounded
-from pipeline.run.lifecycle import Run, open_run, summary
-from pipeline.run.resources import Shares, share_cluster
-from pipeline.run.session import ray_session
-from pipeline.run.source import dataset_of
+from pipeline.prepare.images import PrepareImages, fail_crashed_image
+from pipeline.read.inputs import plan_shards
+from pipeline.read.records import end_crashed_shard, read_batches, read_one_by_one
+from pipeline.run.engine import Dataset, Engine, OpenEngine
+from pipeline.run.follow import follow_run
+from pipeline.run.lifecycle import Pass, open_run, summary
+from pipeline.run.progress import tell
+from pipeline.run.session import open_ray
 from pipeline.storage import set_storage_timeout
 from pipeline.write.fragments import WriteFragments
-from pipeline.write.rows import MakeTables
+from pipeline.write.rows import MakeMaskRows
 
 
-def segment(config: SegmentConfig) -> None:
+def segment(config: SegmentConfig, open_engine: OpenEngine = open_ray) -> None:
     """Read shards -> decode and resize -> segment -> masks at image size -> Parquet tables."""
     set_storage_timeout(config.run.storage_timeout)
+    config = config.resolve()
     shards = plan_shards(config.input, image_column=config.images.image_column)
-    prompted = encode_prompts(config.model, config.all_prompts(), embed=config.embed)
+    prompted = encode_prompts(config.model, list(config.prompt), embed=config.embed)
     checkpoint = prompted.checkpoint
     tables = config.tables(checkpoint.dimension, checkpoint.weights_hash)
     run = open_run(config, shards, model=checkpoint.fingerprint(), tables=tables)
-    with ray_session():
-        shares = share_cluster(config.workers)
+    tell(run.notes)
+    with open_engine(config.workers) as engine:
         # One pass over the shards, and one more for each time that prompts were added.
-        streams = [stream(config, prompted, each, shares) for each in run.passes]
-        counts = finish(run, streams, quiet=config.workers.quiet)
+        streams = [stream(config, prompted, each, engine) for each in run.passes]
+        counts = follow_run(run, streams, engine, quiet=config.workers.quiet)
     print(summary(run, counts))
     if config.contact_sheet:
         max_pixels = config.images.max_pixels
         write_contact_sheet(config.contact_sheet, run.output, shards, max_pixels)
+        print(f"  {config.contact_sheet}")
 
 
 def stream(
-    config: SegmentConfig, prompted: PromptedModel, run: Run, shares: Shares
-) -> ray.data.Dataset:
-    """What is left to do in one pass, with its prompts."""
-    asked = prompted.only(run.prompts, embed="embeddings" in run.tables)
+    config: SegmentConfig, prompted: PromptedModel, of_pass: Pass, engine: Engine
+) -> Dataset:
+    """The chain of one pass, with its prompts, over the shards that it has left."""
+    asked = prompted.only(of_pass.prompts, embed="embeddings" in of_pass.tables)
     prepare = PrepareImages(prompted.checkpoint.processor, config.images.max_pixels)
-    tables = MakeTables(config, run.tables, run.prompts, run.first_prompt)
+    rows = MakeMaskRows(config, of_pass.tables, of_pass.prompts, of_pass.ledger.first_prompt)
     return (
-        dataset_of(run.todo)
-        .map_batches(bounded(read_batches, apart=True), **shares.read)
-        .map_batches(bounded(prepare, apart=True), **shares.task)
+        engine.dataset(of_pass.todo)
+        .map_batches(engine.guard(read_batches, end_crashed_shard, read_one_by_one), **engine.read)
+        .map_batches(engine.guard(prepare, fail_crashed_image), **engine.task)
         .map_batches(
             SegmentImages,
-            fn_constructor_args=(asked, shares.device, shares.threads),
-            **shares.actor,
+            fn_constructor_args=(asked, engine.device, engine.threads),
+            **engine.actor,
         )
-        .map_batches(bounded(tables), **shares.task)
-        .map_batches(bounded(WriteFragments(run.output, run.first_prompt)), **shares.task)
+        .map_batches(engine.guard(WriteFragments(of_pass.ledger, rows)), **engine.task)
     )
 
 

@@ -46,6 +46,11 @@ REASONS = {
     "model_failed": "what the model gives for the image, or for its text, is not finite",
 }
 
+# Faults of the storage: nothing is known of the bytes, so the account of the shard stays open.
+STORAGE_REASONS = frozenset(
+    ("shard_missing", "shard_unreadable", "shard_changed", "file_missing", "file_unreadable")
+)
+
 
 class PipelineError(Exception):
     """The root of the tree above."""

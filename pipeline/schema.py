@@ -26,6 +26,7 @@ RECORDS = pa.schema(
         ("image", pa.large_binary()),  # encoded bytes; empty when there is a reason
         ("text", pa.string()),  # what stands beside the image, where a job wants it
         ("total", pa.int64()),  # on the end record: records in this shard; -1 elsewhere
+        ("version", pa.string()),  # of the shard: see read.shard.Shard
         ("stage", pa.string()),  # "" or where it failed
         ("reason", pa.string()),  # "" or one of errors.REASONS
         ("detail", pa.string()),
@@ -82,17 +83,19 @@ RANKED = pa.schema(
     ]
 )
 
-# What the last stages hand on, one row per shard and batch: finished rows and how many they are.
-_COUNTS = [
-    ("shard", pa.string()),
-    ("images", pa.int64()),  # records that came out well
-    ("outputs", pa.int64()),  # rows of the other tables
-    ("errors", pa.int64()),  # records that failed; a shard's own failure is not among them
-    ("reason", pa.string()),  # the most frequent one among the errors; "" without any
-    ("total", pa.int64()),  # records of the shard, where its end record was seen; -1 elsewhere
-]
-FRAGMENTS = pa.schema([*_COUNTS, ("tables", pa.large_binary())])  # packed by write.pack_tables
-ACCOUNTS = pa.schema([*_COUNTS, ("fragment", pa.string())])  # where the tables were written
+# What the last stage hands on: one row per shard and fragment, with what came out.
+ACCOUNTS = pa.schema(
+    [
+        ("shard", pa.string()),
+        ("images", pa.int64()),  # records that came out well
+        ("outputs", pa.int64()),  # rows of the other tables
+        ("errors", pa.int64()),  # records that failed; a shard's own failure is not among them
+        ("reason", pa.string()),  # the most frequent one among the errors; "" without any
+        ("total", pa.int64()),  # records of the shard, where its end record was seen; -1 elsewhere
+        ("fragment", pa.string()),  # the name of the fragment; "" where there is none
+        ("fault", pa.string()),  # what the storage did not give, and why; "" where it gave all
+    ]
+)
 
 RLE = pa.struct([("size", pa.list_(pa.int32())), ("counts", pa.string())])
 

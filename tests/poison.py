@@ -38,10 +38,16 @@ def poisoned_read_shard(shard: Shard) -> Iterator[dict[str, Any]]:
         yield record
 
 
-def poisoned_read_batches(shards: pa.Table, *, apart: bool = False) -> Iterator[pa.Table]:
+def poisoned_read_batches(shards: pa.Table) -> Iterator[pa.Table]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(read, "read_shard", poisoned_read_shard)
-        yield from read.read_batches(shards, apart=apart)
+        yield from read.read_batches(shards)
+
+
+def poisoned_read_one_by_one(shards: pa.Table) -> Iterator[pa.Table]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(read, "read_shard", poisoned_read_shard)
+        yield from read.read_one_by_one(shards)
 
 
 def die(batch: pa.Table) -> pa.Table:

@@ -9,8 +9,6 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from test_commit import of_run
-from test_write import SHARD, TABLES, images, masks, part, write
 
 from pipeline.config.options import RunOptions, WorkerOptions
 from pipeline.config.segment import SegmentConfig
@@ -18,8 +16,9 @@ from pipeline.errors import JobError, UsageError
 from pipeline.read.shard import Shard
 from pipeline.run import manifest as record
 from pipeline.run.lifecycle import close_run, open_run
-from pipeline.write.commit import finish_shard
-from pipeline.write.receipts import stem
+from pipeline.write.layout import shard_id
+from tests.outputs import SHARD, TABLES, images, ledger_of, masks, part
+from tests.outputs import finish as finish_tables
 
 MODEL = {"weights_hash": "abc"}
 OTHER = replace(SHARD, name="c.tar", version="v1")
@@ -31,14 +30,14 @@ def config(output: Path, **values: Any) -> SegmentConfig:
 
 def finish(output: Path, shard=SHARD, rows: int = 2) -> dict[str, Any]:
     numbers = range(rows)
-    names = write(output, {"images": images(*numbers), "masks": masks(*numbers)})
-    return finish_shard(str(output), of_run(output, shard), names, rows, TABLES)
+    made = {"images": images(*numbers), "masks": masks(*numbers)}
+    return finish_tables(ledger_of(output), shard, *([made] if rows else []))
 
 
 def test_every_table_can_be_read_from_the_start(tmp_path: Path) -> None:
     settings = config(tmp_path, keep_probabilities="88")
     run = open_run(settings, [SHARD], model=MODEL, tables=settings.tables(28, "abc"))
-    assert run.todo == [SHARD]
+    assert run.first.todo == [SHARD]
     for table in ("images", "masks", "errors", "probabilities"):
         (file,) = (tmp_path / table).glob("*.parquet")
         assert pq.read_metadata(file).num_rows == 0
@@ -82,7 +81,7 @@ def test_a_finished_shard_is_not_done_again(tmp_path: Path) -> None:
     finish(tmp_path)
     faster = config(tmp_path, workers=WorkerOptions(batch_size=3, actors=2, quiet=True))
     run = open_run(faster, [SHARD, OTHER], model=MODEL, tables=TABLES)
-    assert run.todo == [OTHER]
+    assert run.first.todo == [OTHER]
     finish(tmp_path, OTHER, rows=0)
     assert close_run(run, 1.0)["images"] == 2
 
@@ -92,13 +91,13 @@ def test_a_shard_that_changed_is_done_again(tmp_path: Path) -> None:
     finish(tmp_path)
     changed = replace(SHARD, version="v2")
     run = open_run(config(tmp_path), [changed], model=MODEL, tables=TABLES)
-    assert run.todo == [changed]
+    assert run.first.todo == [changed]
     assert not part(tmp_path, "masks").exists()  # old rows never stand beside new ones
     finish(tmp_path, changed, rows=3)
     assert close_run(run, 1.0)["images"] == 3
 
 
-def test_a_file_that_is_split_in_another_way_leaves_no_old_rows(tmp_path: Path, capsys) -> None:
+def test_a_file_that_is_split_in_another_way_leaves_no_old_rows(tmp_path: Path) -> None:
     """The names of its shards change, so old parts would stand beside the new ones."""
 
     def shards(*names: str) -> list[Shard]:
@@ -112,18 +111,18 @@ def test_a_file_that_is_split_in_another_way_leaves_no_old_rows(tmp_path: Path, 
         shards("a/x.parquet"),
     ):
         run = open_run(config(tmp_path), now, model=MODEL, tables=TABLES)
-        assert run.todo == now
+        assert run.first.todo == now
         for shard in now:
             finish(tmp_path, shard)
         assert close_run(run, 1.0)["masks"] == 4 * len(now)
-        paths = {f"{stem(shard.name)}.parquet" for shard in [*now, *gone]}
+        paths = {f"{shard_id(shard.name)}.parquet" for shard in [*now, *gone]}
         found = {p.name for p in (tmp_path / "masks").iterdir() if pq.read_metadata(p).num_rows}
         assert found == paths
     warned = "2 finished shards are no longer in the input (gone.parquet#rows=0-9, gone-rows-1.tar)"
-    assert warned in capsys.readouterr().err
+    assert warned in run.notes[-1]
 
 
-def test_a_folder_with_fewer_images_leaves_no_old_rows(tmp_path: Path, capsys) -> None:
+def test_a_folder_with_fewer_images_leaves_no_old_rows(tmp_path: Path) -> None:
     """What was in its second group is in the first now."""
 
     def shards(*names: str) -> list[Shard]:
@@ -135,13 +134,13 @@ def test_a_folder_with_fewer_images_leaves_no_old_rows(tmp_path: Path, capsys) -
         shards("images-00000", "a/images-00000"),
     ):
         run = open_run(config(tmp_path), [*now, *kept], model=MODEL, tables=TABLES)
-        for shard in run.todo:
+        for shard in run.first.todo:
             finish(tmp_path, shard)
         close_run(run, 1.0)
-    paths = {f"{stem(shard.name)}.parquet" for shard in [*now, *kept, *gone]}
+    paths = {f"{shard_id(shard.name)}.parquet" for shard in [*now, *kept, *gone]}
     found = {p.name for p in (tmp_path / "masks").iterdir() if pq.read_metadata(p).num_rows}
     assert found == paths
-    assert "1 finished shards are no longer in the input (other/im" in capsys.readouterr().err
+    assert "1 finished shards are no longer in the input (other/im" in run.notes[-1]
 
 
 def test_a_shard_whose_part_is_gone_is_done_again(tmp_path: Path) -> None:
@@ -149,10 +148,10 @@ def test_a_shard_whose_part_is_gone_is_done_again(tmp_path: Path) -> None:
     finish(tmp_path)
     finish(tmp_path, OTHER)
     part(tmp_path, "masks").unlink()
-    with pytest.raises(JobError, match=r"1 shards were not finished \(a/b\.tar"):
+    with pytest.raises(JobError, match=r"1 of 2 shards are not complete .*: a/b\.tar"):
         close_run(run, 1.0)
     run = open_run(config(tmp_path), [SHARD, OTHER], model=MODEL, tables=TABLES)
-    assert run.todo == [SHARD]
+    assert run.first.todo == [SHARD]
     finish(tmp_path)
     assert close_run(run, 1.0)["masks"] == 8
 
@@ -162,13 +161,12 @@ def test_a_driver_that_lives_on_after_a_restart_does_not_close_the_new_run(tmp_p
     old = open_run(config(tmp_path), [SHARD], model=MODEL, tables=TABLES)
     again = config(tmp_path, threshold=0.25, run=RunOptions(restart=True))
     new = open_run(again, [SHARD], model=MODEL, tables=TABLES)
-    names = write(tmp_path, {"images": images(0), "masks": masks(0)})
-    finish_shard(str(tmp_path), old.todo[0], names, 1, TABLES)
-    for run, why in ((old, "started it over"), (new, "1 shards were not finished")):
+    finish_tables(old.first.ledger, SHARD, {"images": images(0), "masks": masks(0)})
+    for run, why in ((old, "started it over"), (new, "1 of 1 shards are not complete")):
         with pytest.raises(JobError, match=why):
             close_run(run, 1.0)
     run = open_run(config(tmp_path, threshold=0.25), [SHARD], model=MODEL, tables=TABLES)
-    assert run.todo == [SHARD]
+    assert run.first.todo == [SHARD]
 
 
 def test_another_run_is_refused_with_the_difference(
@@ -206,6 +204,6 @@ def test_a_damaged_record_is_refused(tmp_path: Path) -> None:
 def test_a_run_without_all_its_shards_is_not_closed(tmp_path: Path) -> None:
     run = open_run(config(tmp_path), [SHARD, OTHER], model=MODEL, tables=TABLES)
     finish(tmp_path)
-    with pytest.raises(JobError, match=r"1 shards were not finished \(c\.tar"):
+    with pytest.raises(JobError, match=r"1 of 2 shards are not complete .*: c\.tar"):
         close_run(run, 1.0)
     assert not (tmp_path / "_SUCCESS").exists()

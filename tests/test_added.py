@@ -12,68 +12,62 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_commit import PLAN, KilledError, Schedule, _named, of_run, rows, step  # noqa: F401
-from test_write import TABLES, errors, images, rows_of
+from test_commit import KilledError, Schedule, step  # noqa: F401
 
 from jobs import status
-from pipeline import schema
 from pipeline.config.options import RunOptions
 from pipeline.config.segment import SegmentConfig
 from pipeline.errors import JobError, UsageError
 from pipeline.read.shard import Shard
 from pipeline.run import lifecycle as account
 from pipeline.run import resume
-from pipeline.run.lifecycle import Run, close_run, open_run
-from pipeline.run.resume import discard_pass
+from pipeline.run.lifecycle import Pass, Run, close_run, open_run
+from pipeline.run.resume import discard_shard
 from pipeline.write import commit
-from pipeline.write.commit import finish_shard
-from pipeline.write.fragments import WriteFragments, pack_tables
+from pipeline.write.layout import Ledger
+from tests.outputs import SHARDS, TABLES, errors, images, rows, rows_of
+from tests.outputs import finish as finish_tables
 
 # What comes out of the four records of a shard: images and errors, by the number of the pass.
 GOOD, BAD = (0, 1, 3), (2,)
 
 
-def open_(output: Path, prompts: Sequence[str], plan: list[Shard] = PLAN, **options: Any) -> Run:
+def open_(output: Path, prompts: Sequence[str], plan: list[Shard] = SHARDS, **options: Any) -> Run:
     config = SegmentConfig(
         input="in", output=str(output), prompt=tuple(prompts), run=RunOptions(**options)
     )
     return open_run(config, plan, model={"weights_hash": "abc"}, tables=TABLES)
 
 
-def drive(output: Path, prompts: Sequence[str], plan: list[Shard] = PLAN) -> list[tuple[str, int]]:
+def drive(
+    output: Path, prompts: Sequence[str], plan: list[Shard] = SHARDS
+) -> list[tuple[str, int]]:
     """Make what is left; returns the passes over shards that were."""
     run = open_(output, prompts, plan)
     made = []
     for each in run.passes:
         for shard in each.todo:
-            finish(output, each, shard, GOOD, BAD)
-            made.append((shard.name, shard.first_prompt))
+            finish(each, shard, GOOD, BAD)
+            made.append((shard.name, each.ledger.first_prompt))
     close_run(run, 1.0)
     return made
 
 
 def finish(
-    output: Path, run: Run, shard: Shard, good: Sequence[int], bad: Sequence[int | None]
+    each: Pass, shard: Shard, good: Sequence[int], bad: Sequence[int | None]
 ) -> dict[str, Any]:
     """One pass over a shard, of which these rows come out well and these fail."""
     every = [
-        {"row": row, "prompt_id": run.first_prompt + i, "prompt": prompt}
+        {"row": row, "prompt_id": each.ledger.first_prompt + i, "prompt": prompt}
         for row in good
-        for i, prompt in enumerate(run.prompts)
+        for i, prompt in enumerate(each.prompts)
     ]
-    tables = {"images": images(*good), "masks": rows_of("masks", *every), "errors": errors(*bad)}
-    counts = {"shard": shard.name, "images": 0, "outputs": 0, "errors": 0, "reason": "", "total": 0}
-    batch = [{**counts, "tables": pack_tables(_named(tables, shard))}]
-    write = WriteFragments(str(output), run.first_prompt)
-    fragments = write(pa.Table.from_pylist(batch, schema=schema.FRAGMENTS))["fragment"]
-    total = len(good) + sum(row is not None for row in bad)
-    shard = of_run(output, shard)
-    return finish_shard(str(output), shard, fragments.to_pylist(), total, run.tables)
+    made = {"images": images(*good), "masks": rows_of("masks", *every), "errors": errors(*bad)}
+    return finish_tables(each.ledger, shard, made, tables=each.tables)
 
 
 def prompts_of(output: Path) -> list[tuple[int, str]]:
@@ -118,9 +112,9 @@ def test_a_run_that_was_stopped_is_completed_first(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = open_(tmp_path, "xy")
-    finish(tmp_path, run, PLAN[0], GOOD, BAD)
+    finish(run.first, SHARDS[0], GOOD, BAD)
     run = open_(tmp_path, "xyz")
-    assert [shard.name for shard in run.todo] == ["b.tar"]
+    assert [shard.name for shard in run.first.todo] == ["b.tar"]
     assert status.main([str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert "1 done, 1 left of 2" in said
@@ -137,7 +131,7 @@ def test_prompts_that_are_left_out_are_another_run(tmp_path: Path) -> None:
             open_(tmp_path, prompts)
     assert (tmp_path / "_SUCCESS").exists()
     run = open_(tmp_path, "w", restart=True)
-    assert (run.todo, run.added, run.prompts) == (PLAN, [], ["w"])
+    assert [(each.todo, each.prompts) for each in run.passes] == [(SHARDS, ["w"])]
     assert files(tmp_path) == {}
 
 
@@ -145,9 +139,9 @@ def test_the_run_is_not_complete_before_what_was_added_is(tmp_path: Path) -> Non
     drive(tmp_path, "xy")
     run = open_(tmp_path, "xyz")
     assert not (tmp_path / "_SUCCESS").exists()
-    with pytest.raises(JobError, match="2 shards were not finished"):
+    with pytest.raises(JobError, match="2 of 2 shards are not complete"):
         close_run(run, 1.0)
-    finish(tmp_path, run.added[0], run.added[0].plan[0], GOOD, BAD)
+    finish(run.passes[1], run.passes[1].shards[0], GOOD, BAD)
     assert drive(tmp_path, "xyz") == [("b.tar", 2)]
 
 
@@ -155,15 +149,15 @@ def test_a_driver_that_knows_nothing_of_the_addition_does_not_close_the_run(
     tmp_path: Path,
 ) -> None:
     early = open_(tmp_path, "xy")
-    for shard in early.todo:
-        finish(tmp_path, early, shard, GOOD, BAD)
+    for shard in early.first.todo:
+        finish(early.first, shard, GOOD, BAD)
     late = open_(tmp_path, "xyz")
     with pytest.raises(JobError, match="prompts were added meanwhile"):
         close_run(early, 1.0)
     assert not (tmp_path / "_SUCCESS").exists()
     assert json.loads((tmp_path / "_run.json").read_text())["status"] == "running"
-    for shard in late.added[0].todo:
-        finish(tmp_path, late.added[0], shard, GOOD, BAD)
+    for shard in late.passes[1].todo:
+        finish(late.passes[1], shard, GOOD, BAD)
     close_run(late, 1.0)
     assert prompts_of(tmp_path) == [(0, "x"), (1, "y"), (2, "z")]
 
@@ -176,7 +170,7 @@ def test_prompts_that_are_added_while_the_run_is_being_closed(
     early = open_(tmp_path, "xy")
 
     def add(when: str) -> None:
-        if when == "after" and not early.todo:  # _run.json is written, _SUCCESS is next
+        if when == "after" and not early.first.todo:  # _run.json is written, _SUCCESS is next
             step.clear()
             open_(tmp_path, "xyz")
 
@@ -191,7 +185,7 @@ def test_a_driver_that_looked_before_the_addition_leaves_its_parts_alone(
 ) -> None:
     drive(tmp_path, "xy")
     late = open_(tmp_path, "xyz")
-    (added,) = late.added
+    added = late.passes[1]
 
     def look_round(*arguments: Any) -> None:
         """Between parts and receipt comes a driver who read the prompts when there were two."""
@@ -203,7 +197,7 @@ def test_a_driver_that_looked_before_the_addition_leaves_its_parts_alone(
 
     monkeypatch.setattr(commit, "write_receipt", look_round)
     for shard in added.todo:
-        finish(tmp_path, added, shard, GOOD, BAD)
+        finish(added, shard, GOOD, BAD)
     close_run(late, 1.0)
     assert prompts_of(tmp_path) == [(0, "x"), (1, "y"), (2, "z")]
 
@@ -212,20 +206,23 @@ def test_an_added_pass_belongs_to_the_first_pass_that_is_there(tmp_path: Path) -
     """The first pass over a shard is made anew, with another outcome, under a running job."""
     drive(tmp_path, "xy")
     run = open_(tmp_path, "xyz")
-    (added,) = run.added
-    finish(tmp_path, added, added.plan[1], GOOD, BAD)
+    added = run.passes[1]
+    finish(added, added.shards[1], GOOD, BAD)
     kept = [path.name for path in (tmp_path / "masks").glob("a-*")]
     name = kept[0].removesuffix(".parquet")
-    for stem in (f"{name}.from-2", name):
-        discard_pass(str(tmp_path), stem, ["images", "masks"])
+    for first in (2, 0):
+        ledger = Ledger(output=str(tmp_path), first_prompt=first)
+        discard_shard(ledger, name, ["images", "masks"])
     with pytest.raises(JobError, match="being made anew"):
-        finish(tmp_path, added, added.plan[0], GOOD, BAD)
-    finish(tmp_path, run, PLAN[0], (0, 1), (2, 3))
-    finish(tmp_path, added, added.plan[0], (0, 1), (2, 3))
+        finish(added, added.shards[0], GOOD, BAD)
+    finish(run.first, SHARDS[0], (0, 1), (2, 3))
+    finish(added, added.shards[0], (0, 1), (2, 3))
     for path in [*tmp_path.glob(f"*/{name}.parquet"), *tmp_path.glob(f"_receipts/{name}/*")]:
         path.unlink()
-    finish(tmp_path, run, PLAN[0], GOOD, BAD)
-    with pytest.raises(JobError, match=r"1 shards were not finished \(a\.tar"):
+    finish(run.first, SHARDS[0], GOOD, BAD)
+    with pytest.raises(
+        JobError, match=r"1 of 2 shards are not complete \(50% of the bytes\): a\.tar"
+    ):
         close_run(run, 1.0)
     assert drive(tmp_path, "xyz") == [("a.tar", 2)]
     assert prompts_of(tmp_path) == [(0, "x"), (1, "y"), (2, "z")]
@@ -236,25 +233,26 @@ def test_what_is_left_is_told_by_the_listings_alone(
 ) -> None:
     """A request for each of a million shards would take hours."""
     run = open_(tmp_path, "xy")
-    finish(tmp_path, run, PLAN[0], GOOD, BAD)
-    finish(tmp_path, (late := open_(tmp_path, "xyz")).added[0], late.added[0].plan[0], GOOD, BAD)
+    finish(run.first, SHARDS[0], GOOD, BAD)
+    added = open_(tmp_path, "xyz").passes[1]
+    finish(added, added.shards[0], GOOD, BAD)
 
     def refuse(*arguments: Any) -> None:
         raise AssertionError("a request for one shard")
 
     monkeypatch.setattr(resume, "receipts_of", refuse)
     run = open_(tmp_path, "xyz")
-    assert [each.todo for each in run.passes] == [[PLAN[1]], [run.added[0].plan[1]]]
+    assert [each.todo for each in run.passes] == [[SHARDS[1]], [SHARDS[1]]]
 
 
 def test_only_the_images_of_the_first_pass_count(tmp_path: Path) -> None:
     """Row 0 fails now, row 2 failed then; row 3 is not reached any more."""
     drive(tmp_path, "xy")
     run = open_(tmp_path, "xyz")
-    (added,) = run.added
-    receipt = finish(tmp_path, added, added.plan[0], (1, 2), (0, None))
+    added = run.passes[1]
+    receipt = finish(added, added.shards[0], (1, 2), (0, None))
     assert (receipt["rows_in"], receipt["rows_ok"], receipt["rows_error"]) == (3, 1, 2)
-    finish(tmp_path, added, added.plan[1], GOOD, BAD)
+    finish(added, added.shards[1], GOOD, BAD)
     close_run(run, 1.0)
     found = [r for p in (tmp_path / "errors").glob("a-*") for r in pq.read_table(p).to_pylist()]
     assert sorted(row["row"] for row in found) == [0, 2, 3]
@@ -266,16 +264,16 @@ def test_only_the_images_of_the_first_pass_count(tmp_path: Path) -> None:
 
 def test_a_row_that_is_gone_without_a_reason_stops_the_job(tmp_path: Path) -> None:
     drive(tmp_path, "xy")
-    (added,) = open_(tmp_path, "xyz").added
+    added = open_(tmp_path, "xyz").passes[1]
     with pytest.raises(JobError, match="1 rows of the first pass are gone"):
-        finish(tmp_path, added, added.plan[0], (0, 1), (2,))
+        finish(added, added.shards[0], (0, 1), (2,))
     assert not list((tmp_path / "masks").glob("a-*.from-2.parquet"))
 
 
 def test_a_shard_that_changed_is_made_anew_with_every_prompt(tmp_path: Path) -> None:
     drive(tmp_path, "xy")
     drive(tmp_path, "xyz")
-    plan = [replace(PLAN[0], version="v2"), PLAN[1]]
+    plan = [replace(SHARDS[0], version="v2"), SHARDS[1]]
     assert drive(tmp_path, "xyz", plan) == [("a.tar", 0), ("a.tar", 2)]
     assert prompts_of(tmp_path) == [(0, "x"), (1, "y"), (2, "z")]
 
@@ -284,8 +282,9 @@ def test_what_is_discarded_is_every_pass(tmp_path: Path) -> None:
     drive(tmp_path, "xy")
     drive(tmp_path, "xyz")
     name = next((tmp_path / "images").glob("a-*")).stem
-    for stem in (f"{name}.from-2", name):
-        discard_pass(str(tmp_path), stem, ["images", "masks"])
+    for first in (2, 0):
+        ledger = Ledger(output=str(tmp_path), first_prompt=first)
+        discard_shard(ledger, name, ["images", "masks"])
     assert not list(tmp_path.glob("*/a-*"))
     assert drive(tmp_path, "xyz") == [("a.tar", 0), ("a.tar", 2)]
     # Also where only the first pass is gone: its images may be others now.
@@ -295,13 +294,13 @@ def test_what_is_discarded_is_every_pass(tmp_path: Path) -> None:
     assert prompts_of(tmp_path) == [(0, "x"), (1, "y"), (2, "z")]
 
 
-def test_a_shard_that_left_the_input_is_named_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_shard_that_left_the_input_is_named_once(tmp_path: Path) -> None:
     drive(tmp_path, "xy")
     drive(tmp_path, "xyz")
-    drive(tmp_path, "xyz", PLAN[:1])
-    assert "1 finished shards are no longer in the input (b.tar)" in capsys.readouterr().err
+    run = open_(tmp_path, "xyz", SHARDS[:1])
+    close_run(run, 1.0)
+    (note,) = run.notes
+    assert "1 finished shards are no longer in the input (b.tar)" in note
 
 
 def test_a_driver_killed_at_any_step_of_an_addition_is_completed_by_the_same_command(

@@ -19,7 +19,7 @@ def run(*argv: str) -> tuple[int, SegmentConfig | None]:
     reached: list[SegmentConfig] = []
 
     def job(config: SegmentConfig) -> None:
-        config.all_prompts()
+        config.resolve()
         reached.append(config)
 
     code = run_command(SegmentConfig, job, "clipseg-ray segment", argv)
@@ -31,7 +31,7 @@ def test_arguments_become_the_config() -> None:
     assert code == 0
     assert config is not None
     assert (config.input, config.output, config.threshold) == ("in", "out", 0.25)
-    assert config.all_prompts() == ["a cat", "a dog"]
+    assert list(config.resolve().prompt) == ["a cat", "a dog"]
 
 
 def test_prompts_of_the_file_follow_those_of_the_line(tmp_path: Path) -> None:
@@ -39,7 +39,7 @@ def test_prompts_of_the_file_follow_those_of_the_line(tmp_path: Path) -> None:
     file.write_text("ein Hund\n\n  ネコ  \n", encoding="utf-8-sig")  # as Windows' editor does
     config = run("in", "out", "--prompt", "a cat", "--prompts", str(file))[1]
     assert config is not None
-    assert config.all_prompts() == ["a cat", "ein Hund", "ネコ"]
+    assert list(config.resolve().prompt) == ["a cat", "ein Hund", "ネコ"]
 
 
 @pytest.mark.parametrize(

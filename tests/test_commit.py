@@ -23,34 +23,34 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_write import SHARD, TABLES, errors, images, masks
 
-from pipeline import schema, storage
+from pipeline import storage
 from pipeline.config.options import RunOptions
 from pipeline.config.segment import SegmentConfig
 from pipeline.errors import JobError, UsageError
+from pipeline.read.ranges import iter_rows
 from pipeline.read.shard import Shard
 from pipeline.run.lifecycle import close_run, open_run
-from pipeline.run.manifest import name_run, read_run
 from pipeline.write.commit import finish_shard
-from pipeline.write.fragments import EMPTY_PART, STAGING, WriteFragments, pack_tables
-from pipeline.write.receipts import RECEIPTS, stem, version_hash
+from pipeline.write.layout import EMPTY_PART, RECEIPTS, STAGING, Ledger, shard_id
+from tests.outputs import (
+    SHARDS,
+    TABLES,
+    errors,
+    finish,
+    images,
+    ledger_of,
+    masks,
+    rows,
+    write,
+)
 
 THRESHOLD = 0.5
-PLAN = [replace(SHARD, name=f"{name}.tar", uri=f"/in/{name}.tar") for name in "ab"]
-STEPS = ("write_bytes", "write_new", "delete_file", "delete_folder")
-
-
-def of_run(output: Path | str, shard: Shard) -> Shard:
-    """The shard as the run that is there plans it."""
-    record = read_run(str(output))
-    assert record is not None
-    return replace(shard, run=name_run(record))
+STEPS = ("write_bytes", "write_new", "put_file", "delete_file", "delete_folder")
 
 
 class KilledError(BaseException):
@@ -58,7 +58,7 @@ class KilledError(BaseException):
 
 
 def drive(
-    output: str, plan: list[Shard] = PLAN, threshold: float = THRESHOLD, **options: Any
+    output: str, plan: list[Shard] = SHARDS, threshold: float = THRESHOLD, **options: Any
 ) -> None:
     """What a job does to its output."""
     config = SegmentConfig(
@@ -69,8 +69,11 @@ def drive(
         run=RunOptions(**options),
     )
     run = open_run(config, plan, model={"weights_hash": "abc"}, tables=TABLES)
-    for shard in run.todo:
-        finish_shard(output, shard, write_fragments(output, shard, threshold), 4, TABLES)
+    ledger = run.first.ledger
+    for shard in run.first.todo:
+        kept = [fragment.name for fragment in run.first.kept.get(shard.name, [])]
+        made = write_fragments(ledger, shard, threshold)
+        finish_shard(ledger, shard, kept + made, 4, TABLES)
     close_run(run, 1.0)
 
 
@@ -79,47 +82,17 @@ def outcome(shard: Shard) -> tuple[list[int], list[int]]:
     return ([0, 1, 2, 3], []) if shard.version == "v2" else ([0, 1, 3], [2])
 
 
-def write_fragments(output: str, shard: Shard, threshold: float = THRESHOLD) -> list[str]:
-    """Two fragments with the records of a shard, cut at random as batches are."""
-    rows, failed = outcome(shard)
+def write_fragments(ledger: Ledger, shard: Shard, threshold: float = THRESHOLD) -> list[str]:
+    """Two fragments with the records of a shard that are left, cut at random as batches are."""
+    skip = set(iter_rows(shard.skip))
+    good, failed = ([row for row in some if row not in skip] for some in outcome(shard))
     cut = random.randrange(4)
     pieces = [
-        {"images": images(*rows[:cut]), "masks": masks(*rows[:cut]), "errors": errors(*failed)},
-        {"images": images(*rows[cut:]), "masks": masks(*rows[cut:])},
+        {"images": images(*some), "masks": masks(*some, threshold=threshold)}
+        for some in (good[:cut], good[cut:])
     ]
-    for piece in pieces:
-        table = piece["masks"]
-        column = pa.array([threshold] * len(table), table.schema.field("threshold").type)
-        place = table.schema.get_field_index("threshold")
-        piece["masks"] = table.set_column(place, table.schema.field(place), column)
-    counts = {"shard": shard.name, "images": 0, "outputs": 0, "errors": 0, "reason": "", "total": 0}
-    batch = [{**counts, "tables": pack_tables(_named(piece, shard))} for piece in pieces]
-    accounts = WriteFragments(output)(pa.Table.from_pylist(batch, schema=schema.FRAGMENTS))
-    return accounts["fragment"].to_pylist()
-
-
-def _named(tables: dict[str, pa.Table], shard: Shard) -> dict[str, pa.Table]:
-    return {
-        name: table.set_column(
-            0, table.schema.field(0), pa.array([shard.name] * len(table), "string")
-        )
-        for name, table in tables.items()
-    }
-
-
-def rows(output: Path) -> dict[str, list[tuple[Any, ...]]]:
-    """What a reader sees: every part must be whole, and no row there twice."""
-    found = {}
-    for name in ("images", "masks", "errors"):
-        keys: list[tuple[Any, ...]] = []
-        for part in sorted((output / name).glob("*.parquet")):
-            keys += [
-                (row["shard"], row["row"], row.get("prompt_id"))
-                for row in pq.read_table(part).to_pylist()
-            ]
-        assert len(keys) == len(set(keys))
-        found[name] = sorted(keys)
-    return found
+    pieces[0]["errors"] = errors(*failed)
+    return write(ledger, shard, *(piece for piece in pieces if any(map(len, piece.values()))))
 
 
 def whole(plan: list[Shard]) -> dict[str, list[tuple[Any, ...]]]:
@@ -132,11 +105,11 @@ def whole(plan: list[Shard]) -> dict[str, list[tuple[Any, ...]]]:
     }
 
 
-WHOLE = whole(PLAN)
+WHOLE = whole(SHARDS)
 
 
 def is_complete(
-    output: Path, plan: list[Shard] = PLAN, threshold: float = THRESHOLD, **_: Any
+    output: Path, plan: list[Shard] = SHARDS, threshold: float = THRESHOLD, **_: Any
 ) -> bool:
     """Whether the run says that it is, which must then be true to the row and to the byte."""
     if not (output / "_SUCCESS").exists():
@@ -184,7 +157,7 @@ def step(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[str], None]]:
 ANOTHER = {
     "first": {},
     "retry": {"retry": "all"},
-    "input changed": {"plan": [replace(PLAN[0], version="v2"), PLAN[1]]},
+    "input changed": {"plan": [replace(SHARDS[0], version="v2"), SHARDS[1]]},
     "restart": {"threshold": 0.25, "restart": True},
 }
 
@@ -224,7 +197,7 @@ def test_a_driver_killed_at_any_step_is_completed_by_the_same_command(
             step.clear()
             break
         assert is_complete(output, **command)
-    assert 40 < number < 1000
+    assert 30 < number < 1000
 
 
 @settings(
@@ -428,33 +401,81 @@ def test_restart_leaves_nothing_of_the_run_before(tmp_path: Path) -> None:
     config = SegmentConfig(
         input="in", output=str(tmp_path), prompt=("z",), run=RunOptions(restart=True)
     )
-    run = open_run(config, PLAN, model={"weights_hash": "abc"}, tables=TABLES)
-    assert run.todo == PLAN
+    run = open_run(config, SHARDS, model={"weights_hash": "abc"}, tables=TABLES)
+    assert run.first.todo == SHARDS
     assert rows(tmp_path) == {"images": [], "masks": [], "errors": []}
     assert not (tmp_path / "_SUCCESS").exists()
 
 
 def test_a_decision_whose_fragments_are_gone_is_taken_back(tmp_path: Path) -> None:
-    """A lifecycle rule on `_staging/` may do that; the next run makes the shard anew."""
-    output, shard = str(tmp_path), PLAN[0]
-    fragments = write_fragments(output, shard)
-    decision = tmp_path / STAGING / stem(shard.name) / f"{version_hash(shard)}.decision"
-    decision.write_text(json.dumps({"attempt": "x", "fragments": ["gone.arrows"], "total": 4}))
+    """A lifecycle rule on `_staging/` may do that; the next run makes the shard again."""
+    ledger, shard = ledger_of(tmp_path), SHARDS[0]
+    fragments = write_fragments(ledger, shard)
+    for path in tmp_path.glob("_staging/*/*.arrows"):
+        path.rename(path.with_name("gone"))
     with pytest.raises(JobError, match="its fragments are gone; run it again"):
-        finish_shard(output, shard, fragments, 4, TABLES)
-    assert finish_shard(output, shard, fragments, 4, TABLES)["rows_in"] == 4
+        finish_shard(ledger, shard, fragments, 4, TABLES)
+    fragments = write_fragments(ledger, shard)
+    assert finish_shard(ledger, shard, fragments, 4, TABLES)["rows_in"] == 4
+
+
+def test_a_damaged_decision_counts_as_gone(tmp_path: Path) -> None:
+    ledger, shard = ledger_of(tmp_path), SHARDS[0]
+    fragments = write_fragments(ledger, shard)
+    folder = tmp_path / STAGING / shard_id(shard.name)
+    for damage in (b"", b'{"fragments": [', b"[]", b'{"total": 4}', b"\xff"):
+        (folder / f"{ledger.version(shard.version)}.decision").write_bytes(damage)
+        with pytest.raises(JobError, match="run it again"):
+            finish_shard(ledger, shard, fragments, 4, TABLES)
+    assert finish_shard(ledger, shard, fragments, 4, TABLES)["rows_in"] == 4
+
+
+def test_a_damaged_fragment_costs_its_rows_and_no_more(tmp_path: Path) -> None:
+    """It used to end every later command over the same shard."""
+    drive(str(tmp_path), SHARDS[:1])
+    again = {"shards": SHARDS, "tables": TABLES, "model": {"weights_hash": "abc"}}
+    config = SegmentConfig(input="in", output=str(tmp_path), prompt=("x", "y"))
+    run = open_run(config, again["shards"], model=again["model"], tables=TABLES)
+    ledger, (shard,) = run.first.ledger, run.first.todo
+    made = write(
+        ledger,
+        shard,
+        {"images": images(0, 1), "masks": masks(0, 1)},
+        {"images": images(3), "masks": masks(3), "errors": errors(2)},
+    )
+    damaged = tmp_path / STAGING / shard_id(shard.name) / made[0]
+    data = bytearray(damaged.read_bytes())
+    data[len(data) // 2] ^= 1
+    damaged.write_bytes(data)
+    with pytest.raises(JobError, match="its fragments are gone; run it again"):
+        finish_shard(ledger, shard, made, 4, TABLES)
+    run = open_run(config, again["shards"], model=again["model"], tables=TABLES)
+    assert [s.skip for s in run.first.todo] == ["2-3"]
+    drive(str(tmp_path))
+    assert is_complete(tmp_path)
+
+
+def test_rows_in_fragments_are_not_made_again(tmp_path: Path) -> None:
+    config = SegmentConfig(input="in", output=str(tmp_path), prompt=("x", "y"))
+    run = open_run(config, SHARDS, model={"weights_hash": "abc"}, tables=TABLES)
+    ledger = run.first.ledger
+    write(ledger, SHARDS[0], {"images": images(1), "masks": masks(1)}, {"errors": errors(2)})
+    write(ledger, SHARDS[1], {"images": images(0, 1), "masks": masks(0)})  # incomplete
+    run = open_run(config, SHARDS, model={"weights_hash": "abc"}, tables=TABLES)
+    assert [s.skip for s in run.first.todo] == ["1-2", ""]
+    changed = [replace(SHARDS[0], version="v2"), SHARDS[1]]
+    run = open_run(config, changed, model={"weights_hash": "abc"}, tables=TABLES)
+    assert [s.skip for s in run.first.todo] == ["", ""]
+    drive(str(tmp_path))
+    assert is_complete(tmp_path)
 
 
 def test_a_part_is_never_replaced_by_that_of_a_later_attempt(tmp_path: Path) -> None:
     """Its rows are those of the first decision, although the second attempt failed on a row."""
-    output, shard = str(tmp_path), PLAN[0]
-    finish_shard(output, shard, write_fragments(output, shard), 4, TABLES)
+    ledger, shard = ledger_of(tmp_path), SHARDS[0]
+    finish_shard(ledger, shard, write_fragments(ledger, shard), 4, TABLES)
     before = {path: path.read_bytes() for path in tmp_path.glob("*/*.parquet")}
-    piece = {"errors": errors(0, 1, 2, 3)}
-    counts = {"shard": shard.name, "images": 0, "outputs": 0, "errors": 4, "reason": "", "total": 4}
-    batch = [{**counts, "tables": pack_tables(_named(piece, shard))}]
-    late = WriteFragments(output)(pa.Table.from_pylist(batch, schema=schema.FRAGMENTS))
-    receipt = finish_shard(output, shard, late["fragment"].to_pylist(), 4, TABLES)
+    receipt = finish(ledger, shard, {"errors": errors(0, 1, 2, 3)})
     assert (receipt["rows_ok"], receipt["rows_error"]) == (3, 1)
     assert {path: path.read_bytes() for path in tmp_path.glob("*/*.parquet")} == before
     assert not list(tmp_path.glob("_staging/*"))

@@ -9,7 +9,6 @@ import json
 import re
 import shutil
 import subprocess
-from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from pipeline.errors import UsageError
 from pipeline.read import inputs as plan
 from pipeline.read.inputs import plan_shards
 from pipeline.run.manifest import name_run
+from pipeline.write.layout import Ledger
 from pipeline.write.receipts import write_receipt
 
 CHROMIUM = shutil.which("chromium")
@@ -62,7 +62,7 @@ def write_run(output: str, source: str, **options: Any) -> Images:
     storage.write_bytes(f"{output}/_run.json", json.dumps(record).encode())
     content = {"rows_ok": 1, "rows_error": 0, "shard_error": None, "parts": []}
     for shard in plan_shards(source, text_column=options.get("text_column")):
-        write_receipt(output, replace(shard, run=name_run(record)), content)
+        write_receipt(Ledger(output=output, run=name_run(record)), shard, content)
     return open_gallery(output, 10)
 
 

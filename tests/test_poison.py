@@ -16,11 +16,17 @@ from shards import make_tar
 
 from jobs import embed
 from pipeline.errors import JobError
-from pipeline.read.isolate import ProcessDiedError, run_apart
-from pipeline.run import session as run
-from pipeline.run.guard import bounded
+from pipeline.run.guard import guarded
+from pipeline.run.isolate import ProcessDiedError, run_apart
 from pipeline.run.session import ray_session
-from tests.poison import POISON, PoisonedPrepare, count_and_die, die, poisoned_read_batches
+from tests.poison import (
+    POISON,
+    PoisonedPrepare,
+    count_and_die,
+    die,
+    poisoned_read_batches,
+    poisoned_read_one_by_one,
+)
 
 MODEL = Path(__file__).parent.parent / "pipeline" / "demo" / "model"
 
@@ -43,6 +49,7 @@ def test_poison_becomes_an_errors_row_and_the_job_goes_on(
 ) -> None:
     monkeypatch.setattr(embed, "PrepareImages", PoisonedPrepare)
     monkeypatch.setattr(embed, "read_batches", poisoned_read_batches)
+    monkeypatch.setattr(embed, "read_one_by_one", poisoned_read_one_by_one)
     source, output = tmp_path / "in", tmp_path / "out"
     source.mkdir()
     images = [png(), POISON, png(), POISON, png()]
@@ -61,10 +68,11 @@ def test_poison_becomes_an_errors_row_and_the_job_goes_on(
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_a_stage_whose_workers_keep_dying_ends_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "WORKER_DEATHS", 2)
+def test_a_stage_whose_workers_keep_dying_ends_the_job() -> None:
     share: dict[str, Any] = {"num_cpus": 0.5, "batch_format": "pyarrow", "batch_size": None}
-    lost = ray.data.from_items([{"shard": "x.tar"}]).map_batches(bounded(die), **share)
+    lost = ray.data.from_items([{"shard": "x.tar"}]).map_batches(
+        guarded(die, max_crashes=2), **share
+    )
     with pytest.raises(JobError, match=r"die: its worker died 2 times .* x\.tar$"), ray_session():
         lost.take_all()
 

@@ -506,6 +506,7 @@ def record(row: int, image: bytes = b"", **columns: Any) -> dict[str, Any]:
     blank = {"stage": "", "reason": "", "detail": "", "retryable": False}
     return {
         "shard": "a.tar",
+        "version": "v1",
         "row": row,
         "key": f"k{row}",
         "member": f"k{row}.jpg",

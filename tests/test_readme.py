@@ -17,7 +17,7 @@ from jobs import embed, search, segment
 from pipeline.config.options import ImageOptions
 from pipeline.errors import REASONS
 from pipeline.read import inputs as plan
-from pipeline.run.guard import WORKER_DEATHS
+from pipeline.run.guard import MAX_CRASHES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -177,4 +177,4 @@ def test_the_stated_bounds_are_those_of_the_code() -> None:
     assert f"below {bound}{MORE_BYTES >> 20} MiB" in text
     default = BYTES_PER_PIXEL * ImageOptions().max_pixels + COPIES * 2**20 + MORE_BYTES
     assert f"images of 1 MiB that is {-(-default // 2**20):,} MiB for each" in text
-    assert f"dies {WORKER_DEATHS} times" in text
+    assert f"dies {MAX_CRASHES} times" in text

@@ -25,8 +25,8 @@ from pipeline.annotations.contact_sheet import (
     draw_sheet,
 )
 from pipeline.infer.masks import masks_of_image
-from pipeline.read.records import plan_shards
-from pipeline.write.receipts import stem
+from pipeline.read.inputs import plan_shards
+from pipeline.write.layout import shard_id
 
 HEIGHT, WIDTH = 60, 120
 
@@ -76,7 +76,7 @@ def write_tables(
     for name, rows in (("images", images), ("masks", masks)):
         (output / name).mkdir(parents=True, exist_ok=True)
         table = pa.Table.from_pylist(rows, schema=SCHEMAS[name])
-        pq.write_table(table, output / name / f"{stem(shard)}.parquet")
+        pq.write_table(table, output / name / f"{shard_id(shard)}.parquet")
 
 
 @pytest.fixture

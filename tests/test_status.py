@@ -9,22 +9,19 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 from PIL import Image
 from shards import make_tar
-from test_commit import PLAN, TABLES, drive, of_run, write_fragments
-from test_write import rows_of
+from test_commit import drive, write_fragments
 
 from jobs import retry_failed, segment, status
-from pipeline import schema
 from pipeline.config.options import WorkerOptions
 from pipeline.config.segment import SegmentConfig
 from pipeline.config.status import config_from_record
 from pipeline.errors import UsageError
 from pipeline.run.lifecycle import open_run
 from pipeline.write.commit import finish_shard
-from pipeline.write.fragments import WriteFragments, pack_tables
+from tests.outputs import SHARDS, TABLES, finish, ledger_of, rows_of
 
 MODEL = Path(__file__).parent.parent / "pipeline" / "demo" / "model"
 
@@ -32,9 +29,9 @@ MODEL = Path(__file__).parent.parent / "pipeline" / "demo" / "model"
 def begin(output: str) -> None:
     """A run of two shards of which one is finished."""
     config = SegmentConfig(input="in", output=output, prompt=("x", "y"))
-    open_run(config, PLAN, model={"weights_hash": "abc"}, tables=TABLES)
-    shard = of_run(output, PLAN[0])
-    finish_shard(output, shard, write_fragments(output, shard), 4, TABLES)
+    run = open_run(config, SHARDS, model={"weights_hash": "abc"}, tables=TABLES)
+    ledger, shard = run.first.ledger, SHARDS[0]
+    finish_shard(ledger, shard, write_fragments(ledger, shard), 4, TABLES)
 
 
 def test_status_of_a_run_that_stopped(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,10 +96,10 @@ def test_a_shard_that_left_the_input_is_not_forgotten(
     """Nobody can make its rows anew. It is not among those that are done, either."""
     drive(str(tmp_path))
     before = {path for path in tmp_path.glob("*/*.parquet") if "/a-" in str(path)}
-    drive(str(tmp_path), PLAN[1:], retry="all")
+    drive(str(tmp_path), SHARDS[1:], retry="all")
     assert {path for path in tmp_path.glob("*/*.parquet") if "/a-" in str(path)} == before
     config = SegmentConfig(input="in", output=str(tmp_path), prompt=("x", "y"))
-    plan = [PLAN[1], replace(PLAN[0], name="c.tar")]
+    plan = [SHARDS[1], replace(SHARDS[0], name="c.tar")]
     open_run(config, plan, model={"weights_hash": "abc"}, tables=TABLES)
     capsys.readouterr()
     assert status.main([str(tmp_path)]) == 0
@@ -130,7 +127,7 @@ def test_the_model_is_found_from_another_folder(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
     config = SegmentConfig(input="in", output="out", prompt=("x",), model="model")
-    open_run(config, PLAN, model={"weights_hash": "abc"}, tables=TABLES)
+    open_run(config, SHARDS, model={"weights_hash": "abc"}, tables=TABLES)
     record = json.loads((tmp_path / "out" / "_run.json").read_text())
     assert record["config"]["model"] == str(tmp_path / "model")
 
@@ -174,17 +171,12 @@ def test_failed_shards_are_made_anew_and_others_are_not(
 
 
 def make_failed(output: Path, source: Path) -> None:
-    """Put the shard a.tar where a storage that failed would have left it."""
-    from pipeline.read.records import plan_shards
-    from pipeline.run.resume import discard_pass
-    from pipeline.write.receipts import stem
+    """Put the shard a.tar where a worker that was killed would have left it."""
+    from pipeline.read.inputs import plan_shards
+    from pipeline.run.resume import discard_shard
+    from pipeline.write.layout import shard_id
 
-    shard = of_run(output, plan_shards(str(source))[0])
-    discard_pass(str(output), stem(shard.name), ["images", "masks"])
-    failed = rows_of(
-        "errors", {"shard": "a.tar", "row": 0, "reason": "file_unreadable", "retryable": True}
-    )
-    counts = {"images": 0, "outputs": 0, "errors": 1, "reason": "", "total": 1}
-    batch = [{"shard": "a.tar", **counts, "tables": pack_tables({"errors": failed})}]
-    names = WriteFragments(str(output))(pa.Table.from_pylist(batch, schema=schema.FRAGMENTS))
-    finish_shard(str(output), shard, names["fragment"].to_pylist(), 1, TABLES)
+    shard, ledger = plan_shards(str(source))[0], ledger_of(output)
+    discard_shard(ledger, shard_id(shard.name), ["images", "masks"])
+    failed = rows_of("errors", {"row": 0, "reason": "decoder_crashed", "retryable": True})
+    finish(ledger, shard, {"errors": failed})

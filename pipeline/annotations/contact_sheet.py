@@ -27,8 +27,8 @@ from pipeline.errors import RowError
 from pipeline.prepare.images import decode_image
 from pipeline.read.records import read_shard
 from pipeline.read.shard import Shard
+from pipeline.write.layout import shard_id
 from pipeline.write.parts import open_part
-from pipeline.write.receipts import stem
 
 CELL_PX = 232
 GAP_PX = 16
@@ -84,11 +84,10 @@ def contact_sheet(
 
 
 def write_contact_sheet(file: str, output: str, shards: Sequence[Shard], max_pixels: int) -> None:
-    """Draw the contact sheet of a run into a PNG file, and say so on stdout."""
+    """Draw the contact sheet of a run into a PNG file."""
     picture = io.BytesIO()
     contact_sheet(output, shards, max_pixels=max_pixels).save(picture, "PNG")
     storage.write_bytes(storage.check_uri(file), picture.getvalue())
-    print(f"  {file}")
 
 
 def draw_sheet(rows: Iterable[SheetRow], *, title: str) -> Image.Image:
@@ -135,8 +134,8 @@ def _spread(shards: Sequence[Shard], count: int) -> list[Shard]:
 
 
 def _parts_of(uris: list[str], shard: Shard) -> list[str]:
-    """The parts that this shard left behind: all have its stem at the start of their names."""
-    return sorted(uri for uri in uris if uri.rpartition("/")[2].startswith(stem(shard.name)))
+    """The parts that this shard left behind: all have its id at the start of their names."""
+    return sorted(uri for uri in uris if uri.rpartition("/")[2].startswith(shard_id(shard.name)))
 
 
 def _first_images(uris: list[str], count: int) -> dict[int, dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -71,20 +71,23 @@ class SegmentConfig:
             raise UsageError("--prompt: an empty prompt; say what to segment")
         check_file("--contact-sheet", self.contact_sheet)
 
-    def all_prompts(self) -> list[str]:
-        """Every prompt in the order of its prompt_id. Raises UsageError for a file without any."""
+    def resolve(self) -> SegmentConfig:
+        """The same with every prompt in `prompt`, in the order of its prompt_id, and no file.
+
+        Reads --prompts, which may be a pipe, once. Raises UsageError for a file without any.
+        """
         prompts = list(self.prompt)
         if self.prompts is not None:
             prompts += read_lines(self.prompts, "--prompts", "prompts")
         refuse_repeated(prompts, "prompt")
-        return prompts
+        return replace(self, prompt=tuple(prompts), prompts=None)
 
     def fingerprint(self) -> dict[str, Any]:
         """What decides the results of a run: another value of any of these is another run."""
         return {
             "job": "segment",
             "input": self.input,
-            "prompts": self.all_prompts(),
+            "prompts": list(self.prompt),
             "threshold": self.threshold,
             "mask_size": self.mask_size,
             "keep_probabilities": self.keep_probabilities,
@@ -94,7 +97,7 @@ class SegmentConfig:
 
     def tables(self, dimension: int, weights_hash: str) -> dict[str, Table]:
         """The tables that the job writes beside `errors`."""
-        prompts = len(self.all_prompts())
+        prompts = len(self.prompt)
         tables = {"images": Table(IMAGES, 1), "masks": Table(MASKS, prompts, per_prompt=True)}
         if self.keep_probabilities != "none":
             tables["probabilities"] = Table(PROBABILITIES, prompts, per_prompt=True)

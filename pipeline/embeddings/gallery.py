@@ -30,9 +30,11 @@ from pipeline.errors import (
     one_line,
 )
 from pipeline.prepare.images import decode_image
-from pipeline.read.records import plan_shards, read_shard
+from pipeline.read.inputs import plan_shards
+from pipeline.read.records import read_shard
 from pipeline.read.shard import Shard
-from pipeline.run.manifest import RUN, name_run
+from pipeline.run.manifest import name_run
+from pipeline.write.layout import RUN, Ledger
 from pipeline.write.receipts import receipts_of
 
 THUMBNAIL_PX = 320  # the longer side
@@ -164,7 +166,7 @@ def read_thumbnails(
         raise
     except PipelineError:
         return dict.fromkeys(wanted, "the input is not there any more")
-    shards = {shard.name: replace(shard, text="", run=images.run) for shard in plan}
+    shards = {shard.name: replace(shard, text="") for shard in plan}
     rows: dict[str, set[int]] = {}
     for shard, row in wanted:
         rows.setdefault(shard, set()).add(row)
@@ -173,7 +175,7 @@ def read_thumbnails(
         found: dict[int, bytes | str] = dict.fromkeys(rows[name], "not in its shard any more")
         if name not in shards:
             found = dict.fromkeys(rows[name], "the shard is not there any more")
-        elif not _is_unchanged(images.output, shards[name]):
+        elif not _is_unchanged(images, shards[name]):
             found = dict.fromkeys(rows[name], "the shard has changed since")
         else:
             for row, record in _read_records(shards[name], rows[name]):
@@ -184,9 +186,9 @@ def read_thumbnails(
         return {k: v for found in pool.map(read, sorted(rows)) for k, v in found.items()}
 
 
-def _is_unchanged(output: str, shard: Shard) -> bool:
+def _is_unchanged(images: Images, shard: Shard) -> bool:
     """Whether the shard is what the run read: then its receipt has this name."""
-    return bool(receipts_of(output, shard))
+    return bool(receipts_of(Ledger(output=images.output, run=images.run), shard))
 
 
 def _read_records(shard: Shard, rows: set[int]) -> Iterator[tuple[int, dict[str, Any]]]:

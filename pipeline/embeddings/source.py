@@ -36,12 +36,10 @@ from pipeline.read.records import shard_failure
 from pipeline.read.shard import Shard, printable, shard_from_row
 from pipeline.schema import VECTORS
 from pipeline.storage import Stored
-from pipeline.write.fragments import EMPTY_PART
+from pipeline.write.layout import EMPTY_PART, ERRORS
 from pipeline.write.parts import open_part, read_part
-from pipeline.write.receipts import is_added
 
 BATCH_ROWS = 1024  # 2 MB of vectors at 512 dimensions
-ERRORS = "errors"
 _AT_ONCE = 32  # parts whose shard is looked up
 _WHY = ("stage", "reason", "detail", "retryable")
 # What a record holds where nothing is known.
@@ -72,7 +70,7 @@ def plan_embeddings(table: EmbeddingTable) -> list[Shard]:
     """
     errors = storage.list_files(storage.join(table.output, ERRORS), recursive=False)
     # Prompts that were added have errors of their own, of images that do have vectors.
-    errors = [file for file in errors if not is_added(file.uri.rpartition("/")[2])]
+    errors = [file for file in errors if ".from-" not in file.uri.rpartition("/")[2]]
     parts: dict[str, list[Stored]] = {}
     for file in [*table.files, *errors]:
         name = file.uri.rpartition("/")[2]
@@ -156,7 +154,7 @@ def read_embeddings(
     lost = _why(RowError("read", "no_vector"))
     rows = {row: {"row": row, **lost} for row in range(total) if row not in seen}
     rest = [*(rows | failed).values(), end | {"total": total}]
-    whole = [{**_EMPTY, "shard": shard.name, **record} for record in rest]
+    whole = [{**_EMPTY, "shard": shard.name, "version": shard.version, **record} for record in rest]
     yield pa.Table.from_pylist(whole, schema=VECTORS)
 
 

@@ -22,7 +22,7 @@ from pipeline import storage
 from pipeline.errors import JobError, UsageError
 from pipeline.run.lifecycle import is_unfinished
 from pipeline.storage import Stored
-from pipeline.write.fragments import EMPTY_PART
+from pipeline.write.layout import EMPTY_PART
 from pipeline.write.parts import open_part
 
 TABLE = "embeddings"

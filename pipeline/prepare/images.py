@@ -25,7 +25,6 @@ from pipeline import schema
 from pipeline.errors import RowError
 from pipeline.prepare.convert import to_rgb
 from pipeline.prepare.processor import ImageProcessor
-from pipeline.read.isolate import ProcessDiedError, run_apart
 
 MAX_ASPECT = 1000
 TILEWIDTH, TILELENGTH = 322, 323  # tags of a TIFF
@@ -124,26 +123,9 @@ class PrepareImages:
     def __init__(self, processor: ImageProcessor, max_pixels: int):
         self.processor, self.max_pixels = processor, max_pixels
 
-    def __call__(self, batch: pa.Table, *, apart: bool = False) -> pa.Table:
-        """`apart`: in a process of its own, where a row that ends it fails as decoder_crashed."""
-        records = batch.to_pylist()
-        done = self._prepare_apart(records) if apart else map(self._prepare, records)
-        return pa.Table.from_pylist(list(done), schema=schema.PIXELS)
-
-    def _prepare_apart(self, records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        done = 0
-        while done < len(records):
-            try:
-                for record in run_apart(self._prepare_all, records[done:]):
-                    yield record
-                    done += 1
-            except ProcessDiedError as death:
-                failure = _refusal("decoder_crashed", death.how, retryable=death.killed)
-                yield _failed(_blank(records[done]), failure)
-                done += 1
-
-    def _prepare_all(self, records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        return map(self._prepare, records)
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        records = [self._prepare(record) for record in batch.to_pylist()]
+        return pa.Table.from_pylist(records, schema=schema.PIXELS)
 
     def _prepare(self, record: dict[str, Any]) -> dict[str, Any]:
         data, record = record["image"], _blank(record)
@@ -161,6 +143,18 @@ class PrepareImages:
             record |= {name: getattr(decoded, name) for name in facts}
             return record | {"size_bytes": len(data), "pixels": pixels.tobytes()}
         return _failed(record, failure)
+
+
+def fail_crashed_image(
+    records: pa.Table, last: pa.Table | None, how: str, *, killed: bool
+) -> pa.Table:
+    """The record in a one-row table, failed: its decoder ended its process.
+
+    `how` it ended; `killed`: from outside, as the kernel does where memory is short.
+    """
+    failure = _refusal("decoder_crashed", how, retryable=killed)
+    failed = _failed(_blank(records.to_pylist()[0]), failure)
+    return pa.Table.from_pylist([failed], schema=schema.PIXELS)
 
 
 def _blank(record: dict[str, Any]) -> dict[str, Any]:

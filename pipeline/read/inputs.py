@@ -33,7 +33,14 @@ from pipeline.read.parquet import (
     read_row_groups,
     read_schema,
 )
-from pipeline.read.shard import TEXT_EXTENSIONS, Shard, file_format, name_rows, printable, stem
+from pipeline.read.shard import (
+    TEXT_EXTENSIONS,
+    Shard,
+    file_format,
+    name_rows,
+    printable,
+    strip_suffix,
+)
 from pipeline.storage import Stored
 from pipeline.storage.uri import expand_braces
 
@@ -137,11 +144,13 @@ def _keep_inputs(root: str, files: list[Stored]) -> _Named:
     owners: set[str] = set()
     for name, _ in named:
         if file_format(name) == "tar":
-            owners.add(stem(name))
+            owners.add(strip_suffix(name))
         elif file_format(name) == "images":
             parts = name.split("/")[:-1]
             owners.update("/".join(parts[:depth]) for depth in range(1, len(parts) + 1))
-    return [(n, f) for n, f in named if file_format(n) != "parquet" or stem(n) not in owners]
+    return [
+        (n, f) for n, f in named if file_format(n) != "parquet" or strip_suffix(n) not in owners
+    ]
 
 
 def _is_scratch(name: str) -> bool:

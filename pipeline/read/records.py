@@ -20,11 +20,9 @@ from pipeline.errors import (
     NotFoundError,
     RowError,
     StorageError,
-    TransientError,
 )
-from pipeline.read.inputs import plan_shards
-from pipeline.read.isolate import ProcessDiedError, run_apart
 from pipeline.read.parquet import read_parquet
+from pipeline.read.ranges import RowSet, iter_rows
 from pipeline.read.shard import (
     IMAGE_LIMIT_BYTES,
     TEXT_EXTENSIONS,
@@ -34,20 +32,9 @@ from pipeline.read.shard import (
     find_text,
     printable,
     shard_from_row,
-    shard_to_row,
 )
 from pipeline.read.tar import read_tar
 from pipeline.schema import RECORDS
-
-__all__ = [
-    "Shard",
-    "plan_shards",
-    "read_batches",
-    "read_shard",
-    "shard_failure",
-    "shard_from_row",
-    "shard_to_row",
-]
 
 BATCH_ROWS = 64
 BATCH_BYTES = 32 * 2**20  # of encoded images; a larger image is a batch of its own
@@ -57,34 +44,43 @@ _FILES_AT_ONCE = 8  # loose images: hides the latency of one request per file
 Records = Iterator[dict[str, Any]]
 
 
-def read_batches(shards: pa.Table, *, apart: bool = False) -> Iterator[pa.Table]:
-    """For Ray Data's map_batches: rows of `shard_to_row` in, tables of schema.RECORDS out.
+def read_batches(shards: pa.Table, batch_rows: int = BATCH_ROWS) -> Iterator[pa.Table]:
+    """Read shards: rows of `shard_to_row` in, tables of schema.RECORDS out.
 
-    A table holds records of one shard, at most BATCH_ROWS of them and BATCH_BYTES of images.
-    `apart`: read in a process of its own; a shard that ends it ends with reader_crashed.
+    A table holds records of one shard, at most `batch_rows` of them and BATCH_BYTES of images.
     """
-    read = _read_apart if apart else read_shard
     for row in shards.to_pylist():
         batch: list[dict[str, Any]] = []
         size_bytes = 0
-        for record in read(shard_from_row(row)):
-            size_bytes += len(record["image"])
-            if batch and (len(batch) == BATCH_ROWS or size_bytes > BATCH_BYTES):
+        for record in read_shard(shard_from_row(row)):
+            if batch and size_bytes + len(record["image"]) > BATCH_BYTES:
                 yield pa.Table.from_pylist(batch, schema=RECORDS)
-                batch, size_bytes = [], len(record["image"])
+                batch, size_bytes = [], 0
             batch.append(record)
+            size_bytes += len(record["image"])
+            if len(batch) == batch_rows and record["row"] >= 0:
+                yield pa.Table.from_pylist(batch, schema=RECORDS)
+                batch, size_bytes = [], 0
         yield pa.Table.from_pylist(batch, schema=RECORDS)
 
 
-def _read_apart(shard: Shard) -> Records:
-    total = 0
-    try:
-        for record in run_apart(read_shard, shard):
-            yield record
-            total += 1
-    except ProcessDiedError as death:
-        failure = RowError("read", "reader_crashed", death.how, retryable=death.killed)
-        yield _end(shard, total, failure)
+def read_one_by_one(shards: pa.Table) -> Iterator[pa.Table]:
+    """As read_batches, each record in a table of its own: for a shard that ends its reader."""
+    return read_batches(shards, batch_rows=1)
+
+
+def end_crashed_shard(
+    shards: pa.Table, last: pa.Table | None, how: str, *, killed: bool
+) -> pa.Table:
+    """The end record of the shard in a one-row table whose reader ended its process.
+
+    `last`: the last records that came before; `how` it ended; `killed`: from outside.
+    """
+    shard = shard_from_row(shards.to_pylist()[0])
+    rows = last["row"].to_pylist() if last is not None else []
+    total = max([-1, *rows, *iter_rows(shard.skip)]) + 1
+    failure = RowError("read", "reader_crashed", how, retryable=killed)
+    return pa.Table.from_pylist([_end(shard, total, failure)], schema=RECORDS)
 
 
 def read_shard(shard: Shard) -> Records:
@@ -94,10 +90,15 @@ def read_shard(shard: Shard) -> Records:
     """
     total = 0
     failure: RowError | None = None
+    skip = RowSet(shard.skip)
     try:
         for sample in _read_samples(shard):
+            if total in skip:
+                total += 1
+                continue
             yield {
                 "shard": shard.name,
+                "version": shard.version,
                 "row": total,
                 "total": -1,
                 **sample._asdict(),
@@ -115,8 +116,9 @@ def read_shard(shard: Shard) -> Records:
     # not end the job, over which it would end again each time.
     except Exception as error:
         detail = printable(f"{type(error).__name__}: {error}")
-        passing = isinstance(error, MemoryError)
-        failure = RowError("read", "shard_corrupt", detail, retryable=passing)
+        # Memory says nothing of the bytes: as where the storage does not give them.
+        reason = "shard_unreadable" if isinstance(error, MemoryError) else "shard_corrupt"
+        failure = RowError("read", reason, detail, retryable=isinstance(error, MemoryError))
     yield _end(shard, total, failure)
 
 
@@ -124,6 +126,7 @@ def _end(shard: Shard, total: int, failure: RowError | None) -> dict[str, Any]:
     """The end record of a shard with `total` rows."""
     return {
         "shard": shard.name,
+        "version": shard.version,
         "row": -1,
         "key": "",
         "member": "",
@@ -156,11 +159,10 @@ def shard_failure(error: StorageError) -> RowError:
     """What ended the reading of a shard, as the errors table says it."""
     detail = printable(str(error))
     if isinstance(error, NotFoundError):
-        return RowError("read", "shard_missing", detail)
+        return RowError("read", "shard_missing", detail, retryable=True)
     if isinstance(error, ChangedError):
         return RowError("read", "shard_changed", detail, retryable=True)
-    retryable = isinstance(error, TransientError)
-    return RowError("read", "shard_unreadable", detail, retryable=retryable)
+    return RowError("read", "shard_unreadable", detail, retryable=True)
 
 
 def read_images(root: str, files: tuple[str, ...], text: str = "") -> Iterator[Sample]:
@@ -187,12 +189,12 @@ def _read_image(root: str, path: str, text: str) -> Sample:
     except CredentialsError:
         raise
     except NotFoundError as error:
-        return found._replace(reason="file_missing", detail=printable(str(error)))
+        return found._replace(reason="file_missing", detail=printable(str(error)), retryable=True)
     except StorageError as error:
         return found._replace(
             reason="file_unreadable",
             detail=printable(str(error)),
-            retryable=isinstance(error, TransientError),
+            retryable=True,
         )
     if len(image) > IMAGE_LIMIT_BYTES:
         detail = f"more than {IMAGE_LIMIT_BYTES:,} bytes"

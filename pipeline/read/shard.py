@@ -44,10 +44,8 @@ class Shard:
     first_row_group: int = 0
     row_groups: int = 0
     """Parquet: how many row groups from `first_row_group` on; 0 is the whole file."""
-    first_prompt: int = 0
-    """Of the prompts of a pass over it; above 0 for prompts that were added to a run."""
-    run: str = field(default="", compare=False)
-    """A hash that names the run: what one run makes of a shard is nothing to another."""
+    skip: str = field(default="", compare=False)
+    """Rows that are not to be read, since their results are there already (see ranges)."""
 
 
 class Sample(NamedTuple):
@@ -121,7 +119,7 @@ def printable(name: str | bytes) -> str:
     return encoded.decode("utf-8", "backslashreplace")
 
 
-def stem(path: str) -> str:
+def strip_suffix(path: str) -> str:
     """The path without its input suffix: img2dataset's shard id."""
     return re.sub(r"\.(tar\.gz|[^./]+)$", "", path, flags=re.IGNORECASE)
 

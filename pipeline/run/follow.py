@@ -1,49 +1,28 @@
-"""The stream of a job run to its end: counts of each shard, and shards finished as they close."""
+"""A run to its end: the account of each shard, and the shard finished when it closes."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from typing import Any
 
-import ray
-import ray.data
-
 from pipeline.errors import JobError
-from pipeline.run.lifecycle import Run, close_run
+from pipeline.run.engine import Dataset, Engine
+from pipeline.run.lifecycle import Pass, Run, close_run
 from pipeline.run.progress import ProgressDisplay
-from pipeline.write.commit import finish_shard
+from pipeline.write.commit import finish_shard, outputs_per_image
 
 # Shards whose parts are being put together at the same time.
 FINISHING_AT_ONCE = 8
 # Rows after which a job may be stopped for too many that failed.
 ERROR_RATE_ROWS = 1_000
+# Shards that the storage did not give, after which a job that got none at all is stopped.
+LOST_SHARDS = 10
 
 
-@dataclass
-class _Open:
-    """What has come out of a shard so far."""
-
-    records: int = 0
-    images: int = 0
-    outputs: int = 0
-    total: int = -1
-    fragments: list[str] = field(default_factory=list)
-
-    def add(self, row: dict[str, Any]) -> None:
-        self.records += row["images"] + row["errors"]
-        self.images += row["images"]
-        self.outputs += row["outputs"]
-        self.total = max(self.total, row["total"])
-        self.fragments.append(row["fragment"])
-
-    def closes(self, outputs_per_image: int) -> bool:
-        """Whether all records are there, and all that belongs to each image."""
-        return self.total == self.records and self.outputs == self.images * outputs_per_image
-
-
-def finish(run: Run, streams: list[ray.data.Dataset], *, quiet: bool) -> dict[str, int]:
+def follow_run(run: Run, streams: list[Dataset], engine: Engine, *, quiet: bool) -> dict[str, int]:
     """Run the stream of each of the run's passes to its end, and close the run.
 
     Returns the counts over all shards. Raises JobError when a shard or a row is missing.
@@ -51,56 +30,152 @@ def finish(run: Run, streams: list[ray.data.Dataset], *, quiet: bool) -> dict[st
     started = time.monotonic()
     todo = [shard for each in run.passes for shard in each.todo]
     size_bytes = sum(shard.size_bytes for shard in todo)
+    lost: dict[str, str] = {}
     with ProgressDisplay(size_bytes, len(todo), quiet=quiet) as progress:
-        for each, accounts in zip(run.passes, streams, strict=True):
-            if each.todo:
-                _follow(accounts, each, progress)
-    return close_run(run, time.monotonic() - started)
+        for each, stream in zip(run.passes, streams, strict=True):
+            if each.todo and not lost:  # an addition needs the whole of the first pass
+                lost = _Follower(run, each, engine, progress).follow(stream)
+    return close_run(run, time.monotonic() - started, lost)
 
 
-def _follow(accounts: ray.data.Dataset, run: Run, progress: ProgressDisplay) -> None:
-    """Run a stream to its end, and finish each shard when its account closes."""
-    shards = {shard.name: shard for shard in run.todo}
-    task = ray.remote(num_cpus=0, max_retries=3)(finish_shard)
-    open_shards: dict[str, _Open] = {}
-    finishing: list[Any] = []
-    reasons: Counter[str] = Counter()
-    images = 0
+@dataclass
+class _Account:
+    """Counts of a shard so far."""
 
-    def collect(at_most: int) -> None:
+    records: int = 0
+    images: int = 0
+    outputs: int = 0
+    total: int = -1
+    fragments: list[str] = field(default_factory=list)
+
+    def add(self, *, images: int, errors: int, outputs: int, fragment: str) -> None:
+        self.records += images + errors
+        self.images += images
+        self.outputs += outputs
+        if fragment:
+            self.fragments.append(fragment)
+
+    def closes(self, outputs_per_image: int) -> bool:
+        """Whether all records are there, and all rows that belong to each image."""
+        return self.total == self.records and self.outputs == self.images * outputs_per_image
+
+
+class _Follower:
+    """The accounts of one pass."""
+
+    def __init__(self, run: Run, of_pass: Pass, engine: Engine, progress: ProgressDisplay):
+        self.run, self.of_pass, self.engine, self.progress = run, of_pass, engine, progress
+        self.shards = {shard.name: shard for shard in of_pass.todo}
+        self.outputs = outputs_per_image(of_pass.tables)
+        self.finishing: set[Future[dict[str, Any]]] = set()
+        self.lost: dict[str, str] = {}
+        self.rates = ErrorRate(run.max_error_rate)
+        self.accounts = {name: self._resumed(name) for name in of_pass.kept}
+
+    def _resumed(self, name: str) -> _Account:
+        """The account of a shard of which an earlier command left fragments."""
+        account = _Account()
+        for f in self.of_pass.kept[name]:
+            account.add(images=f.images, errors=f.errors, outputs=f.outputs, fragment=f.name)
+            self.rates.images += f.images
+        return account
+
+    def follow(self, stream: Dataset) -> dict[str, str]:
+        """Run the stream to its end. Returns the shards that the storage did not give, and why."""
+        for row in stream.iter_rows():
+            self._add(row)
+        self._collect(at_most=0)
+        return self.lost
+
+    def _add(self, row: dict[str, Any]) -> None:
+        name = row["shard"]
+        shard = self.shards[name]
+        account = self.accounts.setdefault(name, _Account())
+        account.add(**{k: row[k] for k in ("images", "errors", "outputs", "fragment")})
+        account.total = max(account.total, row["total"])
+        self.progress.rows(row["images"], row["errors"])
+        self.rates.add(row["images"], row["errors"], row["reason"])
+        if row["fault"] and name not in self.lost:
+            self.lost[name] = row["fault"]
+            self.rates.lose(shard.size_bytes, row["fault"])
+        elif row["reason"] and row["total"] >= 0:  # damage ended the shard early
+            self.rates.cut(shard.size_bytes, account.records)
+        if account.closes(self.outputs):
+            del self.accounts[name]
+            self.rates.close(shard.size_bytes, account.records)
+            self.finishing.add(
+                self.engine.submit(
+                    finish_shard,
+                    self.of_pass.ledger,
+                    shard,
+                    account.fragments,
+                    account.total,
+                    self.of_pass.tables,
+                )
+            )
+            self._collect(at_most=FINISHING_AT_ONCE)
+
+    def _collect(self, at_most: int) -> None:
         """Take in finished shards until at most so many are still being put together."""
-        nonlocal finishing
-        while len(finishing) > at_most:
-            ready, finishing = ray.wait(finishing)
-            for receipt in ray.get(ready):
-                progress.shard(shards[receipt["shard"]].size_bytes)
-
-    outputs = sum(table.rows_per_image for name, table in run.tables.items() if name != "images")
-    for row in accounts.iter_rows():
-        account = open_shards.setdefault(row["shard"], _Open())
-        account.add(row)
-        images += row["images"]
-        progress.rows(row["images"], row["errors"])
-        if row["reason"]:
-            reasons[row["reason"]] += max(row["errors"], 1)  # one for a shard without rows
-            _stop_at_errors(run, images, reasons)
-        if account.closes(outputs):
-            shard = shards[row["shard"]]
-            ref = task.remote(run.output, shard, account.fragments, account.total, run.tables)
-            finishing.append(ref)
-            del open_shards[row["shard"]]
-            collect(FINISHING_AT_ONCE)
-    collect(0)
+        while len(self.finishing) > at_most:
+            ready, self.finishing = wait(self.finishing, return_when=FIRST_COMPLETED)
+            for future in ready:
+                self.progress.shard(self.shards[future.result()["shard"]].size_bytes)
 
 
-def _stop_at_errors(run: Run, images: int, reasons: Counter[str]) -> None:
-    """Raise JobError when too large a share of the rows failed."""
-    errors = reasons.total()
-    rows = images + errors
-    if rows >= ERROR_RATE_ROWS and errors > run.max_error_rate * rows:
-        often, _ = reasons.most_common(1)[0]
+class ErrorRate:
+    """The share of an input that failed, rows that were never read among it by their bytes."""
+
+    def __init__(self, limit: float):
+        self.limit = limit
+        self.images = self.closed_rows = self.closed_bytes = self.lost_bytes = self.lost_shards = 0
+        self.reasons: Counter[str] = Counter()
+
+    def add(self, images: int, errors: int, reason: str) -> None:
+        """Count rows. Raises JobError when too large a share failed."""
+        self.images += images
+        if errors:
+            self.reasons[reason] += errors
+            self._check()
+
+    def close(self, size_bytes: int, rows: int) -> None:
+        """Count a shard whose rows are all there."""
+        self.closed_rows += rows
+        self.closed_bytes += size_bytes
+
+    def cut(self, size_bytes: int, rows: int) -> None:
+        """Count the rows that damage took from a shard, of which so many came."""
+        self.lost_bytes += max(size_bytes - int(rows / max(self.rows_per_byte, 1e-12)), 0)
+        self._check()
+
+    def lose(self, size_bytes: int, fault: str) -> None:
+        """Count a shard that the storage did not give."""
+        self.lost_bytes += size_bytes
+        self.lost_shards += 1
+        if self.lost_shards >= LOST_SHARDS and not self.images and not self.reasons:
+            raise JobError(
+                f"the storage gave nothing of the first {self.lost_shards} shards ({fault}); "
+                "the same command takes them up again"
+            )
+        self._check()
+
+    @property
+    def rows_per_byte(self) -> float:
+        """Of the shards that are whole; 0 while there is none."""
+        return self.closed_rows / self.closed_bytes if self.closed_bytes else 0.0
+
+    def _check(self) -> None:
+        never_read = round(self.lost_bytes * self.rows_per_byte)
+        failed = self.reasons.total() + never_read
+        rows = self.images + failed
+        if rows < ERROR_RATE_ROWS or failed <= self.limit * rows:
+            return
+        often = max(
+            [*self.reasons.items(), ("shards that cannot be read", never_read)],
+            key=lambda pair: pair[1],
+        )[0]
         raise JobError(
-            f"{errors:,} of the first {rows:,} rows failed, most often with {often}, which is more "
-            f"than --max-error-rate {run.max_error_rate:g} allows: look at {run.output}/errors, "
-            "and raise it if the input is like that"
+            f"{failed:,} of the first {rows:,} rows failed, most often with {often}, which is more "
+            f"than --max-error-rate {self.limit:g} allows: look at the errors table, and raise it "
+            "if the input is like that"
         )

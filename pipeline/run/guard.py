@@ -1,36 +1,93 @@
-"""A bound on how often a batch may kill the worker that processes it."""
+"""A bound on how often a batch may kill its worker, and the search for the row that does.
+
+Decoders and pyarrow are C: on bytes made for it they may end their process, where nothing can be
+caught. Ray Data starts what was lost with a worker again however often: right where machines come
+and go, endless where the batch itself is the cause.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
-import ray
+import pyarrow as pa
 
 from pipeline.errors import JobError
+from pipeline.run.isolate import ProcessDiedError, run_apart
+from pipeline.run.private import attempts_before
 
-# Deaths of a task's workers over one batch after which a job ends.
-WORKER_DEATHS = 8
+# Worker crashes over one batch before the job fails.
+MAX_CRASHES = 8
+
+Stage = Callable[[pa.Table], "pa.Table | Iterator[pa.Table]"]
 
 
-def bounded(stage: Callable[..., Any], *, apart: bool = False) -> Callable[[Any], Any]:
-    """A stage that runs as tasks, for map_batches, whose batches do not kill workers for ever.
+class OnCrash(Protocol):
+    """What stands in for the output of a row that ended its process."""
 
-    Ray Data starts what was lost with a worker again however often, which is right where machines
-    come and go, and never ends where the batch itself is the cause. After WORKER_DEATHS deaths over
-    one batch the stage raises JobError. `apart`: from the first death on it is called with
-    apart=True, and so can tell which row it was.
+    def __call__(self, row: pa.Table, last: pa.Table | None, how: str, *, killed: bool) -> pa.Table:
+        """`row`: the input; `last`: its last output before; `how` it ended; `killed`: outside."""
+        ...
+
+
+def guarded(
+    stage: Stage,
+    on_crash: OnCrash | None = None,
+    alone: Stage | None = None,
+    *,
+    max_crashes: int = MAX_CRASHES,
+) -> Callable[[pa.Table], Iterator[pa.Table]]:
+    """A stage for map_batches that runs as tasks, whose batches do not kill workers for ever.
+
+    With `on_crash`, a batch over which a worker has died is done again in processes of its own, row
+    by row, and the row that ends one is answered by `on_crash`. `alone` is the stage for that, if
+    it should hand on its output sooner. After `max_crashes` deaths over one batch the stage raises
+    JobError.
     """
     name = getattr(stage, "__name__", type(stage).__name__)
 
-    def checked(batch: Any) -> Any:
-        worker: Any = ray._private.worker.global_worker
-        deaths = worker.core_worker.get_current_task_attempt_number()  # Ray tells it nowhere else
-        if deaths >= WORKER_DEATHS:
+    def checked(batch: pa.Table) -> Iterator[pa.Table]:
+        crashes = attempts_before()
+        if crashes >= max_crashes:
             column = "shard" if "shard" in batch.column_names else "name"
             shards = ", ".join(sorted(set(batch[column].to_pylist())))
-            raise JobError(f"{name}: its worker died {deaths} times over the same rows of {shards}")
-        return stage(batch, apart=True) if apart and deaths else stage(batch)
+            raise JobError(
+                f"{name}: its worker died {crashes} times over the same rows of {shards}"
+            )
+        if crashes and on_crash:
+            yield from isolate_rows(alone or stage, batch, on_crash)
+        else:
+            yield from run_stage(stage, batch)
 
     checked.__name__ = name
     return checked
+
+
+def run_stage(stage: Stage, batch: pa.Table) -> Iterator[pa.Table]:
+    """The output of a stage, whether it returns one table or yields several."""
+    output = stage(batch)
+    yield from [output] if isinstance(output, pa.Table) else output
+
+
+def isolate_rows(stage: Stage, batch: pa.Table, on_crash: OnCrash) -> Iterator[pa.Table]:
+    """The output of a stage, one row after the other in a process of its own."""
+    done = 0
+    last: pa.Table | None = None
+    while done < len(batch):
+        try:
+            for output in run_apart(_each_row, stage, batch.slice(done)):
+                if output is None:  # the row is through
+                    done, last = done + 1, None
+                else:
+                    last = output
+                    yield output
+        except ProcessDiedError as death:
+            yield on_crash(batch.slice(done, 1), last, death.how, killed=death.killed)
+            done, last = done + 1, None
+
+
+def _each_row(stage: Stage, batch: pa.Table) -> Iterator[Any]:
+    """The outputs of each row, and None after them."""
+    for index in range(len(batch)):
+        yield from run_stage(stage, batch.slice(index, 1))
+        yield None

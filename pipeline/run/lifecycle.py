@@ -1,27 +1,20 @@
-"""What a run was asked to do and what of it is done: `_run.json`, the receipts, `_SUCCESS`.
+"""A run from open to close: `_run.json`, the passes over its shards, `_SUCCESS`.
 
-    OUTPUT/_run.json     the whole configuration, versions, counts; its fingerprint names what
-                         decides the results, and another fingerprint is another run (see record)
-    OUTPUT/_prompts/     prompts that were added to it (see added)
-    OUTPUT/_receipts/    one file per finished shard, written last (see receipts and commit)
-    OUTPUT/_SUCCESS      there when the receipts equal the plan
-
-A run that was stopped is completed by the same command: shards with a receipt are not read again.
+A run that was stopped is completed by the same command: shards with a receipt are not read again,
+and neither are rows that stand in fragments. Which files there are tells write.layout.
 """
 
 from __future__ import annotations
 
 import contextlib
-import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline import storage
-from pipeline.errors import JobError, StorageError, UsageError
+from pipeline.errors import JobError, StorageError, UsageError, one_line
 from pipeline.read.shard import Shard
 from pipeline.run.manifest import (
     DELETING,
-    RUN,
     JobConfig,
     name_run,
     new_record,
@@ -30,23 +23,32 @@ from pipeline.run.manifest import (
     refuse_other_run,
     to_json,
 )
-from pipeline.run.resume import discard_pass, left_to_do, read_failures, report_removed
+from pipeline.run.resume import discard_shard, find_left, read_failures, read_names
 from pipeline.schema import Table
-from pipeline.write.fragments import STAGING, write_empty_parts
-from pipeline.write.passes import PROMPTS, add_prompts, read_added, tables_of_pass
-from pipeline.write.receipts import (
-    RECEIPTS,
-    Receipt,
-    covers,
-    is_borne_out,
-    list_parts,
-    list_receipts,
-    stem,
-    stem_of,
-    version_hash,
-)
+from pipeline.write.fragments import Fragment
+from pipeline.write.layout import ERRORS, PROMPTS, RECEIPTS, RUN, STAGING, SUCCESS, Ledger, shard_id
+from pipeline.write.parts import write_empty_parts
+from pipeline.write.passes import add_prompts, read_added, tables_of_pass
+from pipeline.write.receipts import Receipt, covers, is_borne_out, list_parts, list_receipts
 
-SUCCESS = "_SUCCESS"
+Receipts = dict[str, Receipt]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """One pass over the shards of a run: all prompts that it started with, or some added later."""
+
+    ledger: Ledger
+    shards: list[Shard]
+    """Every shard of the input."""
+    todo: list[Shard]
+    """Those without a receipt; `skip` names the rows that are done."""
+    kept: dict[str, list[Fragment]]
+    """By the name of a shard in `todo`: the fragments of the rows that are done."""
+    tables: dict[str, Table]
+    """The tables of the pass beside `errors`."""
+    prompts: list[str]
+    """Empty for a job without."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,41 +58,42 @@ class Run:
     output: str
     record: dict[str, Any]
     """The content of _run.json."""
-    plan: list[Shard]
-    """Every shard of the input."""
-    todo: list[Shard]
-    """Those without a receipt."""
-    tables: dict[str, Table]
-    """The tables of the job beside `errors`."""
+    passes: list[Pass]
+    """The run's own, then what was added in its order: each needs the results of the first."""
     max_error_rate: float
     """The share of failed rows, of 1,000 or more, at which the job stops."""
-    prompts: list[str]
-    """Those of this pass over the shards; empty for a job without."""
-    first_prompt: int
-    """The prompt_id of the first of them."""
-    added: list[Run]
-    """One more pass for each time that prompts were added, in their order."""
+    notes: list[str] = field(default_factory=list)
+    """Lines for whoever started the job."""
 
     @property
-    def passes(self) -> list[Run]:
-        """Of the run, then of what was added: an added one needs what those before it leave."""
-        return [self, *self.added]
+    def first(self) -> Pass:
+        """The pass that the run started with."""
+        return self.passes[0]
+
+    @property
+    def tables(self) -> dict[str, Table]:
+        """The tables of the run beside `errors`."""
+        return self.first.tables
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no shard is left to do."""
+        return not any(each.todo for each in self.passes)
 
 
 def open_run(
-    config: JobConfig, plan: list[Shard], *, model: dict[str, Any], tables: dict[str, Table]
+    config: JobConfig, shards: list[Shard], *, model: dict[str, Any], tables: dict[str, Table]
 ) -> Run:
     """Start a run in the config's output, or continue the one that is there.
 
-    What the config and `model` say decides the results and is the run's fingerprint; only that
-    there may be more prompts than before. Shards are discarded here and not earlier: by now it is
-    known that they can be made anew. Raises UsageError if the output holds another run, or files
-    that are no run's.
+    The config and `model` decide the results and are the run's fingerprint; only that there may be
+    more prompts than before. Shards are discarded here and not earlier: by now it is known that
+    they can be made again. Raises UsageError if the output holds another run, or files of no run.
     """
     source, output = storage.check_uri(config.input), storage.check_uri(config.output)
     if f"{output}/".startswith(f"{source}/"):
         raise UsageError(f"{output}: lies inside the input, which would then read its own tables")
-    record = new_record(config, plan, source, output, model, tables)
+    record = new_record(config, shards, source, output, model, tables)
     found = read_run(output)
     if found is not None and (config.run.restart or found.get("status") == DELETING):
         _delete_run(output, found)
@@ -101,32 +104,43 @@ def open_run(
     prompts = _settle_prompts(output, found.get("fingerprint", {}), record["fingerprint"])
     record["started_at"] = found["started_at"]
     write_empty_parts(output, tables)
-    name, retry = name_run(record), config.run.retry
-    plans = {n: [replace(shard, first_prompt=n, run=name) for shard in plan] for n in prompts}
+    retry = config.run.retry
     forget = read_failures(output).choose(every=retry == "all") if retry != "none" else set()
-    todo, stale, removed = left_to_do(output, plans, list(tables), forget)
-    if any(todo.values()):
-        storage.delete_file(storage.join(output, SUCCESS))  # of a smaller plan
-        _warn_of_careless_storage(output)
-    for discarded in stale:
-        discard_pass(output, discarded, list(tables))
-    record["plan"]["removed_shards"] = removed
-    storage.write_bytes(storage.join(output, RUN), to_json(record))
-    passes: list[Run] = []
-    for first in sorted(prompts, reverse=True):
-        of_pass = Run(
-            output=output,
-            record=record,
-            plan=plans[first],
-            todo=todo[first],
-            tables=tables_of_pass(tables, first, len(prompts[first])),
-            max_error_rate=config.run.max_error_rate,
-            prompts=prompts[first],
-            first_prompt=first,
-            added=passes if first == 0 else [],
+    passes: list[Pass] = []
+    stale: list[tuple[Ledger, list[str]]] = []
+    removed: list[str] = []
+    for first in sorted(prompts):
+        ledger = Ledger(output=output, run=name_run(record), first_prompt=first)
+        of_pass = tables_of_pass(tables, ledger, len(prompts[first]))
+        left = find_left(ledger, shards, of_pass, forget=forget)
+        stale.append((ledger, left.stale))
+        removed = removed or left.removed
+        passes.append(
+            Pass(
+                ledger=ledger,
+                shards=shards,
+                todo=left.todo,
+                kept=left.kept,
+                tables=of_pass,
+                prompts=prompts[first],
+            )
         )
-        passes = [of_pass, *passes]
-    return passes[0]
+    notes = []
+    if any(each.todo for each in passes):
+        storage.delete_file(storage.join(output, SUCCESS))  # of a smaller input
+        notes += _warn_of_careless_storage(output)
+    for ledger, ids in reversed(stale):  # an addition before its first pass
+        for id_ in ids:
+            discard_shard(ledger, id_, list(tables))
+    record["input"]["removed_shards"] = len(removed)
+    storage.write_bytes(storage.join(output, RUN), to_json(record))
+    return Run(
+        output=output,
+        record=record,
+        passes=passes,
+        max_error_rate=config.run.max_error_rate,
+        notes=notes,
+    )
 
 
 def _settle_prompts(
@@ -153,34 +167,36 @@ def _settle_prompts(
     return {0: started_with, **added}
 
 
-def close_run(run: Run, seconds: float) -> dict[str, int]:
-    """Check that the receipts equal the plan, write the counts into _run.json, and _SUCCESS.
+def close_run(run: Run, seconds: float, lost: dict[str, str] | None = None) -> dict[str, int]:
+    """Check that the receipts equal the shards, write the counts into _run.json, and _SUCCESS.
 
-    `seconds`: what the shards that were left took. Returns the counts over all shards. Raises
-    JobError if a shard has no receipt, or if meanwhile prompts were added or the run started over.
+    `seconds`: duration of the passes. `lost`: by the name of a shard, what of it the storage did
+    not give. Returns the counts over all shards. Raises JobError if a shard has no receipt, or if
+    meanwhile prompts were added or the run started over.
     """
     _refuse_another_start(run)
-    receipts = list_receipts(run.output)
-    parts = list_parts(run.output, list(run.tables))
-    found: dict[str, Receipt] = {}
-    plan = [shard for each in run.passes for shard in each.plan]
-    for shard in plan:
-        name = stem_of(shard)
-        of_shard = receipts.pop(name, [])
-        if is_borne_out(of_shard, version_hash(shard), parts.get(name, 0)):
-            found[name] = of_shard[0]
-    missing = [shard.name for shard in plan if not _is_done(shard, found)]
+    listed = [list_receipts(each.ledger) for each in run.passes]
+    found = [_borne_out(*pair) for pair in zip(run.passes, listed, strict=True)]
+    missing = {
+        shard.name
+        for each, receipts in zip(run.passes, found, strict=True)
+        for shard in each.shards
+        if shard_id(shard.name) not in receipts
+        or (each.ledger.added and not _covers_first(shard, receipts, found[0]))
+    }
     if missing:
-        some = ", ".join(sorted(missing)[:3])
-        raise JobError(f"{len(missing)} shards were not finished ({some}, ...); run it again")
+        _refuse_unfinished(run, missing, lost or {})
     _refuse_more_prompts(run)
     counts = _count(run, found)
-    removed = report_removed(run.output, receipts)
-    todo = [found[stem_of(shard)] for each in run.passes for shard in each.todo]
+    removed = listed[0].keys() - {shard_id(shard.name) for shard in run.first.shards}
+    names = read_names(run.first.ledger, {id_: listed[0][id_] for id_ in removed})
+    if names:
+        run.notes.append(_note_removed(len(removed), names))
+    todo = [r[shard_id(s.name)] for p, r in zip(run.passes, found, strict=True) for s in p.todo]
     images = sum(receipt.ok + receipt.error for receipt in todo)
     last = {"seconds": round(seconds, 2), "images": images, "images_per_s": images / seconds}
     record = run.record | {"status": "complete", "finished_at": now()}
-    record |= {"counts": counts, "throughput": last, "removed_shards": removed}
+    record |= {"counts": counts, "throughput": last, "removed_shards": names}
     storage.write_bytes(storage.join(run.output, RUN), to_json(record))
     storage.write_bytes(storage.join(run.output, SUCCESS), b"")
     try:
@@ -188,23 +204,52 @@ def close_run(run: Run, seconds: float) -> dict[str, int]:
     except JobError:
         storage.delete_file(storage.join(run.output, SUCCESS))
         raise
-    with contextlib.suppress(StorageError):  # another driver may just be adding to it
-        storage.delete_folder(storage.join(run.output, STAGING))
+    for each in run.passes:
+        with contextlib.suppress(StorageError):  # another driver may just be adding to it
+            storage.delete_folder(each.ledger.staging)
     return counts
+
+
+def _borne_out(of_pass: Pass, receipts: dict[str, list[Receipt]]) -> Receipts:
+    """The receipts of the shards of a pass that are borne out by their parts, by shard id."""
+    ledger = of_pass.ledger
+    parts = list_parts(ledger, list(of_pass.tables))
+    found = {}
+    for shard in of_pass.shards:
+        id_ = shard_id(shard.name)
+        some = receipts.get(id_, [])
+        if is_borne_out(some, ledger.version(shard.version), parts.get(id_, 0)):
+            found[id_] = some[0]
+    return found
+
+
+def _covers_first(shard: Shard, receipts: Receipts, first: Receipts) -> bool:
+    id_ = shard_id(shard.name)
+    return id_ in first and covers(receipts[id_], [first[id_]])
+
+
+def _refuse_unfinished(run: Run, missing: set[str], lost: dict[str, str]) -> None:
+    """Write down what is missing, and raise JobError."""
+    order = sorted(missing, key=lambda name: (name not in lost, name))
+    run.record["status"] = "incomplete"
+    run.record["missing"] = {name: lost.get(name, "not finished") for name in order[:100]}
+    storage.write_bytes(storage.join(run.output, RUN), to_json(run.record))
+    size = sum(shard.size_bytes for shard in run.first.shards if shard.name in missing)
+    whole = sum(shard.size_bytes for shard in run.first.shards)
+    what = f"{len(missing):,} of {len(run.first.shards):,} shards are not complete"
+    share = f" ({size / whole:.0%} of the bytes)" if whole else ""
+    some = "; ".join(
+        f"{one_line(name)} {one_line(lost[name], 200)}".strip() if name in lost else one_line(name)
+        for name in order[:3]
+    )
+    more = ", ..." if len(order) > 3 else ""
+    raise JobError(f"{what}{share}: {some}{more}; the same command takes them up again")
 
 
 def is_unfinished(output: str) -> bool:
     """Whether the folder holds a run that has not closed: rows of its tables may be missing."""
     has_run = storage.exists(storage.join(output, RUN))
     return has_run and not storage.exists(storage.join(output, SUCCESS))
-
-
-def _is_done(shard: Shard, found: dict[str, Receipt]) -> bool:
-    receipt = found.get(stem_of(shard))
-    if receipt is None or shard.first_prompt == 0:
-        return receipt is not None
-    first = found.get(stem(shard.name))
-    return first is not None and covers(receipt, [first])
 
 
 def _refuse_another_start(run: Run) -> None:
@@ -214,13 +259,22 @@ def _refuse_another_start(run: Run) -> None:
 
 
 def _refuse_more_prompts(run: Run) -> None:
-    if read_added(run.output).keys() != {each.first_prompt for each in run.added}:
+    if read_added(run.output).keys() != {each.ledger.first_prompt for each in run.passes[1:]}:
         raise JobError(f"{run.output}: prompts were added meanwhile; the same command tells which")
 
 
-def _count(run: Run, found: dict[str, Receipt]) -> dict[str, int]:
+def _note_removed(count: int, names: list[str]) -> str:
+    shown = ", ".join(map(one_line, names[:3]))
+    return (
+        f"warning: {count} finished shards are no longer in the input "
+        f"({shown}{', ...' if count > 3 else ''}): "
+        "their rows stay in the tables and are not counted"
+    )
+
+
+def _count(run: Run, found: list[Receipts]) -> dict[str, int]:
     """Sums over receipts: shards, shards cut short, rows in, ok and error, and rows of tables."""
-    receipts = [found[stem_of(shard)] for shard in run.plan]
+    receipts = list(found[0].values())
     ok, error = sum(r.ok for r in receipts), sum(r.error for r in receipts)
     counts = {
         "shards": len(receipts),
@@ -230,8 +284,8 @@ def _count(run: Run, found: dict[str, Receipt]) -> dict[str, int]:
         "rows_error": error,
         **{name: ok * table.rows_per_image for name, table in run.tables.items()},
     }
-    for each in run.added:
-        receipts = [found[stem_of(shard)] for shard in each.plan]
+    for each, of_pass in zip(run.passes[1:], found[1:], strict=True):
+        receipts = list(of_pass.values())
         counts["rows_error_later"] = counts.get("rows_error_later", 0)
         counts["rows_error_later"] += sum(r.error for r in receipts)
         for name, table in each.tables.items():
@@ -241,13 +295,13 @@ def _count(run: Run, found: dict[str, Receipt]) -> dict[str, int]:
 
 
 def summary(run: Run, counts: dict[str, int]) -> str:
-    """What a finished run tells its user: how much came out, and where it lies."""
+    """Lines for the user of a finished run: how much came out, and where it lies."""
     out = ", ".join(f"{counts[name]:,} {name}" for name in run.tables)
     lines = [
         f"{counts['rows_in']:,} images in {counts['shards']:,} shards: {out}, "
         f"{counts['rows_error']:,} errors, {counts['shards_failed']:,} shards not read to their end"
     ]
-    lines += [f"  {storage.join(run.output, name)}/*.parquet" for name in (*run.tables, "errors")]
+    lines += [f"  {storage.join(run.output, name)}/*.parquet" for name in (*run.tables, ERRORS)]
     if later := counts.get("rows_error_later"):
         lines.insert(
             1, f"  {later:,} images failed when prompts were added, and have no masks of these"
@@ -271,20 +325,20 @@ def _start(output: str, record: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
-def _warn_of_careless_storage(output: str) -> None:
-    if storage.ignores_create_only(storage.join(output, STAGING)):
-        print(
-            f"warning: {output}: this storage lets a create-only write overwrite: "
-            "never run two jobs into this output at the same time",
-            file=sys.stderr,
-        )
+def _warn_of_careless_storage(output: str) -> list[str]:
+    if not storage.ignores_create_only(storage.join(output, STAGING)):
+        return []
+    return [
+        f"warning: {output}: this storage lets a create-only write overwrite: "
+        "never run two jobs into this output at the same time"
+    ]
 
 
 def _delete_run(output: str, record: dict[str, Any]) -> None:
-    """Delete what a run left but its record, which says so meanwhile."""
+    """Delete the results of a run but its record, which says so meanwhile."""
     storage.write_bytes(storage.join(output, RUN), to_json(record | {"status": DELETING}))
     storage.delete_file(storage.join(output, SUCCESS))
     tables = [str(name) for name in record.get("tables", ())]
-    for name in (*tables, "errors", STAGING, RECEIPTS, PROMPTS):
+    for name in (*tables, ERRORS, STAGING, RECEIPTS, PROMPTS):
         if "/" not in name and name not in ("", ".", ".."):
             storage.delete_folder(storage.join(output, name))

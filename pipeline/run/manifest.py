@@ -1,4 +1,4 @@
-"""What a run was asked to do, as `_run.json` in its output keeps it."""
+"""The manifest of a run, `_run.json`: configuration, fingerprint, versions, counts."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from pipeline.config.options import RunOptions
 from pipeline.errors import NotFoundError, UsageError
 from pipeline.read.shard import Shard
 from pipeline.schema import SCHEMA_VERSION, Table
+from pipeline.write.layout import RUN
 
-RUN = "_run.json"
 DELETING = "being deleted"
 """The status of a run that --restart has begun to delete: the next command does the rest."""
 
@@ -53,7 +53,7 @@ class JobConfig(Protocol):
 
 def new_record(
     config: JobConfig,
-    plan: list[Shard],
+    shards: list[Shard],
     source: str,
     output: str,
     model: dict[str, Any],
@@ -70,7 +70,7 @@ def new_record(
         "status": "running",
         "fingerprint": json.loads(json.dumps(decides)),  # as it will be read back
         "config": asked,
-        "plan": {"shards": len(plan), "bytes": sum(shard.size_bytes for shard in plan)},
+        "input": {"shards": len(shards), "bytes": sum(shard.size_bytes for shard in shards)},
         "tables": list(tables),
         "versions": _versions(),
         "started_at": now(),

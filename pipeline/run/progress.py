@@ -87,6 +87,13 @@ class ProgressDisplay:
             print(self.line(), file=sys.stderr, flush=True)
 
 
+def tell(notes: list[str]) -> None:
+    """Print lines for the user to stderr, and empty the list."""
+    for note in notes:
+        print(note, file=sys.stderr)
+    notes.clear()
+
+
 def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

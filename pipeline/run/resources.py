@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -12,28 +11,13 @@ from pipeline.config.options import WorkerOptions
 from pipeline.errors import UsageError
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shares:
-    """How the CPUs and GPUs of the cluster are shared among the stages.
+def share_cluster(options: WorkerOptions) -> dict[str, Any]:
+    """Divide the cluster: device, threads, read, task and actor of an Engine.
 
-    Read, decode and write tasks take `task_cpus` each, so that one of every kind fits beside the
-    actors even on one CPU; without that a streaming job waits for itself for ever.
+    Read, decode and write tasks take `task` CPUs each, so that one of every kind fits beside the
+    actors even on one CPU; without that a streaming job waits for itself for ever. Raises
+    UsageError if GPUs are asked for that the cluster does not have.
     """
-
-    device: str
-    """"cpu" or "cuda"."""
-    read: dict[str, Any]
-    """Arguments of map_batches for reading: one shard after the other."""
-    task: dict[str, Any]
-    """Arguments of map_batches for the other tasks: a block as it comes."""
-    actor: dict[str, Any]
-    """Arguments of map_batches for the actors that hold the model."""
-    threads: int | None
-    """CPU threads of an actor's model; None leaves them to torch."""
-
-
-def share_cluster(options: WorkerOptions) -> Shares:
-    """Divide the cluster. Raises UsageError if GPUs are asked for that it does not have."""
     resources = ray.cluster_resources()
     cpus, gpus = resources.get("CPU", 0.0), int(resources.get("GPU", 0))
     device, actors = options.device, options.actors
@@ -52,17 +36,17 @@ def share_cluster(options: WorkerOptions) -> Shares:
             raise UsageError(f"--actors {actors}: the cluster has {cpus:g} CPUs, 4 fit on each")
         share = {"num_cpus": cpus / 2 / actors}
         threads = max(1, round(cpus / actors))
-    return Shares(
-        device=device,
+    return {
+        "device": device,
+        "threads": threads,
         # Another share than the other tasks have, or Ray would make one task of reading and
         # decoding, and a single large shard would be decoded on a single CPU.
-        read={"num_cpus": task / 2, "batch_format": "pyarrow", "batch_size": 1},
-        task={"num_cpus": task, "batch_format": "pyarrow", "batch_size": None},
-        actor=share
+        "read": {"num_cpus": task / 2, "batch_format": "pyarrow", "batch_size": 1},
+        "task": {"num_cpus": task, "batch_format": "pyarrow", "batch_size": None},
+        "actor": share
         | {
             "batch_format": "pyarrow",
             "compute": ray.data.ActorPoolStrategy(size=actors),
             "batch_size": options.batch_size or (64 if device == "cuda" else 16),
         },
-        threads=threads,
-    )
+    }

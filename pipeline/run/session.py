@@ -1,4 +1,4 @@
-"""Ray started or joined for one job, and its errors as one line each."""
+"""Ray as the engine of one job: started or joined, and its errors as one line each."""
 
 from __future__ import annotations
 
@@ -7,22 +7,57 @@ import os
 import re
 import secrets
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import ray
 import ray.data
 
 from pipeline import errors
+from pipeline.config.options import WorkerOptions
 from pipeline.errors import JobError, PipelineError, StorageError, UsageError
+from pipeline.run.engine import Engine
+from pipeline.run.guard import guarded
+from pipeline.run.private import reload_auth_mode
+from pipeline.run.resources import share_cluster
+from pipeline.run.source import dataset_of
 from pipeline.storage.retry import DEFAULT_TIMEOUT_S, TIMEOUT_VARIABLE, storage_timeout
+
+
+@contextmanager
+def open_ray(options: WorkerOptions) -> Iterator[Engine]:
+    """The engine for a job: the Ray that RAY_ADDRESS names, or one started on this machine.
+
+    Errors of stages come out as the PipelineError they were, or as a JobError. Raises UsageError
+    for GPUs that the cluster does not have.
+    """
+    with ray_session():
+        yield Engine(
+            **share_cluster(options),
+            dataset=dataset_of,  # type: ignore[arg-type]  # more of the same methods
+            guard=guarded,
+            submit=_submit,
+        )
+
+
+@cache
+def _task(function: Any) -> Any:
+    return ray.remote(num_cpus=0, max_retries=3)(function)
+
+
+def _submit(function: Any, *arguments: Any) -> Future[Any]:
+    """Call a function in a Ray task."""
+    future: Future[Any] = _task(function).remote(*arguments).future()
+    return future
 
 
 @contextmanager
 def ray_session() -> Iterator[None]:
     """Attach to the cluster that RAY_ADDRESS names, or start Ray on this machine.
 
-    What a stage raises comes out as the PipelineError it was, or as a JobError.
+    Errors of tasks come out as the PipelineError they were, or as a JobError.
     """
     if not ray.is_initialized():
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -38,8 +73,10 @@ def ray_session() -> Iterator[None]:
             options |= {"address": "local", "include_dashboard": False}
         try:
             ray.init(**options)
-        except (ConnectionError, RuntimeError) as error:
-            raise JobError(f"Ray cannot be reached or started: {error}") from error
+        # A node that is slow to start raises a plain Exception.
+        except Exception as error:
+            said = next(iter(str(error).splitlines()), type(error).__name__)
+            raise JobError(f"Ray cannot be reached or started: {said}") from error
     # What Ray would log of an error comes out as one line of ours.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context = ray.data.DataContext.get_current()
@@ -64,15 +101,17 @@ def _require_token() -> None:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     os.environ["RAY_AUTH_MODE"] = "token"
     # Ray looked at the mode when it was imported; before 2.60 it turns nothing on by itself.
-    ray._raylet.Config.initialize("")  # type: ignore[attr-defined]
+    reload_auth_mode()
 
 
 def _as_pipeline_error(error: BaseException) -> PipelineError:
     """The PipelineError inside what Ray raised, or a JobError with the last line of the cause."""
     inner: BaseException | None = error
     while inner is not None:
-        if isinstance(inner, PipelineError):
-            return inner
+        # Ray makes a class of its own that is ours, too, and whose text is a traceback.
+        if isinstance(inner, PipelineError) and not isinstance(inner, ray.exceptions.RayError):
+            said = str(inner).splitlines()  # Ray adds advice on how to retry
+            return type(inner)(said[0]) if len(said) > 1 else inner
         inner = getattr(inner, "cause", None) or inner.__cause__
     # Ray Data wraps what a stage raises, and pickling the wrapper loses it: the worker's traceback
     # is what is left.

@@ -1,4 +1,4 @@
-"""What of a run is done, failed and left, told from its output alone: no Ray, model or input."""
+"""Where a run stands, told from its output alone: no Ray, model or input."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.errors import UsageError
-from pipeline.run.lifecycle import SUCCESS
 from pipeline.run.manifest import read_run
 from pipeline.run.resume import read_failures
+from pipeline.write.layout import SUCCESS, Ledger
 from pipeline.write.passes import read_added
-from pipeline.write.receipts import is_added, list_receipts
+from pipeline.write.receipts import list_receipts
 
 
 def open_output(output: str) -> tuple[str, dict[str, Any]]:
@@ -24,12 +24,10 @@ def open_output(output: str) -> tuple[str, dict[str, Any]]:
 
 def describe(output: str, record: dict[str, Any]) -> str:
     """Some lines on where a run stands."""
-    found = list_receipts(output)
-    receipts = [r for name, some in found.items() if not is_added(name) for r in some]
-    later = sum(len(some) for name, some in found.items() if is_added(name))
+    receipts = [r for some in list_receipts(Ledger(output=output)).values() for r in some]
     added = read_added(output)
-    planned = int(record.get("plan", {}).get("shards", 0))
-    removed = int(record.get("plan", {}).get("removed_shards", 0))
+    planned = int(record.get("input", {}).get("shards", 0))
+    removed = int(record.get("input", {}).get("removed_shards", 0))
     complete = storage.exists(storage.join(output, SUCCESS))
     ok, error = sum(r.ok for r in receipts), sum(r.error for r in receipts)
     done = max(len(receipts) - removed, 0)
@@ -45,9 +43,14 @@ def describe(output: str, record: dict[str, Any]) -> str:
     ]
     if removed:
         lines.insert(3, f"  {removed:,} more, done before, are no longer in the input")
+    if not complete:
+        missing = record.get("missing", {})
+        lines += [f"  missing: {name} {why}" for name, why in list(missing.items())[:10]]
     lines += [f"    {reason}: {n:,}" for reason, n in failures.reasons.most_common()]
     if added:
         prompts = sum(map(len, added.values()))
+        ledgers = [Ledger(output=output, first_prompt=first) for first in added]
+        later = sum(len(some) for ledger in ledgers for some in list_receipts(ledger).values())
         left = max(planned * len(added) - later, 0)
         lines.append(f"  {prompts:,} prompts were added: {later:,} shards done, {left:,} left")
     if failures.retryable:

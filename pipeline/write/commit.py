@@ -1,20 +1,24 @@
 """A shard whose rows are all there becomes final: decision, parts, receipt.
 
-    _staging/<stem>/<version>.decision   which fragments the shard is made of; create-only
-    <table>/<stem>.parquet               the parts, made of these fragments and of no others
-    _receipts/<stem>/...json             the shard is finished (see receipts); create-only
+    _staging/<id>/<version>.decision     the fragments that the shard is made of; create-only
+    <table>/<id>.parquet                 the parts, made of these fragments and of no others
+    _receipts/<id>/...json               the shard is finished (see receipts); create-only
 
 Whoever is killed in between, or works on the same shard at the same time, follows the decision that
 is there: every attempt writes the same parts, so it does not matter how many do, or how often. A
-decision goes only after its receipt is there; whoever makes one therefore looks for a receipt
-afterwards, and a decision that came too late is taken back.
+decision is deleted only after its receipt exists, so look for a receipt again after creating one;
+if there is one, delete your decision.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import tempfile
 import uuid
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -22,16 +26,18 @@ import pyarrow.compute as pc
 
 from pipeline import schema, storage
 from pipeline.errors import JobError, NotFoundError, StorageError
+from pipeline.read.ranges import iter_rows
 from pipeline.read.shard import Shard
-from pipeline.write.fragments import STAGING, assemble, schemas_of, write_part
-from pipeline.write.passes import only_known_rows
-from pipeline.write.receipts import read_receipt, receipts_of, stem_of, version_hash, write_receipt
-
-DECISION = ".decision"
+from pipeline.write.fragments import Fragment, parse_fragment, read_fragment
+from pipeline.write.layout import DECISION, ERRORS, Ledger, shard_id
+from pipeline.write.merge import merge_fragments
+from pipeline.write.parts import PartWriter, schemas_of
+from pipeline.write.passes import keep_known_rows
+from pipeline.write.receipts import read_receipt, receipts_of, write_receipt
 
 
 def finish_shard(
-    output: str,
+    ledger: Ledger,
     shard: Shard,
     fragments: list[str],
     total: int,
@@ -39,59 +45,78 @@ def finish_shard(
 ) -> dict[str, Any]:
     """Make a shard's fragments its parts, and write its receipt, which is returned.
 
-    Raises JobError if the fragments do not hold records 0..total-1 exactly once each, as images or
-    as errors, and every image's rows of the other tables; then nothing is decided or written.
+    Memory is bounded by a row group of each table and a few fragments, whatever the shard. Raises
+    JobError if the fragments do not hold records 0..total-1 exactly once each, as images or as
+    errors, and every image's rows of the other tables; then nothing is decided or written.
     """
-    decision = _decision_of(output, shard)
+    decision = _decision_of(ledger, shard)
     ours = {"attempt": uuid.uuid4().hex, "fragments": fragments, "total": total}
+    made_of = _checked(shard, ours, tables)
     try:
-        found = _checked(output, shard, ours, tables)
         storage.write_new(decision, json.dumps(ours).encode())
-    except (FileExistsError, NotFoundError):  # another attempt was first, and may be through
+    except FileExistsError:  # another attempt was first, and may be through
         try:
-            theirs = json.loads(storage.read_bytes(decision))
-            found = _checked(output, shard, theirs, tables)
+            made_of = _checked(shard, _read_decision(decision), tables)
+            return _write(ledger, shard, made_of, tables)
         except NotFoundError:
-            return _receipt_there(output, shard)
-        return _write(output, shard, found, tables)
-    if receipts_of(output, shard):
-        _empty_staging(output, shard)
-        return _receipt_there(output, shard)
-    return _write(output, shard, found, tables)
+            return _receipt_there(ledger, shard)
+    if receipts_of(ledger, shard):
+        _empty_staging(ledger, shard)
+        return _receipt_there(ledger, shard)
+    try:
+        return _write(ledger, shard, made_of, tables)
+    except NotFoundError:
+        return _receipt_there(ledger, shard)
 
 
-def _decision_of(output: str, shard: Shard) -> str:
-    return storage.join(output, STAGING, stem_of(shard), version_hash(shard) + DECISION)
+def _decision_of(ledger: Ledger, shard: Shard) -> str:
+    name = ledger.version(shard.version) + DECISION
+    return storage.join(ledger.staging, shard_id(shard.name), name)
+
+
+def _read_decision(uri: str) -> dict[str, Any]:
+    """The content of a decision; a damaged one counts as gone. Raises NotFoundError."""
+    try:
+        content = json.loads(storage.read_bytes(uri))
+        return {name: content[name] for name in ("fragments", "total")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise NotFoundError(f"{uri}: was damaged") from error
 
 
 def _checked(
-    output: str, shard: Shard, decision: dict[str, Any], tables: dict[str, schema.Table]
-) -> dict[str, pa.Table]:
-    """All tables of a shard. Raises JobError unless every row is there exactly once."""
-    found = assemble(output, decision["fragments"], schemas_of(tables))
-    images = _images(found, tables)
-    rows = sorted([*images.to_pylist(), *found["errors"]["row"].drop_null().to_pylist()])
-    wanted = {name: len(images) * table.rows_per_image for name, table in tables.items()}
-    complete = rows == list(range(decision["total"]))
-    if not complete or any(len(found[name]) != n for name, n in wanted.items()):
-        counts = {name: len(table) for name, table in found.items()}
-        total = decision["total"]
-        raise JobError(f"shard {shard.name}: {total} records read, but {counts} came out")
-    return only_known_rows(output, shard, found) if shard.first_prompt else found
+    shard: Shard, decision: dict[str, Any], tables: dict[str, schema.Table]
+) -> list[Fragment]:
+    """The fragments of a decision. Raises JobError unless every row is there exactly once."""
+    total = decision["total"]
+    found = [parse_fragment(name) for name in decision["fragments"]]
+    fragments = [fragment for fragment in found if fragment]
+    rows = sorted(chain.from_iterable(iter_rows(f.rows) for f in fragments if f.run == 0))
+    images, failed = sum(f.images for f in fragments), sum(f.errors for f in fragments)
+    outputs = sum(fragment.outputs for fragment in fragments)
+    complete = len(fragments) == len(found) and rows == list(range(total))
+    if not complete or images + failed != total or outputs != images * outputs_per_image(tables):
+        came = f"{images} images with {outputs} rows of other tables, and {failed} errors"
+        raise JobError(f"shard {shard.name}: {total} records read, but {came} came out")
+    return fragments
 
 
-def _images(found: dict[str, pa.Table], tables: dict[str, schema.Table]) -> pa.Array:
-    """The rows that came out well: every table has them, and `images`, where it is, once."""
-    return pc.unique(found[next(iter(tables))]["row"])
+def outputs_per_image(tables: dict[str, schema.Table]) -> int:
+    """Rows of an image in all tables but `images`."""
+    return sum(table.rows_per_image for name, table in tables.items() if name != "images")
 
 
 def _write(
-    output: str, shard: Shard, found: dict[str, pa.Table], tables: dict[str, schema.Table]
+    ledger: Ledger, shard: Shard, fragments: Sequence[Fragment], tables: dict[str, schema.Table]
 ) -> dict[str, Any]:
     """The parts, then the receipt; the same bytes whoever does it."""
-    failed = found["errors"]
-    of_shard = failed.filter(pc.is_null(failed["row"]))
-    images, errors = len(_images(found, tables)), len(failed) - len(of_shard)
+    id_ = shard_id(shard.name)
+    schemas = schemas_of(tables)
+    merged = merge_fragments(fragments, lambda f: read_fragment(ledger, id_, f), schemas)
+    if ledger.added:
+        merged = keep_known_rows(ledger, shard, merged)
+    with tempfile.TemporaryDirectory(prefix="clipseg-ray-") as folder:
+        parts, images, failed = _write_parts(ledger, id_, Path(folder), merged, schemas)
+    errors = sum(row is not None for row, _ in failed)
     receipt = {
         "shard": shard.name,
         "uri": shard.uri,
@@ -99,30 +124,64 @@ def _write(
         "rows_in": images + errors,
         "rows_ok": images,
         "rows_error": errors,
-        "shard_error": next(iter(of_shard["reason"].to_pylist()), None),
-        "parts": [
-            write_part(output, name, stem_of(shard), table)
-            for name, table in found.items()
-            if len(table) and not (name == "images" and shard.first_prompt)
-        ],
+        "shard_error": next((reason for row, reason in failed if row is None), None),
+        "parts": parts,
     }
-    write_receipt(output, shard, receipt)
-    _empty_staging(output, shard)
+    write_receipt(ledger, shard, receipt)
+    _empty_staging(ledger, shard)
     return receipt
 
 
-def _receipt_there(output: str, shard: Shard) -> dict[str, Any]:
+def _write_parts(
+    ledger: Ledger,
+    id_: str,
+    folder: Path,
+    merged: Iterable[tuple[str, pa.Table]],
+    schemas: dict[str, pa.Schema],
+) -> tuple[list[dict[str, Any]], int, list[tuple[int | None, str]]]:
+    """Write the rows of all tables, streamed, and publish the parts.
+
+    Returns what the receipt says of each part, the number of images, and (row, reason) of errors.
+    """
+    writers: dict[str, PartWriter] = {}
+    failed: list[tuple[int | None, str]] = []
+    images, last = 0, None
+    counted = next(iter(schemas))
+    for name, rows in merged:
+        if name == counted:  # rows of an image stand together
+            numbers = pc.unique(rows["row"])
+            images += len(numbers) - (numbers[0].as_py() == last)
+            last = numbers[-1].as_py()
+        elif name == ERRORS:
+            pairs = zip(rows["row"].to_pylist(), rows["reason"].to_pylist(), strict=True)
+            failed += pairs
+        if name == "images" and ledger.added:
+            continue
+        if name not in writers:
+            writers[name] = PartWriter(folder / f"{name}.parquet", schemas[name])
+        writers[name].add(rows)
+    parts = []
+    for name in schemas:
+        if name in writers:
+            facts = writers[name].close()
+            path = ledger.part(name, id_)
+            storage.put_file(writers[name].path, storage.join(ledger.output, path))
+            parts.append({"table": name, "path": path, **facts})
+    return parts, images, failed
+
+
+def _receipt_there(ledger: Ledger, shard: Shard) -> dict[str, Any]:
     """The receipt that another attempt wrote.
 
     Raises JobError where there is none; a decision that cannot be followed any more is taken back.
     """
-    for receipt in receipts_of(output, shard):
-        return read_receipt(output, stem_of(shard), receipt)
-    storage.delete_file(_decision_of(output, shard))
+    for receipt in receipts_of(ledger, shard):
+        return read_receipt(ledger, shard_id(shard.name), receipt)
+    storage.delete_file(_decision_of(ledger, shard))
     raise JobError(f"shard {shard.name}: its fragments are gone; run it again")
 
 
-def _empty_staging(output: str, shard: Shard) -> None:
+def _empty_staging(ledger: Ledger, shard: Shard) -> None:
     """Delete what is finished; what another driver is just adding goes when the run is closed."""
     with contextlib.suppress(StorageError):
-        storage.delete_folder(storage.join(output, STAGING, stem_of(shard)))
+        storage.delete_folder(storage.join(ledger.staging, shard_id(shard.name)))

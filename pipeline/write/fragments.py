@@ -1,32 +1,175 @@
-"""Finished rows -> fragments -> one Parquet part per shard and table.
+"""Rows of the tables -> fragments: the last stage of every stream.
 
-A batch mixes rows of several shards, so a worker writes what it has of each shard as a fragment
-under `_staging/` and hands on an account row. When the accounts of a shard add up to its total,
-its fragments are put together (`commit` says when), each row exactly once and in order, and the
-parts are written whole under names that only the shard decides: a reader of
-`OUTPUT/masks/*.parquet` only ever sees complete parts.
+A batch mixes rows of several shards, so a worker writes its rows of each shard as a fragment and
+hands on an account row. A fragment's name says which rows it holds and hashes its bytes: listings
+alone tell what of a shard is there, and the same rows give the same file however often a task runs.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import uuid
-from typing import Any
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 
 from pipeline import schema, storage
-from pipeline.errors import JobError
-from pipeline.write.receipts import stem
+from pipeline.errors import STORAGE_REASONS, NotFoundError
+from pipeline.read.ranges import format_rows, iter_rows
+from pipeline.write.layout import ERRORS, Ledger, shard_id
 
-STAGING = "_staging"
-# The file of each table that exists from the start and holds no rows, so that a reader's glob
-# always matches something, even where no row ever failed.
-EMPTY_PART = "_schema.parquet"
-# Rows of a row group: small enough for range reads, large enough to compress.
-ROW_GROUP_ROWS = 10_000
+MAX_RANGES_CHARACTERS = 120  # of a file name, which has 255
+_NAME = re.compile(
+    r"(?P<version>[0-9a-f]{8})\.(?P<rows>[\d_-]*)\.(?P<run>\d+)"
+    r"\.(?P<images>\d+)-(?P<outputs>\d+)-(?P<errors>\d+)\.(?P<hash>[0-9a-f]{16})\.arrows"
+)
+
+MakeRows = Callable[[pa.Table], dict[str, pa.Table]]
+
+
+class Fragment(NamedTuple):
+    """Contents of a fragment, as its name tells."""
+
+    version: str
+    """As Ledger.version gives it."""
+    rows: str
+    """The rows of the shard that it holds (read.ranges)."""
+    run: int
+    """Number of the first prompt in it; above 0 where the prompts of an image came in runs."""
+    images: int
+    """Rows that came out well, counted in run 0."""
+    outputs: int
+    """Rows of the tables that have more than one row an image, and of embeddings."""
+    errors: int
+    hash: str
+    """Of the bytes: blake2b, 8 bytes."""
+
+    @property
+    def name(self) -> str:
+        """The file name."""
+        counts = f"{self.images}-{self.outputs}-{self.errors}"
+        return f"{self.version}.{self.rows}.{self.run}.{counts}.{self.hash}.arrows"
+
+
+def parse_fragment(name: str) -> Fragment | None:
+    """The fragment with this file name; None for what is none."""
+    match = _NAME.fullmatch(name)
+    if match is None:
+        return None
+    numbers = {key: int(match[key]) for key in ("run", "images", "outputs", "errors")}
+    return Fragment(version=match["version"], rows=match["rows"], hash=match["hash"], **numbers)
+
+
+class WriteFragments:
+    """Write the results of each shard in a batch: records -> schema.ACCOUNTS.
+
+    `make_rows` makes the tables of a job from the records of one shard. Failed records become rows
+    of `errors` here. Those that the storage failed to give are told in the account row and written
+    nowhere, so that the shard stays open.
+    """
+
+    def __init__(self, ledger: Ledger, make_rows: MakeRows):
+        self.ledger, self.make_rows = ledger, make_rows
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        rows = [row for records in _split(batch) for row in self._write(records)]
+        return pa.Table.from_pylist(rows, schema=schema.ACCOUNTS)
+
+    def _write(self, records: pa.Table) -> Iterator[dict[str, Any]]:
+        first = records.slice(0, 1).to_pylist()[0]
+        lost = pc.is_in(records["reason"], pa.array(sorted(STORAGE_REASONS)))
+        fault = next(map(_describe, records.filter(lost).to_pylist()), "")
+        records = records.filter(pc.invert(lost))
+        failed = records.filter(pc.not_equal(records["reason"], ""))
+        tables = {**self.make_rows(records), ERRORS: error_rows(failed)}
+        run = first.get("first_prompt", 0)
+        fragment, data = pack_fragment(tables, self.ledger.version(first["version"]), run)
+        if len(fragment.rows) > MAX_RANGES_CHARACTERS:
+            half = len(records) // 2
+            yield from self._write(records.slice(0, half))
+            yield from self._write(records.slice(half))
+            return
+        if data:
+            folder = storage.join(self.ledger.staging, shard_id(first["shard"]))
+            storage.write_bytes(storage.join(folder, fragment.name), data)
+        yield {
+            "shard": first["shard"],
+            "images": fragment.images,
+            "outputs": fragment.outputs,
+            "errors": fragment.errors,
+            "reason": _most_frequent(failed["reason"]),
+            "total": first["total"] if not fault else -1,
+            "fragment": fragment.name if data else "",
+            "fault": fault,
+        }
+
+
+def pack_fragment(
+    tables: dict[str, pa.Table], version: str, run: int = 0
+) -> tuple[Fragment, bytes]:
+    """The fragment of some rows of a shard, and its bytes; none for no rows.
+
+    `version` as Ledger.version gives it; `run`: number of the first prompt.
+    """
+    chunks = [chunk for table in tables.values() for chunk in table["row"].chunks]
+    rows = pa.chunked_array(chunks, pa.int64()).drop_null().unique()
+    failed = len(tables[ERRORS]["row"].drop_null()) if ERRORS in tables else 0
+    data = pack_tables(tables)
+    fragment = Fragment(
+        version=version,
+        rows=format_rows(rows.to_pylist()),
+        run=run,
+        images=len(rows) - failed if run == 0 else 0,
+        outputs=sum(len(t) for name, t in tables.items() if name not in ("images", ERRORS)),
+        errors=failed,
+        hash=hash_bytes(data),
+    )
+    return fragment, data
+
+
+def _split(batch: pa.Table) -> Iterator[pa.Table]:
+    """The records of each shard and run of prompts; the end record of a shard stands alone."""
+    for shard in pc.unique(batch["shard"]).to_pylist():
+        of_shard = batch.filter(pc.equal(batch["shard"], shard))
+        is_end = pc.equal(of_shard["row"], -1)
+        records, end = of_shard.filter(pc.invert(is_end)), of_shard.filter(is_end)
+        if "first_prompt" in batch.column_names:
+            for run in pc.unique(records["first_prompt"]).to_pylist():
+                yield records.filter(pc.equal(records["first_prompt"], run))
+        elif len(records):
+            yield records
+        if len(end):
+            yield end
+
+
+def _describe(record: dict[str, Any]) -> str:
+    """Why the storage did not give a record, in one line."""
+    where = f"{record['member']}: " if record["member"] else ""
+    return f"{where}{record['reason']}: {record['detail']}"
+
+
+def _most_frequent(values: pa.ChunkedArray) -> str:
+    """The value that is there most often; "" where there is none."""
+    return max(Counter(values.to_pylist()).items(), key=lambda item: item[1], default=("", 0))[0]
+
+
+def error_rows(failed: pa.Table) -> pa.Table:
+    """Rows of the errors table; a shard's own failure has neither row nor key."""
+    of_shard = pc.equal(failed["row"], -1)
+    for name in ("row", "key"):
+        null = pa.scalar(None, failed.schema.field(name).type)
+        index = failed.schema.get_field_index(name)
+        failed = failed.set_column(index, name, pc.if_else(of_shard, null, failed[name]))
+    return failed.select(schema.ERRORS.names).cast(schema.ERRORS)
+
+
+def hash_bytes(data: bytes) -> str:
+    """The hash in a fragment's name."""
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
 def pack_tables(tables: dict[str, pa.Table]) -> bytes:
@@ -53,93 +196,38 @@ def unpack_tables(data: bytes) -> dict[str, pa.Table]:
     return tables
 
 
-class WriteFragments:
-    """Write the tables of each shard in a batch: schema.FRAGMENTS -> schema.ACCOUNTS.
+def choose_fragments(found: list[Fragment], outputs_per_image: int) -> list[Fragment]:
+    """Fragments that hold whole images, none of them twice: their rows need not be made again.
 
-    Every attempt writes under fresh names; what counts is only what an account row names, so a
-    task that is run twice leaves an orphan in the staging folder and never a row twice.
-    `first_prompt`: of the pass, see Shard.
+    The prompts of an image may have come in several runs; an incomplete set is left out. So are
+    fragments without rows, of a shard's own failure.
     """
-
-    def __init__(self, output: str, first_prompt: int = 0):
-        self.output, self.first_prompt = output, first_prompt
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        stems = [stem(shard, self.first_prompt) for shard in batch["shard"].to_pylist()]
-        names = [f"{stem}/{uuid.uuid4().hex}.arrows" for stem in stems]
-        for name, tables in zip(names, batch["tables"], strict=True):
-            storage.write_bytes(
-                storage.join(self.output, STAGING, name), tables.as_buffer().to_pybytes()
-            )
-        return batch.drop_columns(["tables"]).append_column("fragment", pa.array(names))
-
-
-def write_empty_parts(output: str, tables: dict[str, schema.Table]) -> None:
-    """Give every table of a run its part without rows."""
-    for name, columns in schemas_of(tables).items():
-        sink = io.BytesIO()
-        # No row group either: Hugging Face datasets stumbles over one that is empty.
-        pq.ParquetWriter(sink, columns.with_metadata(_metadata(columns))).close()
-        storage.write_bytes(storage.join(output, name, EMPTY_PART), sink.getvalue())
+    sets: dict[str, list[Fragment]] = defaultdict(list)
+    for fragment in dict.fromkeys(found):
+        sets[fragment.rows].append(fragment)
+    chosen: list[Fragment] = []
+    taken: set[int] = set()
+    for rows, fragments in sorted(sets.items(), key=lambda item: -len(list(iter_rows(item[0])))):
+        numbers = set(iter_rows(rows))
+        runs = [fragment.run for fragment in fragments]
+        images = sum(fragment.images for fragment in fragments)
+        failed = sum(fragment.errors for fragment in fragments)
+        outputs = sum(fragment.outputs for fragment in fragments)
+        whole = images + failed == len(numbers) and outputs == images * outputs_per_image
+        if numbers and whole and len(set(runs)) == len(runs) and taken.isdisjoint(numbers):
+            taken |= numbers
+            chosen += fragments
+    return chosen
 
 
-def schemas_of(tables: dict[str, schema.Table]) -> dict[str, pa.Schema]:
-    """The schema of every table of a run, the errors' too."""
-    return {**{name: table.schema for name, table in tables.items()}, "errors": schema.ERRORS}
+def read_fragment(ledger: Ledger, id_: str, fragment: Fragment) -> dict[str, pa.Table]:
+    """The tables of a fragment.
 
-
-def assemble(
-    output: str, fragments: list[str], schemas: dict[str, pa.Schema]
-) -> dict[str, pa.Table]:
-    """All tables of a shard, sorted by row, and by prompt or rank."""
-    pieces = {name: [columns.empty_table()] for name, columns in schemas.items()}
-    for fragment in fragments:
-        data = storage.read_bytes(storage.join(output, STAGING, fragment))
-        for name, table in unpack_tables(data).items():
-            pieces[name].append(table.replace_schema_metadata(schemas[name].metadata))
-    order = {
-        name: [(key, "ascending") for key in ("row", "prompt_id", "rank") if key in columns.names]
-        for name, columns in schemas.items()
-    }
-    return {name: pa.concat_tables(some).sort_by(order[name]) for name, some in pieces.items()}
-
-
-def write_part(output: str, name: str, stem: str, table: pa.Table) -> dict[str, Any]:
-    """Write one part, whole; returns what the receipt says of it."""
-    data = _parquet(table)
-    path = f"{name}/{stem}.parquet"
-    storage.write_bytes(storage.join(output, path), data)
-    return {
-        "table": name,
-        "path": path,
-        "rows": len(table),
-        "bytes": len(data),
-        "sha256": hashlib.sha256(data).hexdigest(),
-    }
-
-
-def _parquet(table: pa.Table) -> bytes:
-    """A Parquet file, read back and counted before anybody sees it."""
-    vectors = [f.name for f in table.schema if pa.types.is_fixed_size_list(f.type)]
-    floats = [n for n in vectors if pa.types.is_float32(table.schema.field(n).type.value_type)]
-    sink = io.BytesIO()
-    pq.write_table(
-        table.replace_schema_metadata(_metadata(table.schema)),
-        sink,
-        compression="zstd",
-        compression_level=1,
-        row_group_size=ROW_GROUP_ROWS,
-        # Floats of vectors hardly repeat, but their bytes of one significance look alike.
-        use_dictionary=[n for n in table.column_names if n not in vectors],
-        use_byte_stream_split=[f"{name}.list.element" for name in floats],
-    )
-    data = sink.getvalue()
-    if pq.read_metadata(io.BytesIO(data)).num_rows != len(table):
-        raise JobError("a Parquet part came out with another number of rows than went in")
-    return data
-
-
-def _metadata(columns: pa.Schema) -> dict[bytes, bytes]:
-    """What a file says of itself: the schema's own facts, and the version of the columns."""
-    version = str(schema.SCHEMA_VERSION).encode()
-    return {**(columns.metadata or {}), b"clipseg_ray.schema_version": version}
+    Raises NotFoundError for one that is gone. A damaged one is deleted and counts as gone.
+    """
+    uri = storage.join(ledger.staging, id_, fragment.name)
+    data = storage.read_bytes(uri)
+    if hash_bytes(data) != fragment.hash:
+        storage.delete_file(uri)
+        raise NotFoundError(f"{uri}: was damaged")
+    return unpack_tables(data)

@@ -1,20 +1,14 @@
-"""What a finished shard leaves behind: the names of its files, and its receipt.
+"""Receipts: each finished shard leaves one, whose name closes its account.
 
-    OUTPUT/<table>/<stem>.parquet                         its parts
-    OUTPUT/_receipts/<stem>/<version>.<ok>-<error>-<bytes>.json   written last, never overwritten
-
-Of prompts that were added later, <stem> ends in `.from-<number of the first of them>`.
-
-A receipt's name tells which shard of which content and run it is of, how many rows came out well
-and how many failed (`.cut` where the shard could not be read to its end), and how many bytes its
-parts have together: so listings alone close the account of a million shards, and show where a part
-is gone or of another attempt.
+A receipt's name, `<version>.<ok>-<error>-<bytes>[.cut].json`, tells which content and run of the
+shard it is of, how many rows came out well and how many failed (`.cut` where damage in the shard
+ended it early), and how many bytes its parts have together. So listings alone close the account of
+a million shards, and show where a part is gone or of another attempt.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import re
 from collections import defaultdict
@@ -23,17 +17,17 @@ from typing import Any, NamedTuple
 
 from pipeline import storage
 from pipeline.read.shard import Shard, file_of
+from pipeline.write.layout import ERRORS, Ledger, shard_id
 
-RECEIPTS = "_receipts"
 _AT_ONCE = 32  # receipts that are read
 _NAME = re.compile(r"([0-9a-f]{8})\.(\d+)-(\d+)-(\d+)(\.cut)?\.json")
 
 
 class Receipt(NamedTuple):
-    """What the name of a receipt tells."""
+    """Contents of a receipt, as its name tells."""
 
     version: str
-    """As version_hash gives it."""
+    """As Ledger.version gives it."""
     ok: int
     error: int
     size_bytes: int
@@ -46,31 +40,6 @@ class Receipt(NamedTuple):
         """The file name."""
         counts = f"{self.ok}-{self.error}-{self.size_bytes}"
         return f"{self.version}.{counts}{'.cut' if self.cut else ''}.json"
-
-
-def stem(shard: str, first_prompt: int = 0) -> str:
-    """The file name, without ending, of everything a pass over this shard leaves behind.
-
-    The readable part is cut and cleaned, since shard names are whatever the storage holds; the
-    hash makes it unique.
-    """
-    readable = re.sub(r"[^A-Za-z0-9]+", "-", shard).strip("-")[-60:]
-    return f"{readable}-{hashlib.sha256(shard.encode()).hexdigest()[:16]}{of_pass(first_prompt)}"
-
-
-def of_pass(first_prompt: int) -> str:
-    """How the stem of a pass ends."""
-    return f".from-{first_prompt}" if first_prompt else ""
-
-
-def is_added(stem: str) -> bool:
-    """Whether a stem is of prompts that were added."""
-    return ".from-" in stem
-
-
-def without_pass(stem: str) -> str:
-    """The stem of the shard's first pass."""
-    return stem.partition(".from-")[0]
 
 
 def covers(added: Receipt, first: list[Receipt]) -> bool:
@@ -91,80 +60,72 @@ def is_borne_out(found: list[Receipt], version: str, size_bytes: int) -> bool:
     return [(receipt.version, receipt.size_bytes) for receipt in found] == [(version, size_bytes)]
 
 
-def stem_of(shard: Shard) -> str:
-    """See stem."""
-    return stem(shard.name, shard.first_prompt)
-
-
-def version_hash(shard: Shard) -> str:
-    """It changes when the shard's content does, and from run to run."""
-    return hashlib.sha256(f"{shard.run}{shard.version}".encode()).hexdigest()[:8]
-
-
-def receipts_of(output: str, shard: Shard) -> list[Receipt]:
+def receipts_of(ledger: Ledger, shard: Shard) -> list[Receipt]:
     """The receipts of a shard with this content: none or one, unless a storage broke its word."""
-    folder = storage.join(output, RECEIPTS, stem_of(shard))
+    folder = storage.join(ledger.receipts, shard_id(shard.name))
     names = [file.uri.rpartition("/")[2] for file in storage.list_files(folder)]
     found = [receipt for name in names if (receipt := _parse(name))]
-    return [receipt for receipt in found if receipt.version == version_hash(shard)]
+    return [receipt for receipt in found if receipt.version == ledger.version(shard.version)]
 
 
-def list_receipts(output: str) -> dict[str, list[Receipt]]:
-    """Every receipt of a run, by the stem of its shard; one listing."""
+def list_receipts(ledger: Ledger) -> dict[str, list[Receipt]]:
+    """Every receipt of a pass, by the id of its shard; one listing."""
     found: dict[str, list[Receipt]] = defaultdict(list)
-    for file in storage.list_files(storage.join(output, RECEIPTS)):
+    for file in storage.list_files(ledger.receipts):
         folder, name = file.uri.rsplit("/", 2)[1:]
         if receipt := _parse(name):
             found[folder].append(receipt)
     return dict(found)
 
 
-def list_parts(output: str, tables: list[str]) -> dict[str, int]:
-    """The bytes of all parts of each pass over a shard, by its stem; one listing per table."""
+def list_parts(ledger: Ledger, tables: list[str]) -> dict[str, int]:
+    """The bytes of all parts of each shard in a pass, by its id; one listing per table."""
     found: dict[str, int] = defaultdict(int)
-    for table in (*tables, "errors"):
-        for file in storage.list_files(storage.join(output, table), recursive=False):
-            found[file.uri.rpartition("/")[2].removesuffix(".parquet")] += file.size_bytes
+    for table in (*tables, ERRORS):
+        folder = storage.join(ledger.output, table)
+        for file in storage.list_files(folder, recursive=False):
+            if id_ := ledger.id_of_part(file.uri.rpartition("/")[2]):
+                found[id_] += file.size_bytes
     return found
 
 
-def read_receipt(output: str, stem: str, receipt: Receipt) -> dict[str, Any]:
-    """The content of a receipt: what was read, and each part with rows, bytes and hash."""
-    uri = storage.join(output, RECEIPTS, stem, receipt.name)
+def read_receipt(ledger: Ledger, id_: str, receipt: Receipt) -> dict[str, Any]:
+    """The content of a receipt: the shard, and each part with rows, bytes and hash."""
+    uri = storage.join(ledger.receipts, id_, receipt.name)
     content: dict[str, Any] = json.loads(storage.read_bytes(uri))
     return content
 
 
-def find_replaced(output: str, plan: list[Shard], receipts: dict[str, list[Receipt]]) -> set[str]:
-    """The stems of finished shards that hold rows of what is planned, and are not in the plan.
+def find_replaced(
+    ledger: Ledger, shards: list[Shard], receipts: dict[str, list[Receipt]]
+) -> set[str]:
+    """The ids of finished shards that hold rows of the input under a name it no longer has.
 
     They are of a large Parquet file that changed and is split in another way now, or of images of
     a folder that has fewer groups of them now. Reads the receipts of such shards alone.
     """
-    planned = {stem(shard.name) for shard in plan}
-    gone = [name for name in receipts if without_pass(name) not in planned]
-    files = {file_of(shard.name) for shard in plan}
-    rows = [name for name in gone if "-rows-" in name or "images-" in name]
+    gone = receipts.keys() - {shard_id(shard.name) for shard in shards}
+    files = {file_of(shard.name) for shard in shards}
+    rows = sorted(name for name in gone if "-rows-" in name or "images-" in name)
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        read = pool.map(lambda name: read_receipt(output, name, receipts[name][0]), rows)
+        read = pool.map(lambda name: read_receipt(ledger, name, receipts[name][0]), rows)
         found = {n for n, r in zip(rows, read, strict=True) if file_of(r["shard"]) in files}
-    whole = {stem(file) for file in files}
-    return found | {name for name in gone if without_pass(name) in whole}
+    return found | (gone & {shard_id(file) for file in files})
 
 
-def write_receipt(output: str, shard: Shard, content: dict[str, Any]) -> None:
+def write_receipt(ledger: Ledger, shard: Shard, content: dict[str, Any]) -> None:
     """Write the receipt of a shard, unless this very one is there.
 
     Several attempts at one shard follow one decision (see commit), so theirs are the same.
     """
     receipt = Receipt(
-        version_hash(shard),
+        ledger.version(shard.version),
         content["rows_ok"],
         content["rows_error"],
         sum(part["bytes"] for part in content["parts"]),
         content["shard_error"] is not None,
     )
-    uri = storage.join(output, RECEIPTS, stem_of(shard), receipt.name)
+    uri = storage.join(ledger.receipts, shard_id(shard.name), receipt.name)
     with contextlib.suppress(FileExistsError):
         storage.write_new(uri, json.dumps(content, indent=1).encode())
 

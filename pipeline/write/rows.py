@@ -1,13 +1,12 @@
-"""What the model gave -> rows of the output's tables, gathered by shard.
+"""Records from a model -> rows of the output's tables.
 
-The stage between the model and the writer: every record becomes one row of `images` or one row of
-`errors`, and every (image, prompt) one row of `masks`.
+Each maker is called with records of one shard (see fragments.WriteFragments): every image that came
+out well becomes one row of `images`, and every (image, prompt) one row of `masks`.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -16,11 +15,10 @@ import pyarrow.compute as pc
 
 from pipeline import schema
 from pipeline.config.segment import SegmentConfig
-from pipeline.write.fragments import pack_tables
 
 
-class MakeTables:
-    """schema.LOGITS -> schema.FRAGMENTS: masks as the config wants them, counted and packed."""
+class MakeMaskRows:
+    """schema.LOGITS -> rows of `images` and of `masks`, and of what else the config wants."""
 
     def __init__(
         self,
@@ -35,10 +33,7 @@ class MakeTables:
         kept = config.keep_probabilities
         self.probability_side = 0 if kept == "none" else int(kept)
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        return make_fragments(batch, self._tables)
-
-    def _tables(self, batch: pa.Table) -> dict[str, pa.Table]:
+    def __call__(self, batch: pa.Table) -> dict[str, pa.Table]:
         good = batch.filter(pc.greater(pc.binary_length(batch["logits"]), 0))
         # An image whose prompts came in several runs is counted with its first.
         images = good.filter(pc.equal(good["first_prompt"], 0))
@@ -78,32 +73,26 @@ class MakeTables:
         return tables
 
 
-class MakeEmbeddingTables:
-    """schema.VECTORS -> schema.FRAGMENTS: rows of `images` and of `embeddings`."""
+class MakeEmbeddingRows:
+    """schema.VECTORS -> rows of `images` and of `embeddings`."""
 
     def __init__(self, embeddings: pa.Schema):
         self.embeddings = embeddings
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        return make_fragments(batch, self._tables)
-
-    def _tables(self, batch: pa.Table) -> dict[str, pa.Table]:
+    def __call__(self, batch: pa.Table) -> dict[str, pa.Table]:
         good = batch.filter(pc.greater(pc.binary_length(batch["vector"]), 0))
         rows = embedding_rows(good, self.embeddings)
         return {"images": image_rows(good), "embeddings": rows}
 
 
-class MakeLabelTables:
-    """schema.RANKED -> schema.FRAGMENTS: rows of `labels` and, if there are any, of `images`."""
+class MakeLabelRows:
+    """schema.RANKED -> rows of `labels` and, if there are any, of `images`."""
 
     def __init__(self, tables: dict[str, schema.Table], labels: list[str]):
         self.images, self.columns = "images" in tables, tables["labels"].schema
         self.labels = pa.array(labels, pa.string())
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        return make_fragments(batch, self._tables)
-
-    def _tables(self, batch: pa.Table) -> dict[str, pa.Table]:
+    def __call__(self, batch: pa.Table) -> dict[str, pa.Table]:
         good = batch.filter(pc.greater(pc.list_value_length(batch["label_id"]), 0))
         tables = {"images": image_rows(good)} if self.images else {}
         return tables | {"labels": self._rows(good)}
@@ -149,51 +138,6 @@ def _logits(good: pa.Table) -> Iterable[tuple[dict[str, Any], np.ndarray]]:
         yield record, logits.reshape(-1, h.as_py(), w.as_py())
 
 
-def make_fragments(
-    batch: pa.Table, tables_of: Callable[[pa.Table], dict[str, pa.Table]]
-) -> pa.Table:
-    """schema.FRAGMENTS of a batch that has a record's columns.
-
-    `tables_of` makes the job's tables from the records of one shard, the first of them with rows
-    of every image that came out well; those that failed become rows of `errors` here.
-    """
-    rows = []
-    for shard in pc.unique(batch["shard"]).to_pylist():
-        records = batch.filter(pc.equal(batch["shard"], shard))
-        failed = records.filter(pc.not_equal(records["reason"], ""))
-        ends = records.filter(pc.equal(records["row"], -1))
-        tables = tables_of(records)
-        first = next(iter(tables.values()))
-        of_rows = failed.filter(pc.greater_equal(failed["row"], 0))
-        rows.append(
-            {
-                "shard": shard,
-                "images": len(pc.unique(first["row"])),
-                "outputs": sum(len(t) for name, t in tables.items() if name != "images"),
-                "errors": len(of_rows),
-                "reason": _most_frequent(failed["reason"]),
-                "total": ends["total"][0].as_py() if len(ends) else -1,
-                "tables": pack_tables({**tables, "errors": _errors(failed)}),
-            }
-        )
-    return pa.Table.from_pylist(rows, schema=schema.FRAGMENTS)
-
-
-def _most_frequent(values: pa.ChunkedArray) -> str:
-    """The value that is there most often; "" where there is none."""
-    return max(Counter(values.to_pylist()).items(), key=lambda item: item[1], default=("", 0))[0]
-
-
 def image_rows(images: pa.Table) -> pa.Table:
     """Rows of the images table, from records that came out well."""
     return images.select(schema.IMAGES.names).cast(schema.IMAGES)
-
-
-def _errors(failed: pa.Table) -> pa.Table:
-    """Rows of the errors table; a shard's own failure has neither row nor key."""
-    of_shard = pc.equal(failed["row"], -1)
-    for name in ("row", "key"):
-        null = pa.scalar(None, failed.schema.field(name).type)
-        index = failed.schema.get_field_index(name)
-        failed = failed.set_column(index, name, pc.if_else(of_shard, null, failed[name]))
-    return failed.select(schema.ERRORS.names).cast(schema.ERRORS)

@@ -1,0 +1,53 @@
+"""The engine of a stream: Ray, or this process for a few hundred images.
+
+A job writes its stream once, as map_batches over the dataset that its engine gives it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from pipeline.config.options import WorkerOptions
+from pipeline.read.shard import Shard
+from pipeline.run.guard import Stage
+
+
+class Dataset(Protocol):
+    """The methods of ray.data.Dataset that jobs use."""
+
+    def map_batches(self, fn: Any, **options: Any) -> Dataset:
+        """Run a stage over every batch."""
+        ...
+
+    def iter_rows(self) -> Iterator[dict[str, Any]]:
+        """Run the stream, and yield its rows."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """Where stages run, and the share of CPUs and GPUs for each kind of stage."""
+
+    device: str
+    """"cpu" or "cuda"."""
+    threads: int | None
+    """CPU threads of an actor's model; None leaves them to torch."""
+    read: dict[str, Any]
+    """Arguments of map_batches for reading: one shard after the other."""
+    task: dict[str, Any]
+    """Arguments of map_batches for other tasks: a block as it comes."""
+    actor: dict[str, Any]
+    """Arguments of map_batches for the actors that hold the model."""
+    dataset: Callable[[list[Shard]], Dataset]
+    """One row per shard, as read.shard.shard_to_row gives it."""
+    guard: Callable[..., Stage]
+    """Wrap a stage that runs as tasks: guard(stage, on_crash=None, alone=None); see run.guard."""
+    submit: Callable[..., Future[Any]]
+    """Call a function outside the stream: submit(function, *arguments)."""
+
+
+OpenEngine = Callable[[WorkerOptions], AbstractContextManager[Engine]]

@@ -1,0 +1,100 @@
+"""This process as the engine of a job: the same stages, one batch after the other, without Ray.
+
+For a few hundred images and for tests: no scheduler, and no options of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.config.options import WorkerOptions
+from pipeline.errors import UsageError
+from pipeline.read.shard import Shard, shard_to_row
+from pipeline.run.engine import Engine
+from pipeline.run.guard import OnCrash, Stage, run_stage
+
+BATCH_SIZE = 16
+
+
+class LocalDataset:
+    """The methods of ray.data.Dataset that jobs use, over blocks made in this process."""
+
+    def __init__(self, blocks: Callable[[], Iterator[pa.Table]]):
+        self.blocks = blocks
+
+    def map_batches(
+        self,
+        fn: Any,
+        *,
+        batch_size: int | None = None,
+        fn_constructor_args: tuple[Any, ...] = (),
+        **resources: Any,
+    ) -> LocalDataset:
+        """Run a stage, a function or a class as for an actor, over batches of `batch_size`."""
+
+        def blocks() -> Iterator[pa.Table]:
+            stage = fn(*fn_constructor_args) if isinstance(fn, type) else fn
+            for batch in _batches(self.blocks(), batch_size):
+                yield from run_stage(stage, batch)
+
+        return LocalDataset(blocks)
+
+    def iter_rows(self) -> Iterator[dict[str, Any]]:
+        """Run the stream, and yield its rows."""
+        for block in self.blocks():
+            yield from block.to_pylist()
+
+
+def _batches(blocks: Iterator[pa.Table], size: int | None) -> Iterator[pa.Table]:
+    """Blocks as they come, or their rows in tables of `size`, the last of them smaller."""
+    waiting: list[pa.Table] = []
+    for block in blocks:
+        if size is None:
+            yield block
+            continue
+        waiting.append(block)
+        while sum(map(len, waiting)) >= size:
+            rows = pa.concat_tables(waiting)
+            yield rows.slice(0, size)
+            waiting = [rows.slice(size)]
+    if any(map(len, waiting)):
+        yield pa.concat_tables(waiting)
+
+
+@contextmanager
+def open_local(options: WorkerOptions) -> Iterator[Engine]:
+    """The engine for a job in this process. Raises UsageError for a GPU."""
+    if options.device == "cuda":
+        raise UsageError("--device cuda: a job in this process runs on the CPU")
+    task = {"batch_size": None}
+    yield Engine(
+        device="cpu",
+        threads=None,
+        read={"batch_size": 1},
+        task=task,
+        actor={"batch_size": options.batch_size or BATCH_SIZE},
+        dataset=_dataset_of,
+        guard=_unguarded,
+        submit=_submit,
+    )
+
+
+def _dataset_of(shards: list[Shard]) -> LocalDataset:
+    rows = [shard_to_row(shard) for shard in shards]
+    return LocalDataset(lambda: (pa.Table.from_pylist([row]) for row in rows))
+
+
+def _unguarded(stage: Stage, on_crash: OnCrash | None = None, alone: Stage | None = None) -> Stage:
+    return stage
+
+
+def _submit(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+    """Call a function here and now."""
+    future: Future[Any] = Future()
+    future.set_result(function(*arguments))
+    return future

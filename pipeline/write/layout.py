@@ -1,0 +1,97 @@
+"""Every name in OUTPUT.
+
+    _run.json                               configuration, fingerprint, versions, counts
+    _SUCCESS                                there when the receipts equal the shards of the input
+    <table>/_schema.parquet                 a part without rows, there from the start
+    <table>/<id>.parquet                    the part of one shard
+    _receipts/<id>/<receipt>.json           the shard is finished; written last, never overwritten
+    _staging/<id>/<fragment>.arrows         rows of a shard that is in work
+    _staging/<id>/<version>.decision        the fragments that the shard is made of; create-only
+    _prompts/<first>.json                   prompts that were added, from number <first> on
+    _prompts/<first>/{_receipts,_staging}/  the ledger of their pass over the shards
+    <table>/<id>.from-<first>.parquet       and its parts
+
+`<id>` stands for the shard's name, `<version>` for its content and the run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+
+from pipeline import storage
+
+RUN = "_run.json"
+SUCCESS = "_SUCCESS"
+RECEIPTS = "_receipts"
+STAGING = "_staging"
+PROMPTS = "_prompts"
+ERRORS = "errors"
+# The file of each table that exists from the start and holds no rows, so that a reader's glob
+# always matches something, even where no row ever failed.
+EMPTY_PART = "_schema.parquet"
+DECISION = ".decision"
+
+
+def shard_id(name: str) -> str:
+    """The file name, without ending, for a shard: readable, safe and unique.
+
+    The readable part is cut and cleaned, since shard names are whatever the storage holds; the
+    hash makes it unique.
+    """
+    readable = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")[-60:]
+    return f"{readable}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ledger:
+    """The account of one pass over the shards of a run: names of its files, nothing else.
+
+    A run has one ledger, and one more for each time that prompts were added to it.
+    """
+
+    output: str
+    run: str = ""
+    """Hash that names the run: results of one run are nothing to another."""
+    first_prompt: int = 0
+    """prompt_id of the first prompt of the pass; above 0 for prompts that were added."""
+
+    @property
+    def added(self) -> bool:
+        """Whether the pass is of prompts that were added to the run."""
+        return self.first_prompt > 0
+
+    @property
+    def folder(self) -> str:
+        """The folder of receipts and staging."""
+        if not self.added:
+            return self.output
+        return storage.join(self.output, PROMPTS, str(self.first_prompt))
+
+    @property
+    def receipts(self) -> str:
+        """The folder of all receipts."""
+        return storage.join(self.folder, RECEIPTS)
+
+    @property
+    def staging(self) -> str:
+        """The folder of all shards in work."""
+        return storage.join(self.folder, STAGING)
+
+    def version(self, shard_version: str) -> str:
+        """Eight hexadecimal digits for the content of a shard in this run."""
+        return hashlib.sha256(f"{self.run}{shard_version}".encode()).hexdigest()[:8]
+
+    def part(self, table: str, shard_id: str) -> str:
+        """Path of a part, relative to the output."""
+        return f"{table}/{shard_id}{self._ending}"
+
+    def id_of_part(self, file: str) -> str | None:
+        """The shard_id in the file name of a part of this pass; None for one of another pass."""
+        name = file.removesuffix(self._ending)
+        return name if name != file and ".from-" not in name and file != EMPTY_PART else None
+
+    @property
+    def _ending(self) -> str:
+        return f".from-{self.first_prompt}.parquet" if self.added else ".parquet"

@@ -1,0 +1,108 @@
+"""The account rows of a stream as the driver adds them up; no Ray is started."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config.options import RunOptions, WorkerOptions
+from pipeline.config.segment import SegmentConfig
+from pipeline.errors import JobError
+from pipeline.read.shard import Shard
+from pipeline.run.follow import follow_run
+from pipeline.run.lifecycle import open_run
+from pipeline.run.local import open_local
+from pipeline.run.manifest import read_run
+from tests.outputs import SHARD, TABLES, images, masks, write
+
+SHARDS = [replace(SHARD, name=f"{i}.tar", size_bytes=100) for i in range(4)]
+
+
+@dataclass
+class Accounts:
+    """Stands for a dataset."""
+
+    rows: list[dict[str, Any]]
+
+    def iter_rows(self) -> Iterator[dict[str, Any]]:
+        for row in self.rows:
+            empty = {"shard": SHARDS[0].name, "images": 0, "errors": 0, "reason": "", "outputs": 0}
+            yield empty | {"total": -1, "fragment": "", "fault": ""} | row
+
+
+def follow(output: Path, rows: list[dict[str, Any]], shards: list[Shard] = SHARDS) -> None:
+    config = SegmentConfig(
+        input="in", output=str(output), prompt=("x", "y"), run=RunOptions(max_error_rate=0.1)
+    )
+    run = open_run(config, shards, model={"weights_hash": "abc"}, tables=TABLES)
+    with open_local(WorkerOptions()) as engine:
+        follow_run(run, [Accounts(rows)], engine, quiet=True)  # type: ignore[list-item]
+
+
+def made(output: Path, shard: Shard, rows: int) -> list[dict[str, Any]]:
+    """The account rows of a shard whose images came out well before a driver was killed."""
+    config = SegmentConfig(input="in", output=str(output), prompt=("x", "y"))
+    run = open_run(config, SHARDS, model={"weights_hash": "abc"}, tables=TABLES)
+    numbers = range(rows)
+    tables = {"images": images(*numbers), "masks": masks(*numbers)}
+    (name,) = write(run.first.ledger, shard, tables)
+    assert name
+    return [{"shard": shard.name, "total": rows}]
+
+
+@pytest.mark.parametrize(
+    ("failed", "stops"),
+    [
+        ({"errors": 1, "reason": "not_an_image"}, True),
+        ({"images": 19, "errors": 1, "reason": "not_an_image"}, False),
+    ],
+)
+def test_a_job_that_eats_garbage_is_stopped(
+    tmp_path: Path, failed: dict[str, Any], stops: bool
+) -> None:
+    rows = [failed] * 1_000
+    why = "1,000 of the first 1,000 rows failed, most often with not_an_image"
+    with pytest.raises(JobError, match=why if stops else "4 of 4 shards are not complete"):
+        follow(tmp_path, rows)
+    if stops:  # not before the first thousand
+        with pytest.raises(JobError, match="4 of 4 shards are not complete"):
+            follow(tmp_path, rows[:999])
+
+
+@pytest.mark.parametrize("fault", [True, False])
+def test_a_shard_that_cannot_be_read_counts_by_its_share_of_the_input(
+    tmp_path: Path, fault: bool
+) -> None:
+    """It used to count as one row, so that half of an input could go with success."""
+    lost = {"fault": "shard_missing: x"} if fault else {"reason": "shard_corrupt", "total": 0}
+    rows = [*made(tmp_path, SHARDS[0], 600), {"shard": SHARDS[1].name, **lost}]
+    with pytest.raises(
+        JobError, match="600 of the first 1,200 rows failed, most often with shards"
+    ):
+        follow(tmp_path, rows)
+
+
+def test_a_shard_that_the_storage_did_not_give_stays_open(tmp_path: Path) -> None:
+    lost = [{"shard": shard.name, "fault": "shard_missing: gone"} for shard in SHARDS[1:]]
+    why = r"3 of 4 shards are not complete \(75% of the bytes\): 1.tar shard_missing: gone; .*again"
+    with pytest.raises(JobError, match=why):
+        follow(tmp_path, [*made(tmp_path, SHARDS[0], 2), *lost])
+    assert not (tmp_path / "_SUCCESS").exists()
+    assert len(list(tmp_path.glob("_receipts/*/*"))) == 1
+    record = read_run(str(tmp_path))
+    assert record is not None
+    assert (record["status"], record["missing"]["1.tar"]) == ("incomplete", "shard_missing: gone")
+    rest = [row for shard in SHARDS[1:] for row in made(tmp_path, shard, 3)]
+    follow(tmp_path, rest)
+    assert (tmp_path / "_SUCCESS").exists()
+
+
+def test_a_storage_that_gives_nothing_ends_the_job_early(tmp_path: Path) -> None:
+    shards = [replace(SHARD, name=f"{i}.tar") for i in range(1000)]
+    lost = [{"shard": shard.name, "fault": "shard_unreadable: silent"} for shard in shards]
+    with pytest.raises(JobError, match="the storage gave nothing of the first 10 shards"):
+        follow(tmp_path, lost, shards)
