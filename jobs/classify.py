@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pipeline.config.classify import ClassifyConfig
 from pipeline.config.command import run_command
 from pipeline.config.embed import EmbedConfig
-from pipeline.embeddings.source import ReadEmbeddings, open_embeddings, plan_embeddings
+from pipeline.embeddings.source import ReadEmbeddings, open_embeddings
 from pipeline.embeddings.vectors import EmbeddingTable, check_weights
 from pipeline.errors import CheckpointError, UsageError
 from pipeline.infer.classify import Classifier, ClassifyImages, ClassifyVectors, open_classifier
@@ -28,6 +28,7 @@ from pipeline.prepare.images import PrepareImages, fail_crashed_image
 from pipeline.read.inputs import plan_shards
 from pipeline.read.records import end_crashed_shard, read_batches, read_one_by_one
 from pipeline.run.engine import Dataset, Engine, OpenEngine
+from pipeline.run.finished import list_finished
 from pipeline.run.follow import follow_run
 from pipeline.run.lifecycle import Run, open_run, summary
 from pipeline.run.progress import tell
@@ -43,7 +44,7 @@ def classify(config: ClassifyConfig, open_engine: OpenEngine = open_ray) -> None
     table = open_embeddings(config.input)
     if table:
         classifier = open_for_table(table, config)
-        shards = plan_embeddings(table)
+        shards = list_finished(table.output, table.uri.rpartition("/")[2])
     else:
         classifier = open_classifier(config.model or EmbedConfig.model, config)
         shards = plan_shards(config.input, image_column=config.images.image_column)

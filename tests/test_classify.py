@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import checkpoints
 import numpy as np
 import polars
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -21,11 +23,14 @@ from test_jobs import PIXELS, photos
 
 from jobs import classify, embed
 from pipeline import schema
-from pipeline.embeddings.source import open_embeddings, plan_embeddings, read_embeddings
+from pipeline.embeddings.source import ReadEmbeddings, open_embeddings
+from pipeline.embeddings.vectors import EmbeddingTable
 from pipeline.infer.checkpoint import Checkpoint
 from pipeline.infer.classify import Classifier, ClassifyVectors, rank_labels
 from pipeline.model.weights import hash_weights
 from pipeline.prepare.processor import ImageProcessor
+from pipeline.read.shard import Shard, shard_to_row
+from pipeline.run.finished import list_finished
 
 LABELS = ["cat", "red star", "{}", "猫", "a dog's 12"]
 TEMPLATES = ["a photo of a {}.", "the {}", "{} !! circle"]
@@ -267,6 +272,14 @@ def test_large_logits_do_not_overflow() -> None:
     assert ranked["probability"].to_pylist()[0] == pytest.approx([0.7310586, 0.2689414])
 
 
+def vector_records(
+    table: EmbeddingTable, shard: Shard, batch_rows: int = 1024
+) -> Iterator[pa.Table]:
+    """A shard of a finished table as the stage reads it."""
+    read = ReadEmbeddings(table, batch_rows=batch_rows)
+    return read(pa.Table.from_pylist([shard_to_row(shard)]))
+
+
 def test_vectors_without_a_direction_fail(clip: Path, tmp_path: Path) -> None:
     vectors = random_vectors(4, 6)
     vectors[1], vectors[2, 0] = 0, np.nan
@@ -282,9 +295,9 @@ def test_vectors_without_a_direction_fail(clip: Path, tmp_path: Path) -> None:
         scale=10.0,
         top=2,
     )
-    (shard,) = plan_embeddings(table)
+    (shard,) = list_finished(table.output, "embeddings")
     stage = ClassifyVectors(classifier)
-    ranked = [row for t in read_embeddings(table, shard) for row in stage(t).to_pylist()]
+    ranked = [row for t in vector_records(table, shard) for row in stage(t).to_pylist()]
     assert [row["reason"] for row in ranked] == ["", "model_failed", "model_failed", "", ""]
     assert [len(row["label_id"]) for row in ranked] == [2, 0, 0, 2, 0]
 
@@ -310,9 +323,9 @@ def test_every_row_of_a_shard_is_accounted_for(tmp_path: Path) -> None:
     pq.write_table(later, tmp_path / "errors" / "a.tar.from-2.parquet")
     table = open_embeddings(str(tmp_path))
     assert table is not None
-    (shard,) = plan_embeddings(table)
+    (shard,) = list_finished(table.output, "embeddings")
     assert (shard.name, len(shard.files)) == ("a.tar", 2)
-    batches = list(read_embeddings(table, shard, batch_rows=2))
+    batches = list(vector_records(table, shard, batch_rows=2))
     assert all(batch.schema == schema.VECTORS for batch in batches)
     rows = [row for batch in batches for row in batch.to_pylist()]
     assert [(r["row"], r["key"], r["stage"], r["reason"]) for r in rows] == [
@@ -331,16 +344,16 @@ def test_a_damaged_part_is_the_failure_of_its_shard(tmp_path: Path) -> None:
     write_table(str(tmp_path), random_vectors(3000, 64))
     table = open_embeddings(str(tmp_path))
     assert table is not None
-    shard = plan_embeddings(table)[1]
+    shard = list_finished(table.output, "embeddings")[1]
     path = tmp_path / "embeddings" / "01.tar.parquet"
     data = bytearray(path.read_bytes())
     data[100_000:200_000] = bytes(100_000)
     path.write_bytes(data)
-    *_, end = [r for t in read_embeddings(table, shard, batch_rows=50) for r in t.to_pylist()]
+    *_, end = [r for t in vector_records(table, shard, batch_rows=50) for r in t.to_pylist()]
     assert (end["row"], end["reason"]) == (-1, "shard_corrupt")
     assert "01.tar.parquet" in end["detail"]
     path.unlink()
-    (end,) = [r for t in read_embeddings(table, shard) for r in t.to_pylist()]
+    (end,) = [r for t in vector_records(table, shard) for r in t.to_pylist()]
     assert (end["row"], end["total"], end["reason"]) == (-1, 0, "shard_missing")
 
 

@@ -1,0 +1,149 @@
+"""A finished table of a run as the input of a job: its shards, and their records.
+
+What read.inputs and read.records are for images. A shard is one that the run read: its parts of the
+table and its part of `errors/` beside them together account for every row, so a job on the table
+has the rows, and the errors, that it would have had on the images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline import storage
+from pipeline.errors import CredentialsError, JobError, RowError, StorageError, UsageError
+from pipeline.read.records import shard_failure
+from pipeline.read.shard import Shard, printable
+from pipeline.storage import Stored
+from pipeline.write.layout import EMPTY_PART, ERRORS
+from pipeline.write.parts import open_part, read_part
+
+_AT_ONCE = 32  # parts whose shard is looked up
+_WHY = ("stage", "reason", "detail", "retryable")
+
+ReadParts = Callable[[list[str]], Iterator[pa.Table]]
+
+
+def list_finished(output: str, table: str) -> list[Shard]:
+    """The shards of a table in the output of a run, sorted by name.
+
+    A shard's `files` are its parts, of all passes, and its part of the errors, relative to
+    `output`. Reads the first row of one part of each. Raises UsageError where two are of one
+    shard, JobError for a damaged part, StorageError.
+    """
+    parts: dict[str, list[Stored]] = {}
+    for name in (table, ERRORS):
+        for file in storage.list_files(storage.join(output, name), recursive=False):
+            base = file.uri.rpartition("/")[2]
+            # An added pass has errors of its own, of images that did come out well before.
+            if base.endswith(".parquet") and base != EMPTY_PART:
+                if name == ERRORS and ".from-" in base:
+                    continue
+                parts.setdefault(base.removesuffix(".parquet").partition(".from-")[0], []).append(
+                    file
+                )
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        names = pool.map(_read_name, [files[0] for files in parts.values()])
+        shards = [_shard(output, *pair) for pair in zip(names, parts.values(), strict=True)]
+    shards.sort(key=lambda shard: shard.name)
+    for one, other in itertools.pairwise(shards):
+        if one.name == other.name:
+            files = f"{one.files[0]} and {other.files[0]}"
+            raise UsageError(f"{output}: {files} are both of the shard {one.name}")
+    return shards
+
+
+def _read_name(file: Stored) -> str:
+    """The shard that a part is of, as its first row says."""
+    with open_part(file.uri, file.version) as parquet:
+        first = next(parquet.iter_batches(1, columns=["shard"]), None)
+        if first is None:
+            raise JobError(f"{file.uri}: a part without rows")
+        return str(first["shard"][0])
+
+
+def _shard(output: str, name: str, files: list[Stored]) -> Shard:
+    seen = "".join(f"{file.uri}\0{file.size_bytes}\0{file.version}\n" for file in files)
+    start = len(output.rstrip("/")) + 1
+    return Shard(
+        name=name,
+        uri=output,
+        format="table",
+        size_bytes=sum(file.size_bytes for file in files),
+        version=hashlib.sha256(seen.encode("utf-8", "surrogateescape")).hexdigest(),
+        files=tuple(file.uri[start:] for file in files),
+    )
+
+
+def read_finished(
+    shard: Shard, read: ReadParts, columns: pa.Schema, *, lost: str = "no_vector"
+) -> Iterator[pa.Table]:
+    """Records of a shard of a finished table: those of `read`, those that failed, the end record.
+
+    `read` makes tables of schema `columns`, which hold a record's columns (schema.RECORDS without
+    `image`), from the URIs of the shard's parts. A row that has neither fails with the reason
+    `lost`. Damage and faults of storage become a reason of the shard. Raises CredentialsError, and
+    UsageError as `read` does.
+    """
+    seen: set[int] = set()
+    failed: dict[int | None, dict[str, Any]] = {}
+    try:
+        for path in shard.files:
+            if path.startswith(f"{ERRORS}/"):
+                failed = _read_errors(storage.join(shard.uri, path))
+        parts = [p for p in shard.files if not p.startswith(f"{ERRORS}/")]
+        for records in read([storage.join(shard.uri, path) for path in parts]):
+            if set(records["shard"].to_pylist()) - {shard.name}:
+                raise UsageError(f"{shard.uri}: {parts[0]} holds rows of several shards")
+            seen.update(records["row"].to_pylist())
+            version = pa.array([shard.version] * len(records), pa.string())
+            index = records.schema.get_field_index("version")
+            yield records.set_column(index, "version", version)
+    except CredentialsError:
+        raise
+    except StorageError as error:
+        failed[None] = _why(shard_failure(error))
+    except JobError as error:
+        failed[None] = _why(RowError("read", "shard_corrupt", printable(str(error))))
+    end = {"row": -1} | failed.pop(None, {})
+    total = max([-1, *seen, *(row for row in failed if row is not None)]) + 1
+    missing = {row: {"row": row, **_why(RowError("read", lost))} for row in range(total)}
+    rows = {row: record for row, record in (missing | failed).items() if row not in seen}
+    rest = [*rows.values(), end | {"total": total}]
+    same = {**empty_record(columns), "shard": shard.name, "version": shard.version}
+    yield pa.Table.from_pylist([{**same, **record} for record in rest], schema=columns)
+
+
+def empty_record(columns: pa.Schema) -> dict[str, Any]:
+    """A record in which nothing is known: 0, "", b"" or [] in every column."""
+    empty: dict[str, Any] = {}
+    for field in columns:
+        if pa.types.is_string(field.type):
+            empty[field.name] = ""
+        elif pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type):
+            empty[field.name] = b""
+        elif pa.types.is_list(field.type):
+            empty[field.name] = []
+        else:
+            empty[field.name] = 0
+    return empty | {"total": -1, "retryable": False}
+
+
+def _read_errors(uri: str) -> dict[int | None, dict[str, Any]]:
+    """By row, what of a record a part of the errors says; None: of the shard."""
+    found = read_part(uri, ["row", "key", *_WHY]).to_pylist()
+    return {
+        record["row"]: record
+        if record["row"] is not None
+        else {name: record[name] for name in _WHY}
+        for record in found
+    }
+
+
+def _why(error: RowError) -> dict[str, Any]:
+    return {name: getattr(error, name) for name in _WHY}
