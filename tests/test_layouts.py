@@ -239,7 +239,7 @@ def test_flipped_bits_are_never_called_a_layout_of_another_kind(form: str) -> No
     assert called <= 6
 
 
-def test_gif_frames_smaller_than_the_canvas_equal_opencv() -> None:
+def test_gifs_equal_opencv_and_disposal_leaves_the_first_frame_alone() -> None:
     image = photo().quantize(32)
     data = encode(image, "GIF")
     assert np.array_equal(pixels(data), opencv(data))

@@ -65,11 +65,11 @@ def refusal(data: bytes, max_pixels: int = MAX_PIXELS) -> RowError:
 def png(*chunks: tuple[bytes, bytes], size: tuple[int, int] = (4, 4), colour: int = 2) -> bytes:
     """A PNG from its chunks, with IHDR and IEND around them; size is (height, width)."""
     header = struct.pack(">IIBBBBB", size[1], size[0], 8, colour, 0, 0, 0)
-    body = b"\x89PNG\r\n\x1a\n"
+    body = bytearray(b"\x89PNG\r\n\x1a\n")
     for name, data in ((b"IHDR", header), *chunks, (b"IEND", b"")):
         checksum = zlib.crc32(name + data)
         body += struct.pack(">I", len(data)) + name + data + struct.pack(">I", checksum)
-    return body
+    return bytes(body)
 
 
 # ---- what decodes ----

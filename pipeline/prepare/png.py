@@ -27,7 +27,8 @@ def pixel_chunks(data: bytes) -> bytes:
     passes. A tRNS chunk that does not fit the colour type is ignored, as libpng does; one with a
     wrong checksum is not ignored, since then hidden colours would show without a word.
     """
-    view, kept, seen = memoryview(data), [memoryview(_SIGNATURE)], set[bytes]()
+    view, seen = memoryview(data), set[bytes]()
+    kept = [[0, len(_SIGNATURE)]]  # runs of bytes: few, however many chunks there are
     at, last, colour_type, colours = len(_SIGNATURE), b"", -1, 0
     while last != b"IEND":
         length, name = _chunk_at(data, at)
@@ -37,7 +38,7 @@ def pixel_chunks(data: bytes) -> bytes:
         intact = name == b"IEND" or _is_intact(view[at:end])
         if not intact and _may_decide_pixels(name):
             raise ValueError(f"wrong checksum of a chunk {name.decode()}")
-        wanted = name in _PIXELS or (name == b"eXIf" and intact)
+        wanted = name in _PIXELS or (name == b"eXIf" and intact and name not in seen)
         if name == b"IHDR":
             colour_type = data[at + 17] if length == 13 else -1
         elif name == b"PLTE":
@@ -46,13 +47,16 @@ def pixel_chunks(data: bytes) -> bytes:
             wanted = not seen & {b"IDAT", b"tRNS"} and _fits(length, colour_type, colours)
         elif name[:1].isupper() and not wanted:
             raise ValueError(f"an unknown critical chunk {name.decode()}")
+        if wanted and kept[-1][1] == at:
+            kept[-1][1] = end
+        elif wanted:
+            kept.append([at, end])
         if wanted:
-            kept.append(view[at:end])
-        seen.add(name)
+            seen.add(name)
         at, last = end, name
     if b"IDAT" not in seen or (colour_type == 3 and not colours):
         raise ValueError("no IDAT chunk, or no palette")
-    return b"".join(kept)
+    return b"".join(view[start:end] for start, end in kept)
 
 
 def _chunk_at(data: bytes, at: int) -> tuple[int, bytes]:
