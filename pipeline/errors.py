@@ -35,7 +35,7 @@ REASONS = {
     "no_text": "the sample has no such text, or the text column is null",
     "image_empty": "zero bytes",
     "not_an_image": "text, HTML, JSON or unknown bytes",
-    "unsupported_format": "an image format that is not on the allow-list (HEIC, SVG, PSD, ...)",
+    "unsupported_format": "a format, or a layout of it, that is not decoded (HEIC, 12-bit JPEG)",
     "image_corrupt": "an image that breaks off or fails its checksums",
     "too_many_pixels": "more pixels than --max-pixels; never decoded",
     "extreme_aspect": "one side is more than 1,000 times the other; never decoded",

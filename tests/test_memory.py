@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import struct
 import subprocess
@@ -59,6 +60,21 @@ def tiff(size: tuple[int, int], tile: tuple[int, int] | None, data: bytes) -> by
     return b"II*\0" + struct.pack("<I", body) + data + directory + bytes(4)
 
 
+def tiff_of_strips(count: int) -> bytes:
+    """An RGB float TIFF, which Pillow lacks, with the same place and length for all its strips."""
+    places = {273: struct.pack(f"<{count}I", *[8] * count), 279: bytes(4 * count)}
+    tags = {256: 8, 257: 8, 258: 32, 259: 1, 262: 2, 277: 3, 278: 1, 339: 3}
+    entries, values, at = b"", b"", 8 + 2 + 12 * (len(tags) + len(places)) + 4
+    for tag in sorted([*tags, *places]):
+        if tag in tags:
+            entries += struct.pack("<HHII", tag, 3, 1, tags[tag])
+        else:
+            entries += struct.pack("<HHII", tag, 4, count, at + len(values))
+            values += places[tag]
+    head = b"II*\0" + struct.pack("<I", 8) + struct.pack("<H", len(tags) + len(places))
+    return head + entries + bytes(4) + values
+
+
 def zeros(size_bytes: int) -> bytes:
     """Deflated."""
     squeeze = zlib.compressobj(9)
@@ -82,6 +98,8 @@ def gif(canvas: tuple[int, int], frame: tuple[int, int]) -> bytes:
 def bombs() -> dict[str, tuple[bytes, str]]:
     """What looks small: the bytes, and the reason that is expected of them."""
     text = zeros(60 << 20)
+    letters = b"abcdefghijklmnopqr"
+    names = [(bytes(name), b"") for name in itertools.product(letters, repeat=4)]
     many = [(b"zTXt", b"a\0\0" + zeros(1 << 20)) for _ in range(200)]
     webp = bytearray(encode(Image.new("RGB", (8, 8)), "WEBP", lossless=True))
     at = webp.index(b"VP8L") + 9
@@ -94,9 +112,12 @@ def bombs() -> dict[str, tuple[bytes, str]]:
     return {
         "png of 900 Mpx": (png((b"IDAT", zeros(9 << 20)), size=(30000, 30000)), "too_many_pixels"),
         "png rows that never end": (png((b"IDAT", zeros(150 << 20))), ""),
-        "png text": (png((b"iTXt", b"a\0\1\0\0\0" + text), PIXEL), "image_corrupt"),
-        "png texts": (png(*many, PIXEL), "image_corrupt"),
-        "png profile": (png((b"iCCP", b"a\0\0" + text), PIXEL), "image_corrupt"),
+        "png text": (png((b"iTXt", b"a\0\1\0\0\0" + text), PIXEL), ""),
+        "png texts": (png(*many, PIXEL), ""),
+        "png profile": (png((b"iCCP", b"a\0\0" + text), PIXEL), ""),
+        "png chunks": (png(PIXEL, *[(b"IDAT", b"")] * 200_000), ""),
+        "png names": (png(PIXEL, *names), ""),
+        "tiff strips": (tiff_of_strips(2_000_000), "image_corrupt"),
         "png exif": (png((b"eXIf", b"II*\0\xff\xff\xff\x7f" * 1000), PIXEL), ""),
         "jpeg of 4 Gpx": (bytes(jpeg), "too_many_pixels"),
         "jpeg profile": (encode(Image.new("RGB", (8, 8)), "JPEG", icc_profile=bytes(4 << 20)), ""),

@@ -65,11 +65,11 @@ def refusal(data: bytes, max_pixels: int = MAX_PIXELS) -> RowError:
 def png(*chunks: tuple[bytes, bytes], size: tuple[int, int] = (4, 4), colour: int = 2) -> bytes:
     """A PNG from its chunks, with IHDR and IEND around them; size is (height, width)."""
     header = struct.pack(">IIBBBBB", size[1], size[0], 8, colour, 0, 0, 0)
-    body = b"\x89PNG\r\n\x1a\n"
+    body = bytearray(b"\x89PNG\r\n\x1a\n")
     for name, data in ((b"IHDR", header), *chunks, (b"IEND", b"")):
         checksum = zlib.crc32(name + data)
         body += struct.pack(">I", len(data)) + name + data + struct.pack(">I", checksum)
-    return body
+    return bytes(body)
 
 
 # ---- what decodes ----
@@ -109,7 +109,7 @@ def test_the_first_frame_of_many(form: str) -> None:
 # ---- modes ----
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "YCbCr"])
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB"])
 def test_plain_modes_are_pillows_own(mode: str) -> None:
     image = photo().convert(mode)
     data = encode(image, "TIFF")
@@ -352,6 +352,9 @@ UNSUPPORTED = {
     "PSD": b"8BPS\0\1" + bytes(100),
     "WMF": b"\xd7\xcd\xc6\x9a" + bytes(100),
     "JXL": b"\xff\x0a" + bytes(100),
+    "CR3": b"\0\0\0\x18ftypcrx \0\0\0\1crx isom" + bytes(100),
+    "PCX": b"\n\5\1\x08" + bytes(124),
+    "EMF": b"\1\0\0\0" + bytes(36) + b" EMF" + bytes(60),
 }
 
 
@@ -385,7 +388,7 @@ def test_a_png_with_a_flipped_bit(at: float) -> None:
 
 
 def test_every_flipped_bit_of_a_png_is_noticed() -> None:
-    """Pillow alone gives other pixels for some of them; only the last chunk holds none."""
+    """Pillow alone gives other pixels for some of them; only the last checksum holds none."""
     whole = encode(photo(4, 5), "PNG")
     for bit in range(8 * len(whole)):
         data = bytearray(whole)
@@ -395,7 +398,7 @@ def test_every_flipped_bit_of_a_png_is_noticed() -> None:
         except RowError as error:
             refused = error
         else:
-            assert bit // 8 >= len(whole) - 12
+            assert bit // 8 >= len(whole) - 4
             continue
         assert refused.reason in ("image_corrupt", "not_an_image", "too_many_pixels")
 
@@ -443,7 +446,7 @@ def test_pillows_own_bomb_check_stays_out_of_it(monkeypatch: pytest.MonkeyPatch)
 def test_metadata_bombs_stay_small() -> None:
     text = b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(bytes(50_000_000), 9)
     pixel_rows = (b"IDAT", zlib.compress(bytes(13) * 4))
-    assert refusal(png((b"iTXt", text), pixel_rows)).reason == "image_corrupt"
+    assert not pixels(png((b"iTXt", text), pixel_rows)).any()
 
 
 def patched_tiff(tag: int, value: int) -> bytes:

@@ -6,18 +6,28 @@ How each kind of image becomes RGB:
     1, L, P, YCbCr, HSV, RGBX   Pillow's conversion
     CMYK, YCCK          Pillow's plain conversion; an embedded ICC profile is not applied
     LAB                 through littleCMS, D50 white
-    16-bit grey         divided by 257, so that 65535 becomes 255 (Pillow would clip it to white)
-    32-bit int, float   stretched from the image's own minimum..maximum to 0..255, as their unit is
-                        unknown; infinities count as the ends, NaN as black, a flat image is black
+    16-bit colour       its upper 8 bits
+    12-, 16-bit grey    scaled so that the largest value becomes 255 (Pillow would clip it to white)
+    signed, 32-bit, float   stretched from the image's own minimum..maximum to 0..255, as their unit
+                        is unknown; infinities are the ends, NaN is black, a flat image is black
+    white is zero       inverted
     animations, MPO, multi-page TIFF   the first frame
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageCms
+from PIL.TiffImagePlugin import (
+    BITSPERSAMPLE,
+    COLORMAP,
+    PHOTOMETRIC_INTERPRETATION,
+    SAMPLEFORMAT,
+    TiffImageFile,
+)
 
 # Conversions work on bands of rows, so that their temporary copies stay small.
 _BAND_PX = 1 << 20
@@ -27,12 +37,20 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """An RGB image of the same size, composited on white where there is transparency."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
+    _mend_palette(image)
     convert = _band_converter(image)
     canvas = Image.new("RGB", image.size, "white")
     for box in _bands(image):
         band = convert(image.crop(box))
         canvas.paste(band, box, mask=band if band.mode == "RGBA" else None)
     return canvas
+
+
+def _mend_palette(image: Image.Image) -> None:
+    """Read a TIFF's palette of values below 256 as 8-bit colours, as libtiff does."""
+    colours = _tags(image).get(COLORMAP) if image.mode in ("P", "PA") else None
+    if colours and max(colours) < 256:
+        image.putpalette(bytes(colours), "RGB;L")
 
 
 def _bands(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
@@ -43,14 +61,20 @@ def _bands(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
 
 def _band_converter(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
     """The function that makes RGB or RGBA of a band of this image, chosen by mode."""
+    # Pillow inverts up to 8 bits itself.
+    inverted = bool(_tags(image)) and _tags(image).get(PHOTOMETRIC_INTERPRETATION, 0) == 0
     if image.mode.startswith("I;16"):
         # Indexed by the 16-bit value.
-        table = np.rint(np.arange(65536) / 257).astype(np.uint8)
+        white = (1 << _bits(image)) - 1
+        table = np.rint(np.minimum(np.arange(65536) / white, 1) * 255).astype(np.uint8)
+        if inverted:
+            table = 255 - table
         transparent = image.info.get("transparency")
         return lambda band: _grey(table, np.asarray(band), transparent)
-    if image.mode in ("I", "F"):
-        low, high = _finite_range(image)
-        return lambda band: _stretch(np.asarray(band, np.float64), low, high)
+    if dtype := _unknown_unit(image):
+        low, high = _finite_range(image, dtype)
+        ends = (high, low) if inverted else (low, high)
+        return lambda band: _stretch(np.asarray(band).view(dtype), *ends)
     if image.mode == "LAB":
         from_lab = ImageCms.buildTransform(
             ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB"
@@ -63,6 +87,27 @@ def _band_converter(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
     return lambda band: band.convert("RGB")
 
 
+def _tags(image: Image.Image) -> Mapping[int, Any]:
+    return image.tag_v2 if isinstance(image, TiffImageFile) else {}
+
+
+def _bits(image: Image.Image) -> int:
+    bits = _tags(image).get(BITSPERSAMPLE, 16)
+    return int(bits[0] if isinstance(bits, tuple) else bits)
+
+
+def _unknown_unit(image: Image.Image) -> type[np.generic] | None:
+    """The type of samples that may mean anything; None where the largest stands for white."""
+    kind = _tags(image).get(SAMPLEFORMAT, 1)
+    signed = (max(kind) if isinstance(kind, tuple) else kind) == 2
+    if image.mode == "I":
+        # Pillow holds 32 unsigned bits as signed ones, and 8 signed ones as unsigned.
+        return np.uint32 if _tags(image) and not signed else np.int32
+    if image.mode == "L":
+        return np.int8 if signed else None
+    return np.float32 if image.mode == "F" else None
+
+
 def _grey(table: np.ndarray, values: np.ndarray, transparent: int | None) -> Image.Image:
     grey = Image.fromarray(table[values])
     if not isinstance(transparent, int):
@@ -71,20 +116,21 @@ def _grey(table: np.ndarray, values: np.ndarray, transparent: int | None) -> Ima
     return Image.merge("RGBA", (grey, grey, grey, alpha))
 
 
-def _finite_range(image: Image.Image) -> tuple[float, float]:
+def _finite_range(image: Image.Image, dtype: type[np.generic]) -> tuple[float, float]:
     low, high = np.inf, -np.inf
     for box in _bands(image):
-        values = np.asarray(image.crop(box))
+        values = np.asarray(image.crop(box)).view(dtype)
         values = values[np.isfinite(values)]
         if values.size:
             low, high = min(low, float(values.min())), max(high, float(values.max()))
     return low, high
 
 
-def _stretch(values: np.ndarray, low: float, high: float) -> Image.Image:
-    """low..high -> 0..255, in float64; black where the whole image is flat or not finite."""
-    if not low < high:
+def _stretch(values: np.ndarray, black: float, white: float) -> Image.Image:
+    """black..white -> 0..255, in float64; black where the whole image is flat or not finite."""
+    low, high = min(black, white), max(black, white)
+    if not np.isfinite(high - low) or low == high:
         return Image.new("RGB", (values.shape[1], values.shape[0]))
-    finite = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
-    grey = np.rint((finite - low) / (high - low) * 255).astype(np.uint8)
+    finite = np.nan_to_num(values.astype(np.float64), nan=black, posinf=high, neginf=low)
+    grey = np.rint((finite - black) / (white - black) * 255).astype(np.uint8)
     return Image.fromarray(grey).convert("RGB")

@@ -18,16 +18,18 @@ from io import BytesIO
 from typing import Any
 
 import pyarrow as pa
-from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError, features
+from PIL import ExifTags, Image, ImageFile, TiffImagePlugin, UnidentifiedImageError, features
 from PIL.TiffImagePlugin import TiffImageFile
 
 from pipeline import schema
 from pipeline.errors import RowError
+from pipeline.prepare import layouts
 from pipeline.prepare.convert import to_rgb
+from pipeline.prepare.identify import describe, identify
+from pipeline.prepare.png import pixel_chunks
 from pipeline.prepare.processor import ImageProcessor
 
 MAX_ASPECT = 1000
-TILEWIDTH, TILELENGTH = 322, 323  # tags of a TIFF
 
 # The facts of a record without an image.
 _UNDECODED = {
@@ -39,23 +41,6 @@ _UNDECODED = {
     "size_bytes": 0,
     "pixels": b"",
 }
-
-# What files begin with: the allow-list first, then formats that are refused by name.
-# fmt: off
-_PREFIXES: dict[str, tuple[bytes, ...]] = {
-    "JPEG": (b"\xff\xd8\xff",), "PNG": (b"\x89PNG\r\n\x1a\n",), "GIF": (b"GIF87a", b"GIF89a"),
-    "TIFF": (b"II*\0", b"MM\0*", b"II\0*", b"MM*\0", b"II+\0", b"MM\0+"),
-    "PSD": (b"8BPS",), "EPS": (b"%!PS", b"\xc5\xd0\xd3\xc6"), "PDF": (b"%PDF",),
-    "FITS": (b"SIMPLE  =",), "ICO": (b"\0\0\1\0", b"\0\0\2\0"), "ICNS": (b"icns",),
-    "JPEG 2000": (b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  "), "JPEG XR": (b"II\xbc",),
-    "JPEG XL": (b"\xff\x0a", b"\0\0\0\x0cJXL "), "DDS": (b"DDS ",), "QOI": (b"qoif",),
-    "EXR": (b"v/1\1",), "HDR": (b"#?RADIANCE", b"#?RGBE"), "XCF": (b"gimp xcf",),
-    "WMF": (b"\xd7\xcd\xc6\x9a",), "SGI": (b"\1\xda",), "DJVU": (b"AT&TFORM",),
-    "BPG": (b"BPG\xfb",), "camera raw": (b"FUJIFILMCCD", b"IIRO", b"IIRS", b"IIU\0"),
-    "PNM": tuple(f"P{kind}{space}".encode() for kind in range(1, 8) for space in " \t\r\n"),
-}
-# fmt: on
-_BMP_HEADER_BYTES = (12, 16, 40, 52, 56, 64, 108, 124)
 
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -110,7 +95,10 @@ def decode_image(data: bytes, *, max_pixels: int) -> DecodedImage:
     # Pillow's decoders raise OSError, SyntaxError, ValueError, TypeError, RuntimeError, IndexError,
     # struct.error, zlib.error, ... on broken input: no shorter list of exceptions is complete.
     except Exception as error:
-        raise _refusal("image_corrupt", f"{type(error).__name__}: {error}") from error
+        if layout := layouts.missing_layout(identify(data) or "", data):
+            raise _refusal("unsupported_format", layout) from error
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        raise _refusal("image_corrupt", f"{kind}{error}") from error
 
 
 class PrepareImages:
@@ -170,10 +158,6 @@ def _failed(record: dict[str, Any], failure: RowError) -> dict[str, Any]:
 def _decode(data: bytes, max_pixels: int) -> DecodedImage:
     image = _open(data, max_pixels)
     form, mode = image.format or "", image.mode
-    if form == "PNG":
-        # Bit flips decode silently wrong in over half the cases; the chunks' checksums tell.
-        image.verify()
-        image = _open(data, max_pixels)
     if form == "TIFF":
         # Pillow applies a TIFF's orientation itself while loading, and forgets it.
         orientation = _orientation(image)
@@ -198,29 +182,66 @@ def _decode(data: bytes, max_pixels: int) -> DecodedImage:
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:
     """Read the header and check the size; no pixel is decoded."""
-    form = _identify(data)
+    form = identify(data)
     if form is None:
-        raise _refusal("not_an_image", "no image format begins like this")
+        raise _refusal("not_an_image", describe(data))
     if form not in _formats():
         raise _refusal("unsupported_format", form)
     try:
-        image = Image.open(BytesIO(data), formats=_formats())
-    except UnidentifiedImageError as error:
-        raise _refusal("image_corrupt", f"begins like {form}, but its header is broken") from error
+        source = pixel_chunks(data) if form == "PNG" else data
+        image = Image.open(BytesIO(source), formats=_formats())
+    except UnidentifiedImageError:
+        if form == "AVIF":
+            _check_size(*layouts.avif_size(data), max_pixels)
+        raise ValueError(f"begins like {form}, but its header is broken") from None
     height, width = image.height, image.width
     if height < 1 or width < 1:
-        raise _refusal("image_corrupt", f"{height} x {width} px")
-    if height * width > max_pixels:
-        raise _refusal("too_many_pixels", f"{height} x {width} px, the limit is {max_pixels}")
+        raise ValueError(f"{height} x {width} px")
+    _check_size(height, width, max_pixels)
     if isinstance(image, TiffImageFile):
-        # Each tile is decoded as a whole, however little of it the image uses.
-        tile = [int(image.tag_v2.get(tag, 1)) for tag in (TILELENGTH, TILEWIDTH)]
-        if tile[0] * tile[1] > max_pixels:
-            found = f"tiles of {tile[0]} x {tile[1]} px, the limit is {max_pixels}"
-            raise _refusal("too_many_pixels", found)
+        _check_tiff(image, len(data), max_pixels)
     if max(height, width) > MAX_ASPECT * min(height, width):
         raise _refusal("extreme_aspect", f"{height} x {width} px")
+    _correct_raw_mode(image, data)
     return image
+
+
+def _check_size(height: int, width: int, max_pixels: int) -> None:
+    if height * width > max_pixels:
+        raise _refusal("too_many_pixels", f"{height} x {width} px, the limit is {max_pixels}")
+
+
+def _check_tiff(image: TiffImageFile, size_bytes: int, max_pixels: int) -> None:
+    # Each tile is decoded as a whole, however little of it the image uses.
+    tags = (layouts.TILE_LENGTH, layouts.TILE_WIDTH)
+    height, width = (int(image.tag_v2.get(tag, 1)) for tag in tags)
+    if height * width > max_pixels:
+        found = f"tiles of {height} x {width} px, the limit is {max_pixels}"
+        raise _refusal("too_many_pixels", found)
+    if layout := layouts.wrong_tiff_layout(image):
+        if not layouts.is_whole_tiff(image.tag_v2, size_bytes):
+            raise ValueError("strips or tiles outside the file")
+        raise _refusal("unsupported_format", layout)
+
+
+def _correct_raw_mode(image: Image.Image, data: bytes) -> None:
+    """Mend how Pillow 13 reads the samples of two kinds of file; held against tifffile, OpenCV."""
+    if not isinstance(image, ImageFile.ImageFile) or not image.tile:
+        return
+    tile = image.tile[0]
+    args = tile.args if isinstance(tile.args, tuple) else (tile.args,)
+    raw_mode = args[0]
+    if image.format == "TIFF" and raw_mode in ("I;16BS", "I;32BS", "F;32BF"):
+        # libtiff has put the bytes into this machine's order.
+        raw_mode = raw_mode.replace("B", "N")
+    elif image.format == "BMP" and raw_mode in ("1", "L") and data[28] == 4:
+        raise ValueError("4 bits of grey")
+    elif image.format == "BMP" and raw_mode == "1" and data[28] == 8:
+        # Black and white as the only colours, of a byte a pixel.
+        raw_mode = "1;8"
+    else:
+        return
+    image.tile = [tile._replace(args=(raw_mode, *args[1:]))]
 
 
 @cache
@@ -228,29 +249,6 @@ def _formats() -> tuple[str, ...]:
     """The allow-list of Image.open: no parser of another format is ever reached."""
     optional = tuple(form for form in ("WEBP", "AVIF") if features.check(form.lower()))
     return ("JPEG", "PNG", "GIF", "BMP", "TIFF", *optional)
-
-
-def _identify(data: bytes) -> str | None:
-    """The format a file begins like; None when it begins like no image."""
-    head = data[:4096]
-    if head[4:8] == b"ftyp":
-        brands = head[8:64]
-        if b"avif" in brands or b"avis" in brands:
-            return "AVIF"
-        heif = (b"hei", b"hev", b"mif1", b"msf1")
-        return "HEIC" if any(brand in brands for brand in heif) else None
-    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-        return "WEBP"
-    if head[:2] == b"BM" and int.from_bytes(head[14:18], "little") in _BMP_HEADER_BYTES:
-        return "BMP"
-    if head[:4] == b"II*\0" and head[8:10] == b"CR":
-        return "camera raw"
-    if head[128:132] == b"DICM":
-        return "DICOM"
-    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if text.startswith((b"<svg", b"<?xml", b"<!--", b"<!doctype svg")):
-        return "SVG" if b"<svg" in text and b"<html" not in text else None
-    return next((form for form, first in _PREFIXES.items() if head.startswith(first)), None)
 
 
 _pillow_lock = threading.Lock()
@@ -261,15 +259,19 @@ def _pillow_limited_to(max_pixels: int) -> Iterator[None]:
     """Pillow with our own pixel cap in place of its own, strict, and without its warnings.
 
     The cap must hold inside Pillow too: some decoders allocate the canvas while opening. Libraries
-    are known to set LOAD_TRUNCATED_IMAGES for the whole process.
+    are known to set LOAD_TRUNCATED_IMAGES for the whole process. Uncompressed TIFFs go through
+    libtiff: Pillow's own reader mixes up separate planes of 16 bits, and never looks at the lengths
+    of strips.
     """
     with _pillow_lock, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, max_pixels
         lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+        libtiff, TiffImagePlugin.READ_LIBTIFF = TiffImagePlugin.READ_LIBTIFF, True
         try:
             yield
         finally:
+            TiffImagePlugin.READ_LIBTIFF = libtiff
             Image.MAX_IMAGE_PIXELS = limit
             ImageFile.LOAD_TRUNCATED_IMAGES = lenient
 
