@@ -7,6 +7,7 @@ another driver may go on.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -35,6 +36,8 @@ from pipeline.errors import JobError, UsageError
 from pipeline.read.ranges import iter_rows
 from pipeline.read.shard import Shard
 from pipeline.run.lifecycle import close_run, open_run
+from pipeline.run.manifest import is_complete as run_is_complete
+from pipeline.run.manifest import read_run
 from pipeline.write.commit import finish_shard
 from pipeline.write.layout import EMPTY_PART, RECEIPTS, STAGING, Ledger, shard_id
 from tests.outputs import (
@@ -50,7 +53,7 @@ from tests.outputs import (
 )
 
 THRESHOLD = 0.5
-STEPS = ("write_bytes", "write_new", "put_file", "delete_file", "delete_folder")
+STEPS = ("write_bytes", "write_new", "replace_file", "put_file", "delete_file", "delete_folder")
 
 
 class KilledError(BaseException):
@@ -405,6 +408,44 @@ def test_restart_leaves_nothing_of_the_run_before(tmp_path: Path) -> None:
     assert run.first.todo == SHARDS
     assert rows(tmp_path) == {"images": [], "masks": [], "errors": []}
     assert not (tmp_path / "_SUCCESS").exists()
+
+
+def test_a_restart_while_another_driver_closes_leaves_no_success(
+    tmp_path: Path, step: list[Callable[[str], None]]
+) -> None:
+    """At every step of the closing driver, another one starts the run over and goes no further."""
+    command = {"input": "in", "prompt": ("x", "y"), "threshold": 0.25}
+    model, number = {"weights_hash": "abc"}, 0
+    while True:
+        output = tmp_path / str(number)
+        left = [number]
+
+        def restart(_: str, left: list[int] = left, output: Path = output) -> None:
+            left[0] -= 1
+            if left[0] == -1:
+                again = SegmentConfig(**command, output=str(output), run=RunOptions(restart=True))
+                open_run(again, SHARDS, model=model, tables=TABLES)
+
+        config = SegmentConfig(input="in", output=str(output), prompt=("x", "y"))
+        run = open_run(config, SHARDS, model=model, tables=TABLES)
+        for shard in run.first.todo:
+            fragments = write_fragments(run.first.ledger, shard)
+            finish_shard(run.first.ledger, shard, fragments, 4, TABLES)
+        step[:] = [restart]
+        with contextlib.suppress(JobError):
+            close_run(run, 1.0)
+        step.clear()
+        record = read_run(str(output))
+        assert record is not None
+        if left[0] >= 0:
+            assert is_complete(output)
+            break
+        assert record["fingerprint"]["threshold"] == 0.25
+        assert not run_is_complete(str(output), record)
+        drive(str(output), threshold=0.25)
+        assert is_complete(output, threshold=0.25)
+        number += 1
+    assert number >= 4
 
 
 def test_a_decision_whose_fragments_are_gone_is_taken_back(tmp_path: Path) -> None:

@@ -22,14 +22,30 @@ class StatusConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VerifyConfig:
+    """Hold the parts of a run against the hashes in their receipts."""
+
+    output: Output
+    """The OUTPUT of a job, local or s3://."""
+
+    sample: float = 1.0
+    """Share of the finished shards to read; above 0, at most 1. The same share is the same
+    shards."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sample <= 1:
+            raise UsageError(f"--sample {self.sample}: must be above 0, and at most 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RetryConfig:
-    """Make the shards anew in which rows failed that may work another time."""
+    """Reprocess shards with retryable failures."""
 
     output: Output
     """The OUTPUT of a job, local or s3://. What else the job needs is in its _run.json."""
 
     every: Annotated[bool, tyro.conf.arg(name="all"), tyro.conf.FlagCreatePairsOff] = False
-    """Also the shards whose failures will hardly go away: images that are broken, for one."""
+    """Also shards whose failures will hardly go away: broken images, for one."""
 
     workers: tyro.conf.OmitArgPrefixes[WorkerOptions] = field(default_factory=WorkerOptions)
 

@@ -16,12 +16,16 @@ from pipeline.read.shard import Shard
 from pipeline.run.manifest import (
     DELETING,
     JobConfig,
+    is_complete,
     name_run,
     new_record,
     now,
     read_run,
+    refuse_another_start,
     refuse_other_run,
+    replace_run,
     to_json,
+    write_run,
 )
 from pipeline.run.resume import discard_shard, find_left, read_failures, read_names
 from pipeline.schema import Table
@@ -97,7 +101,7 @@ def open_run(
     found = read_run(output)
     if found is not None and (config.run.restart or found.get("status") == DELETING):
         _delete_run(output, found)
-        storage.write_bytes(storage.join(output, RUN), to_json(record))
+        write_run(output, record)
         found = record
     elif found is None:
         found = _start(output, record)
@@ -133,7 +137,7 @@ def open_run(
         for id_ in ids:
             discard_shard(ledger, id_, list(tables))
     record["input"]["removed_shards"] = len(removed)
-    storage.write_bytes(storage.join(output, RUN), to_json(record))
+    replace_run(output, record)
     return Run(
         output=output,
         record=record,
@@ -174,7 +178,7 @@ def close_run(run: Run, seconds: float, lost: dict[str, str] | None = None) -> d
     not give. Returns the counts over all shards. Raises JobError if a shard has no receipt, or if
     meanwhile prompts were added or the run started over.
     """
-    _refuse_another_start(run)
+    refuse_another_start(run.output, run.record)
     listed = [list_receipts(each.ledger) for each in run.passes]
     found = [_borne_out(*pair) for pair in zip(run.passes, listed, strict=True)]
     missing = {
@@ -197,10 +201,11 @@ def close_run(run: Run, seconds: float, lost: dict[str, str] | None = None) -> d
     last = {"seconds": round(seconds, 2), "images": images, "images_per_s": images / seconds}
     record = run.record | {"status": "complete", "finished_at": now()}
     record |= {"counts": counts, "throughput": last, "removed_shards": names}
-    storage.write_bytes(storage.join(run.output, RUN), to_json(record))
-    storage.write_bytes(storage.join(run.output, SUCCESS), b"")
-    try:
-        _refuse_more_prompts(run)  # added while we wrote that
+    replace_run(run.output, record)
+    storage.write_bytes(storage.join(run.output, SUCCESS), name_run(record).encode())
+    try:  # while we wrote that
+        refuse_another_start(run.output, record)
+        _refuse_more_prompts(run)
     except JobError:
         storage.delete_file(storage.join(run.output, SUCCESS))
         raise
@@ -233,7 +238,7 @@ def _refuse_unfinished(run: Run, missing: set[str], lost: dict[str, str]) -> Non
     order = sorted(missing, key=lambda name: (name not in lost, name))
     run.record["status"] = "incomplete"
     run.record["missing"] = {name: lost.get(name, "not finished") for name in order[:100]}
-    storage.write_bytes(storage.join(run.output, RUN), to_json(run.record))
+    replace_run(run.output, run.record)
     size = sum(shard.size_bytes for shard in run.first.shards if shard.name in missing)
     whole = sum(shard.size_bytes for shard in run.first.shards)
     what = f"{len(missing):,} of {len(run.first.shards):,} shards are not complete"
@@ -248,14 +253,8 @@ def _refuse_unfinished(run: Run, missing: set[str], lost: dict[str, str]) -> Non
 
 def is_unfinished(output: str) -> bool:
     """Whether the folder holds a run that has not closed: rows of its tables may be missing."""
-    has_run = storage.exists(storage.join(output, RUN))
-    return has_run and not storage.exists(storage.join(output, SUCCESS))
-
-
-def _refuse_another_start(run: Run) -> None:
-    found = read_run(run.output)
-    if found is None or name_run(found) != name_run(run.record):
-        raise JobError(f"{run.output}: another command has started it over meanwhile")
+    record = read_run(output)
+    return record is not None and not is_complete(output, record)
 
 
 def _refuse_more_prompts(run: Run) -> None:
@@ -336,7 +335,7 @@ def _warn_of_careless_storage(output: str) -> list[str]:
 
 def _delete_run(output: str, record: dict[str, Any]) -> None:
     """Delete the results of a run but its record, which says so meanwhile."""
-    storage.write_bytes(storage.join(output, RUN), to_json(record | {"status": DELETING}))
+    write_run(output, record | {"status": DELETING})
     storage.delete_file(storage.join(output, SUCCESS))
     tables = [str(name) for name in record.get("tables", ())]
     for name in (*tables, ERRORS, STAGING, RECEIPTS, PROMPTS):

@@ -13,14 +13,15 @@ from typing import Any, ClassVar, Protocol
 
 from pipeline import __version__, storage
 from pipeline.config.options import RunOptions
-from pipeline.errors import NotFoundError, UsageError
+from pipeline.errors import ChangedError, JobError, NotFoundError, UsageError
 from pipeline.read.shard import Shard
 from pipeline.schema import SCHEMA_VERSION, Table
-from pipeline.write.layout import RUN
+from pipeline.write.layout import RUN, SUCCESS
 
 DELETING = "being deleted"
 """The status of a run that --restart has begun to delete: the next command does the rest."""
 
+_TRIES = 10
 # Raised whenever the same configuration gives other rows: another rule of reading, decoding or of
 # masks, another bound on what is decoded.
 RESULTS_VERSION = 1
@@ -89,6 +90,44 @@ def read_run(output: str) -> dict[str, Any] | None:
     if not isinstance(record, dict):
         raise UsageError(f"{uri}: not the record of a run; choose another output")
     return record
+
+
+def write_run(output: str, record: dict[str, Any]) -> None:
+    """Write or replace _run.json, whoever wrote the one that is there."""
+    storage.write_bytes(storage.join(output, RUN), to_json(record))
+
+
+def replace_run(output: str, record: dict[str, Any]) -> None:
+    """Replace the _run.json of the same run.
+
+    Raises JobError where another command has started it over, or is just deleting it: what that
+    command writes is never overwritten.
+    """
+    uri = storage.join(output, RUN)
+    for _ in range(_TRIES):
+        try:
+            version = storage.stat_file(uri).version
+            refuse_another_start(output, record)
+            return storage.replace_file(uri, to_json(record), version)
+        except (ChangedError, NotFoundError):
+            continue  # another driver of the same run, or none of it: look again
+    raise JobError(f"{output}: other commands are writing to it; run it again")
+
+
+def refuse_another_start(output: str, record: dict[str, Any]) -> None:
+    """Raise JobError unless _run.json is of the same run, and nobody is deleting it."""
+    found = read_run(output)
+    if found is None or found.get("status") == DELETING or name_run(found) != name_run(record):
+        raise JobError(f"{output}: another command has started it over meanwhile")
+
+
+def is_complete(output: str, record: dict[str, Any]) -> bool:
+    """Whether _SUCCESS is there, and of this run: one of an earlier start says nothing."""
+    try:
+        said = storage.read_bytes(storage.join(output, SUCCESS)).decode("ascii", "replace")
+    except NotFoundError:
+        return False
+    return said == name_run(record) and record.get("status") != DELETING
 
 
 def refuse_other_run(output: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:

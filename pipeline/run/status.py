@@ -6,9 +6,9 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.errors import UsageError
-from pipeline.run.manifest import read_run
+from pipeline.run.manifest import is_complete, read_run
 from pipeline.run.resume import read_failures
-from pipeline.write.layout import SUCCESS, Ledger
+from pipeline.write.layout import Ledger
 from pipeline.write.passes import read_added
 from pipeline.write.receipts import list_receipts
 
@@ -28,7 +28,7 @@ def describe(output: str, record: dict[str, Any]) -> str:
     added = read_added(output)
     planned = int(record.get("input", {}).get("shards", 0))
     removed = int(record.get("input", {}).get("removed_shards", 0))
-    complete = storage.exists(storage.join(output, SUCCESS))
+    complete = is_complete(output, record)
     ok, error = sum(r.ok for r in receipts), sum(r.error for r in receipts)
     done = max(len(receipts) - removed, 0)
     failures = read_failures(output)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import glob as local_glob
 import io
 import os
@@ -25,7 +26,7 @@ from pipeline.errors import ChangedError, NotFoundError, StorageError, UsageErro
 from pipeline.storage import s3
 from pipeline.storage.faults import storage_errors
 from pipeline.storage.s3_read import ObjectFile, read_object
-from pipeline.storage.s3_write import put_object
+from pipeline.storage.s3_write import put_object, replace_object
 from pipeline.storage.uri import Stored, is_s3, join, parent
 
 _FOLDER_TRIES = 10  # to write into, or to delete, a folder that others delete or write into
@@ -210,6 +211,34 @@ def write_new(uri: str, data: bytes) -> None:
         put_object(uri, data, create=True)
         return
     _place(uri, lambda temporary: temporary.write_bytes(data), os.link)
+
+
+def replace_file(uri: str, data: bytes, version: str) -> None:
+    """Replaces a file that still has this version (see stat_file).
+
+    Raises ChangedError where it has another by now, NotFoundError where it is gone. On a local file
+    system without locks two replacements in the same instant may both succeed.
+    """
+    if is_s3(uri):
+        replace_object(uri, data, version)
+        return
+    with _locked(os.path.dirname(uri)):
+        if stat_file(uri).version != version:
+            raise ChangedError(f"{uri}: overwritten by another process")
+        write_bytes(uri, data)
+
+
+@contextlib.contextmanager
+def _locked(folder: str) -> Iterator[None]:
+    """Holds the lock of a local folder, which the kernel lets go with the process."""
+    with storage_errors(folder):
+        handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def ignores_create_only(folder: str) -> bool:

@@ -47,7 +47,9 @@ def read_part(uri: str, columns: Sequence[str]) -> pa.Table:
 @contextlib.contextmanager
 def _opened(uri: str, file: BinaryIO) -> Iterator[pq.ParquetFile]:
     try:
-        yield pq.ParquetFile(file, buffer_size=2**20, pre_buffer=False)
+        yield pq.ParquetFile(
+            file, buffer_size=2**20, pre_buffer=False, page_checksum_verification=True
+        )
     except (OSError, pa.ArrowException) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise JobError(f"{uri}: damaged or not Parquet: {reason}") from error
