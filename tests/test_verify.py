@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 from test_commit import drive, is_complete
 
@@ -24,7 +23,7 @@ def flip(path: Path, at: float = 0.5) -> None:
 
 def parts(output: Path, table: str = "*") -> list[Path]:
     found = sorted(output.glob(f"{table}/*.parquet"))
-    return [path for path in found if path.name != EMPTY_PART and not path.parent.name[0] == "_"]
+    return [path for path in found if path.name != EMPTY_PART and path.parent.name[0] != "_"]
 
 
 def test_a_run_that_is_whole_is_left_alone(
@@ -78,10 +77,8 @@ def test_pages_have_checksums(tmp_path: Path) -> None:
     drive(str(tmp_path))
     victim = parts(tmp_path, "images")[0]
     flip(victim, 0.02)  # in the first page
-    with (
-        pytest.raises((JobError, pa.ArrowException, OSError), match="CRC|corrupt|checksum|damaged"),
-        open_part(str(victim)) as parquet,
-    ):
+    damaged = pytest.raises(JobError, match=r"CRC|[Cc]orrupt|checksum")
+    with damaged, open_part(str(victim)) as parquet:
         parquet.read(use_threads=False)
 
 
