@@ -14,7 +14,6 @@ import torch
 
 from pipeline import schema
 from pipeline.errors import CheckpointError, JobError, UsageError
-from pipeline.infer import segment as stage
 from pipeline.infer.segment import PromptedModel, SegmentImages, encode_prompts
 from pipeline.model.clipseg import CLIPSeg
 from pipeline.model.tokenizer import Tokenizer
@@ -74,11 +73,10 @@ def test_blocks_do_not_change_the_logits(
     prompted: PromptedModel,
     checkpoint: Path,
     pairs_per_block: int,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(stage, "BLOCK_BYTES", pairs_per_block * 64 * 96 * 4)
     table, pixels = batch(3)
-    out = list(SegmentImages(prompted, "cpu")(table))
+    actor = SegmentImages(prompted, "cpu", block_bytes=pairs_per_block * 64 * 96 * 4)
+    out = list(actor(table))
     assert max(t["logits"].nbytes for t in out) <= pairs_per_block * 64 * 96 * 4 + 100
     model, _ = CLIPSeg.from_folder(checkpoint)
     with torch.inference_mode():
@@ -89,18 +87,15 @@ def test_blocks_do_not_change_the_logits(
     assert [(row["row"], row["reason"]) for row in passed] == [(3, "no_image"), (-1, "")]
 
 
-def test_an_image_that_overflows_fails_alone(
-    prompted: PromptedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    actor, (table, _) = SegmentImages(prompted, "cpu"), batch(3)
-    whole = actor.model.activations
+def test_an_image_that_overflows_fails_alone(prompted: PromptedModel) -> None:
+    actor, (table, pixels) = SegmentImages(prompted, "cpu"), batch(3)
+    one = prompted.checkpoint.processor.normalize(torch.from_numpy(pixels[1:2]))
 
-    def overflow(pixels: torch.Tensor) -> list[torch.Tensor]:
-        states = [state.clone() for state in whole(pixels)]
-        states[0][1] = torch.inf
-        return states
+    def overflow(_: object, inputs: tuple[torch.Tensor, bool], out: torch.Tensor) -> torch.Tensor:
+        same = (inputs[0] == one).flatten(1).all(1)
+        return out.masked_fill(same[:, None, None], torch.inf)
 
-    monkeypatch.setattr(actor.model, "activations", overflow)
+    actor.model.clip.vision_model.embeddings.register_forward_hook(overflow)
     rows = [row for t in actor(table) for row in t.to_pylist()]
     assert {row["row"] for row in rows if row["logits"]} == {0, 2}
     (failed,) = [row for row in rows if row["row"] == 1]

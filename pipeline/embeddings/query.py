@@ -25,6 +25,7 @@ from pipeline.errors import (
     UsageError,
 )
 from pipeline.infer.checkpoint import encode_texts, open_processor, open_tokenizer
+from pipeline.infer.device import Device
 from pipeline.infer.fetch import fetch
 from pipeline.model.clip import CLIP
 from pipeline.model.encoders import ImageEncoder, TextEncoder
@@ -115,16 +116,16 @@ def _encode_texts(encoder: Encoder, folder: Path, texts: list[str]) -> np.ndarra
     if not texts or isinstance(encoder, ImageEncoder):
         return np.empty((0, 0))
     tokenizer = open_tokenizer(folder, encoder.text_model)
-    vectors = encode_texts(encoder.encode_text, encoder.text_model, tokenizer, texts)
+    tower, device = encoder.text_model, Device("cpu")
+    vectors = encode_texts(encoder.encode_text, tower, tokenizer, texts, device)
     return normalize(vectors.numpy())
 
 
-@torch.inference_mode()
 def _encode_images(encoder: Encoder, folder: Path, pictures: list[Image.Image]) -> np.ndarray:
     """Vectors (P, D) of length 1, one picture at a time."""
     if not pictures or isinstance(encoder, TextEncoder):
         return np.empty((0, 0))
     processor = open_processor(folder, encoder.vision_model)
     pixels = (torch.from_numpy(processor.resize(picture))[None] for picture in pictures)
-    vectors = [encoder.encode_image(processor.normalize(one)) for one in pixels]
+    vectors = Device("cpu").run(encoder.encode_image, map(processor.normalize, pixels))
     return normalize(torch.cat(vectors).numpy())

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import CheckpointError, JobError
+from pipeline.infer.device import Device
 from pipeline.model.clip import TextTower, VisionTower
 from pipeline.model.tokenizer import Tokenizer
 from pipeline.prepare.processor import ImageProcessor
 
-TEXTS_AT_ONCE = 256
+TEXTS_AT_ONCE = 256  # on a GPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,24 +84,29 @@ def open_tokenizer(folder: Path, tower: TextTower) -> Tokenizer:
     return tokenizer
 
 
-@torch.inference_mode()
 def encode_texts(
     encode: Callable[[Tensor, Tensor], Tensor],
     tower: TextTower,
     tokenizer: Tokenizer,
     texts: list[str],
+    device: Device,
 ) -> Tensor:
-    """Projected embeddings (P, E) float32 of at least one text, not normalised.
+    """Projected embeddings (P, E) float32 on the CPU of at least one text, not normalised.
 
-    `encode` is the encode_text of the model that `tower` belongs to. Texts of the same tokens have
-    the same vector.
+    `encode` is the encode_text of the model on `device` that `tower` belongs to. Texts of the same
+    tokens are encoded once. Padding reaches to the longest text that runs at once, so a text that
+    runs alone has none.
     """
-    ids, mask = tokenizer(texts, tower.embeddings.position_embedding.num_embeddings)
-    rows = torch.cat([ids, mask], dim=1).unique(dim=0, return_inverse=True)
-    (unique_ids, unique_mask), places = rows[0].chunk(2, dim=1), rows[1]
-    step = TEXTS_AT_ONCE
-    vectors = [
-        encode(unique_ids[i : i + step], unique_mask[i : i + step])
-        for i in range(0, len(unique_ids), step)
+    longest = tower.embeddings.position_embedding.num_embeddings
+    ids = [tuple(tokenizer.encode(text, longest)) for text in texts]
+    first = dict(zip(ids, texts, strict=True))
+    unique = list(first.values())
+    batches = [
+        tokenizer(unique[some], longest, pad_to_longest=True)
+        for some in device.split(len(unique), TEXTS_AT_ONCE)
     ]
-    return torch.cat(vectors)[places]
+    vectors = device.run(
+        lambda batch: encode(*(tensor.to(device.torch) for tensor in batch)).float().cpu(), batches
+    )
+    places = {row: i for i, row in enumerate(first)}
+    return torch.cat(vectors)[[places[row] for row in ids]]

@@ -21,7 +21,7 @@ from pipeline import schema
 from pipeline.config.classify import ClassifyConfig
 from pipeline.errors import UsageError
 from pipeline.infer.checkpoint import Checkpoint, encode_texts, open_processor, open_tokenizer
-from pipeline.infer.device import fail_rows, has_pixels, open_device, stack_pixels
+from pipeline.infer.device import Device, fail_rows, has_pixels
 from pipeline.infer.fetch import fetch
 from pipeline.model.check import read_config
 from pipeline.model.clip import CLIP
@@ -71,7 +71,8 @@ class Classifier:
         rows = vectors.astype(np.float64)
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
             rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-            return self.scale * (rows @ self.vectors.T)
+            # Not a BLAS product, whose last bits depend on how many rows there are.
+            return self.scale * np.einsum("be,ce->bc", rows, self.vectors)
 
 
 def open_classifier(name: str, config: ClassifyConfig) -> Classifier:
@@ -125,7 +126,7 @@ def encode_labels(
     Raises UsageError for a label that the model gives no direction.
     """
     texts = [template.replace("{}", label) for label in labels for template in templates]
-    encoded = encode_texts(model.encode_text, model.text_model, tokenizer, texts)
+    encoded = encode_texts(model.encode_text, model.text_model, tokenizer, texts, Device("cpu"))
     each = encoded.double().numpy().reshape(len(labels), len(templates), -1)  # (C, T, E)
     with np.errstate(invalid="ignore", divide="ignore"):
         mean = (each / np.linalg.norm(each, axis=2, keepdims=True)).mean(axis=1)
@@ -141,15 +142,15 @@ class ClassifyImages:
 
     It holds the vision tower, and either its projection or the head. An actor that finds other
     weights under the model's name than the driver did refuses to start. `device` and `threads` as
-    in pixels.open_device.
+    in Device.
     """
 
     def __init__(self, classifier: Classifier, device: str, threads: int | None = None):
-        self.device = open_device(device, threads)
+        self.device = Device(device, threads)
         kind = ImageClassifier if classifier.head else ImageEncoder
         model, weights_hash = kind.from_folder(fetch(classifier.checkpoint.name))
         classifier.checkpoint.check_worker(weights_hash)
-        self.model, self.classifier = model.to(self.device), classifier
+        self.model, self.classifier = model.to(self.device.torch), classifier
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         good = has_pixels(batch)
@@ -158,15 +159,13 @@ class ClassifyImages:
             logits = self._logits(batch.filter(pa.array(good)))
         return rank_labels(batch.drop_columns(["pixels"]), good, logits, self.classifier.top)
 
-    @torch.inference_mode()
     def _logits(self, images: pa.Table) -> np.ndarray:
         """(B, C) of records that hold an image."""
-        processor = self.classifier.checkpoint.processor
-        stacked = stack_pixels(images["pixels"], processor.image_size)
-        pixels = processor.normalize(stacked.to(self.device))
-        if isinstance(self.model, ImageClassifier):
-            return self.model(pixels).double().cpu().numpy()
-        return self.classifier.logits(self.model.encode_image(pixels).float().cpu().numpy())
+        model, head = self.model, self.classifier.head
+        encode = model if isinstance(model, ImageClassifier) else model.encode_image
+        pixels = self.device.load_pixels(images["pixels"], self.classifier.checkpoint.processor)
+        out = torch.cat(self.device.run(encode, pixels)).float().cpu().numpy()
+        return out.astype(np.float64) if head else self.classifier.logits(out)
 
 
 class ClassifyVectors:

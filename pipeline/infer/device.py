@@ -1,6 +1,13 @@
-"""What every actor that holds a model does: pixels of a batch onto its device, rows that fail."""
+"""Rows of a batch through a model on a device: the one way there, for pixels and for texts.
+
+Shapes: N records, B rows that the model takes at once, (H, W) image size, E embedding.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -9,29 +16,57 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UsageError
+from pipeline.prepare.processor import ImageProcessor
 
 
-def open_device(device: str, threads: int | None) -> torch.device:
-    """The device "cpu" or "cuda" of a worker, with at most so many CPU threads (None: torch's own).
+class Device:
+    """ "cpu" or "cuda" of a worker, and how rows of a batch are run there.
 
-    Asking for "cuda" where there is none is a UsageError, never a slow run.
+    A CPU computes every row alone: on one thread, from tensors of its own at the start of a
+    64-byte aligned allocation. Kernels are chosen by shape and split work by the number of
+    threads, and both change the last bits; here neither can depend on the batch, on the slice, on
+    the row's neighbours or on how many threads and actors there are. Rows run on `threads` threads
+    beside each other and share the weights.
+
+    A GPU takes many rows at once, and its last bits depend on how many.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("a GPU was asked for, and torch sees none on this worker")
-    if threads:
-        torch.set_num_threads(threads)
-    return torch.device(device)
+
+    def __init__(self, kind: str, threads: int | None = None):
+        """Raises UsageError for "cuda" without a GPU. `threads` by default as many as torch's."""
+        if kind == "cuda" and not torch.cuda.is_available():
+            raise UsageError("a GPU was asked for, and torch sees none on this worker")
+        self.torch = torch.device(kind)
+        self._threads = None
+        if kind == "cpu":
+            self._threads = ThreadPoolExecutor(
+                threads or torch.get_num_threads(),
+                initializer=torch.set_num_threads,  # of the thread that calls it
+                initargs=(1,),
+            )
+
+    def split(self, count: int, at_once: int) -> list[slice]:
+        """Slices of `count` rows that run at once: one row on a CPU, at most `at_once` on a GPU."""
+        step = 1 if self._threads else at_once
+        return [slice(i, min(i + step, count)) for i in range(0, count, step)]
+
+    def run(self, function: Callable[..., Any], *inputs: Iterable[Any]) -> list[Any]:
+        """`function` of the first of each of the `inputs`, of the second, ..., in their order."""
+        inferred = torch.inference_mode()(function)
+        # CUDA kernels are queued by one thread.
+        return list((self._threads.map if self._threads else map)(inferred, *inputs))
+
+    def load_pixels(self, column: pa.ChunkedArray, processor: ImageProcessor) -> Iterator[Tensor]:
+        """Normalised (B, 3, H, W) float32 on the device of N records' `pixels`, as they are run."""
+        height, width = processor.image_size
+        rows = [np.frombuffer(p.as_buffer(), np.uint8).reshape(height, width, 3) for p in column]
+        for some in self.split(len(rows), at_once=len(rows)):
+            pixels = torch.from_numpy(np.stack(rows[some])).to(self.torch)
+            yield processor.normalize(pixels)
 
 
 def has_pixels(batch: pa.Table) -> np.ndarray:
     """Which records of schema.PIXELS hold an image: bool (N,)."""
     return np.array([len(pixels.as_buffer()) > 0 for pixels in batch["pixels"]], dtype=bool)
-
-
-def stack_pixels(column: pa.ChunkedArray, size: tuple[int, int]) -> Tensor:
-    """uint8 (N, H, W, 3) of the `pixels` of records that hold an image; `size` is (H, W)."""
-    rows = [np.frombuffer(p.as_buffer(), np.uint8).reshape(*size, 3) for p in column]
-    return torch.from_numpy(np.stack(rows))
 
 
 def scale_to_unit(vectors: Tensor) -> Tensor:

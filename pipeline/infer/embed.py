@@ -11,8 +11,8 @@ import pyarrow as pa
 import torch
 
 from pipeline import schema
-from pipeline.infer.checkpoint import Checkpoint, open_processor, open_tokenizer
-from pipeline.infer.device import fail_rows, has_pixels, open_device, scale_to_unit, stack_pixels
+from pipeline.infer.checkpoint import Checkpoint, encode_texts, open_processor, open_tokenizer
+from pipeline.infer.device import Device, fail_rows, has_pixels, scale_to_unit
 from pipeline.infer.fetch import fetch
 from pipeline.model.check import read_config
 from pipeline.model.clip import CLIP
@@ -61,15 +61,15 @@ class EmbedImages:
     """An actor of the embed stage: schema.PIXELS -> schema.VECTORS.
 
     An actor that finds other weights under the model's name than the driver did refuses to start.
-    `device` and `threads` as in pixels.open_device.
+    `device` and `threads` as in Device.
     """
 
     def __init__(self, embedder: Embedder, device: str, threads: int | None = None):
-        self.device = open_device(device, threads)
+        self.device = Device(device, threads)
         folder = fetch(embedder.checkpoint.name)
         model, weights_hash = _load_model(folder, embedder.text)
         embedder.checkpoint.check_worker(weights_hash)
-        self.model, self.embedder = model.to(self.device), embedder
+        self.model, self.embedder = model.to(self.device.torch), embedder
         self.tokenizer = (
             open_tokenizer(folder, model.text_model) if isinstance(model, CLIP) else None
         )
@@ -79,7 +79,9 @@ class EmbedImages:
         rows = batch.filter(pa.array(good))
         vectors = texts = np.zeros((len(rows), 0), np.float32)
         if len(rows):
-            vectors, texts = self._images(rows), self._texts(rows)
+            pixels = self.device.load_pixels(rows["pixels"], self.embedder.checkpoint.processor)
+            vectors = self._scaled(self.device.run(self.model.encode_image, pixels))
+            texts = self._texts(rows)
         with np.errstate(over="ignore"):
             stored = np.concatenate([vectors, texts], axis=1).astype(self.embedder.dtype)
         fits, failed = np.isfinite(stored).all(axis=1), good.copy()
@@ -89,24 +91,19 @@ class EmbedImages:
         columns = [*table.columns, _spread(vectors[fits], good), _spread(texts[fits], good)]
         return pa.table(columns, schema=schema.VECTORS)
 
-    @torch.inference_mode()
-    def _images(self, rows: pa.Table) -> np.ndarray:
-        processor = self.embedder.checkpoint.processor
-        pixels = stack_pixels(rows["pixels"], processor.image_size).to(self.device)
-        return self._scaled(self.model.encode_image(processor.normalize(pixels)))
-
-    @torch.inference_mode()
     def _texts(self, rows: pa.Table) -> np.ndarray:
-        if self.tokenizer is None or not isinstance(self.model, CLIP):
+        model = self.model
+        if self.tokenizer is None or not isinstance(model, CLIP):
             return np.zeros((len(rows), 0), np.float32)
-        longest = self.model.text_model.embeddings.position_embedding.num_embeddings
-        ids, mask = self.tokenizer(rows["text"].to_pylist(), max_length=longest)
-        return self._scaled(self.model.encode_text(ids.to(self.device), mask.to(self.device)))
+        texts = rows["text"].to_pylist()
+        tower, tokenizer = model.text_model, self.tokenizer
+        vectors = encode_texts(model.encode_text, tower, tokenizer, texts, self.device)
+        return self._scaled(list(vectors.split(1)))
 
-    def _scaled(self, vectors: torch.Tensor) -> np.ndarray:
-        """(N, E) float32, of length 1 if wanted."""
-        scaled = scale_to_unit(vectors) if self.embedder.normalize else vectors.float()
-        return scaled.cpu().numpy()
+    def _scaled(self, vectors: list[torch.Tensor]) -> np.ndarray:
+        """(N, E) float32 of vectors (B, E) each, of length 1 if wanted."""
+        scaled = self.device.run(scale_to_unit, vectors) if self.embedder.normalize else vectors
+        return torch.cat(scaled).float().cpu().numpy()
 
 
 def _spread(vectors: np.ndarray, good: np.ndarray) -> pa.Array:

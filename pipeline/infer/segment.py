@@ -17,12 +17,13 @@ from torch import Tensor
 
 from pipeline import schema
 from pipeline.infer.checkpoint import Checkpoint, encode_texts, open_processor, open_tokenizer
-from pipeline.infer.device import fail_rows, has_pixels, open_device, scale_to_unit, stack_pixels
+from pipeline.infer.device import Device, fail_rows, has_pixels, scale_to_unit
 from pipeline.infer.fetch import fetch
 from pipeline.model.clipseg import CLIPSeg
 
 # Logits handed on at once: a block of Ray Data's, which lies in the object store as one piece.
 BLOCK_BYTES = 64 * 1024**2
+PAIRS_AT_ONCE = 16  # of images and prompts, on a GPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,8 @@ def encode_prompts(name: str, prompts: list[str], *, embed: bool = False) -> Pro
     model, weights_hash = CLIPSeg.from_folder(folder)
     processor = open_processor(folder, model.clip.vision_model)
     tokenizer = open_tokenizer(folder, model.clip.text_model)
-    conditional = encode_texts(model.encode_text, model.clip.text_model, tokenizer, prompts)
+    text_model, device = model.clip.text_model, Device("cpu")
+    conditional = encode_texts(model.encode_text, text_model, tokenizer, prompts, device)
     checkpoint = Checkpoint(
         name=name,
         config=model.config.to_dict(),
@@ -68,15 +70,25 @@ class SegmentImages:
     """An actor of the segment stage: schema.PIXELS -> schema.LOGITS.
 
     An actor that finds other weights under the model's name than the driver did refuses to start.
-    `device` and `threads` as in pixels.open_device.
+    `device` and `threads` as in Device. About `block_bytes` of logits are handed on at once.
     """
 
-    def __init__(self, prompted: PromptedModel, device: str, threads: int | None = None):
-        self.device = open_device(device, threads)
+    def __init__(
+        self,
+        prompted: PromptedModel,
+        device: str,
+        threads: int | None = None,
+        *,
+        block_bytes: int = BLOCK_BYTES,
+    ):
+        self.device, self.block_bytes = Device(device, threads), block_bytes
         model, weights_hash = CLIPSeg.from_folder(fetch(prompted.checkpoint.name))
         prompted.checkpoint.check_worker(weights_hash)
-        self.model, self.prompted = model.to(self.device), prompted
-        self.conditional = torch.from_numpy(prompted.conditional.copy()).to(self.device)
+        self.model, self.prompted = model.to(self.device.torch), prompted
+        self.conditional = torch.from_numpy(prompted.conditional.copy()).to(self.device.torch)
+        patch = model.config.vision_config.patch_size
+        height, width = prompted.checkpoint.processor.image_size
+        self.grid = (height // patch, width // patch)
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         """Records that failed pass first, then images in their order, prompts in runs."""
@@ -84,53 +96,65 @@ class SegmentImages:
         if not good.all():
             yield _with_logits(batch.filter(pa.array(~good)), None, 0, None)
         images = batch.filter(pa.array(good))
-        if len(images):
-            yield from self._segment(images)
-
-    @torch.inference_mode()
-    def _segment(self, images: pa.Table) -> Iterator[pa.Table]:
-        """Logits of images that decoded, in blocks of about BLOCK_BYTES."""
-        processor = self.prompted.checkpoint.processor
-        stacked = stack_pixels(images["pixels"], processor.image_size)
-        pixels = processor.normalize(stacked.to(self.device))
-        activations, vectors = self._encode(pixels)
-        grid = self.model.grid(pixels)
+        if not len(images):
+            return
+        pixels = self.device.load_pixels(images["pixels"], self.prompted.checkpoint.processor)
+        encoded = self.device.run(self._encode, pixels)
+        steps = [torch.cat(step) for step in zip(*(e[0] for e in encoded), strict=True)]
+        vectors = torch.cat([e[1] for e in encoded]).numpy()
         patch = self.model.config.vision_config.patch_size
-        pairs = max(1, BLOCK_BYTES // (4 * grid[0] * grid[1] * patch**2))
+        pairs = max(1, self.block_bytes // (4 * self.grid[0] * self.grid[1] * patch**2))
         prompts = min(len(self.conditional), pairs)
-        step = max(1, pairs // prompts)
-        for i in range(0, len(images), step):
-            rows, some = images.slice(i, step), [a[i : i + step] for a in activations]
-            vector = vectors[i : i + step]
-            for first in range(0, len(self.conditional), prompts):
-                conditional = self.conditional[first : first + prompts]
-                logits = self.model.decode(some, conditional, grid).float().cpu()
-                if first == 0:
-                    # An image that overflows does so with every prompt: it fails here, as a whole.
-                    masked = torch.isfinite(logits).flatten(1).all(1).numpy()
-                    good = masked & np.isfinite(vector).all(axis=1)
-                    if not good.all():
-                        failed = fail_rows(rows, ~good, "embed", "the embedding is not finite")
-                        failed = fail_rows(
-                            failed, ~masked, "segment", "the model's logits are not finite"
-                        )
-                        yield _with_logits(failed.filter(pa.array(~good)), None, 0, None)
-                    rows, where = rows.filter(pa.array(good)), torch.from_numpy(good)
-                    some = [a[where.to(a.device)] for a in some]
-                    logits, vector = logits[where], vector[good]
-                yield _with_logits(rows, logits, first, vector if first == 0 else None)
+        count = max(1, pairs // prompts)
+        for i in range(0, len(images), count):
+            some = [step[i : i + count] for step in steps]
+            yield from self._decode(images.slice(i, count), some, vectors[i : i + count], prompts)
 
-    def _encode(self, pixels: Tensor) -> tuple[list[Tensor], np.ndarray]:
-        """The activations that masks need, and embeddings (B, E) of length 1, or (B, 0)."""
-        if not self.prompted.embed:
-            return self.model.activations(pixels), np.zeros((len(pixels), 0), np.float32)
+    def _encode(self, pixels: Tensor) -> tuple[list[Tensor], Tensor]:
+        """What the decoder needs of images (B, 3, H, W) whatever the prompt, and their embeddings
+        (B, E) of length 1, or (B, 0)."""
         tower = self.model.clip.vision_model
         wanted = self.model.config.extract_layers
+        if not self.prompted.embed:
+            states = tower.activations(pixels, wanted)
+            return self.model.decoder.reduce(states), torch.zeros(len(pixels), 0)
         deepest = len(tower.encoder.layers) - 1
         layers = wanted if wanted[-1] == deepest else (*wanted, deepest)
         states = tower.activations(pixels, layers)
         vectors = self.model.clip.visual_projection(tower.pool(states[-1]))
-        return states[: len(wanted)], scale_to_unit(vectors).cpu().numpy()
+        return self.model.decoder.reduce(states[: len(wanted)]), scale_to_unit(vectors).cpu()
+
+    def _decode(
+        self, rows: pa.Table, steps: list[Tensor], vectors: np.ndarray, prompts: int
+    ) -> Iterator[pa.Table]:
+        """Tables of so many `prompts` of the images in `rows`; `steps` and `vectors` of _encode."""
+        for first in range(0, len(self.conditional), prompts):
+            logits = self._logits(steps, self.conditional[first : first + prompts])
+            if first == 0:
+                # An image that overflows does so with every prompt: it fails here, as a whole.
+                masked = torch.isfinite(logits).flatten(1).all(1).numpy()
+                good = masked & np.isfinite(vectors).all(axis=1)
+                if not good.all():
+                    failed = fail_rows(rows, ~good, "embed", "the embedding is not finite")
+                    detail = "the model's logits are not finite"
+                    failed = fail_rows(failed, ~masked, "segment", detail)
+                    yield _with_logits(failed.filter(pa.array(~good)), None, 0, None)
+                    rows, where = rows.filter(pa.array(good)), torch.from_numpy(good)
+                    steps = [step[where.to(step.device)] for step in steps]
+                    logits, vectors = logits[where], vectors[good]
+            yield _with_logits(rows, logits, first, vectors if first == 0 else None)
+
+    def _logits(self, steps: list[Tensor], conditional: Tensor) -> Tensor:
+        """(B, P, H, W) float32 on the CPU of every image with every prompt (P, E)."""
+        shape = (len(steps[0]), len(conditional))
+        image, prompt = torch.cartesian_prod(*(torch.arange(n) for n in shape)).T
+
+        def decode(some: slice) -> Tensor:
+            states = [step[image[some]] for step in steps]  # indexing copies
+            return self.model.decoder(states, conditional[prompt[some]], self.grid).float().cpu()
+
+        pairs = self.device.split(shape[0] * shape[1], PAIRS_AT_ONCE)
+        return torch.cat(self.device.run(decode, pairs)).unflatten(0, shape)
 
 
 def _with_logits(

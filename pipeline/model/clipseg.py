@@ -22,10 +22,6 @@ from pipeline.model.clip import CLIP, MLP, Attention
 from pipeline.model.config import CLIPSegConfig
 from pipeline.model.weights import load_weights
 
-# (image, prompt) pairs that the decoder runs at once. Its memory grows with it: about 9 MB a pair
-# at 352 x 352 pixels.
-PAIRS_PER_SLICE = 16
-
 
 class DecoderBlock(nn.Module):
     """One post-norm transformer block, always with ReLU, (S, L, R) -> (S, L, R)."""
@@ -150,12 +146,17 @@ class CLIPSeg(nn.Module):
         return pixels.shape[2] // patch, pixels.shape[3] // patch
 
     def decode(
-        self, activations: Sequence[Tensor], conditional: Tensor, grid: tuple[int, int]
+        self,
+        activations: Sequence[Tensor],
+        conditional: Tensor,
+        grid: tuple[int, int],
+        *,
+        pairs_at_once: int = 16,
     ) -> Tensor:
         """Mask logits (B, P, H, W) of every image with every prompt.
 
-        `conditional` is (P, E), the same prompts for all images, or (B, P, E). Pairs are run in
-        slices of PAIRS_PER_SLICE, so that memory beyond the result does not grow with B x P.
+        `conditional` is (P, E), the same prompts for all images, or (B, P, E). Memory beyond the
+        result grows with `pairs_at_once`, by about 9 MB a pair at 352 x 352 pixels.
         """
         steps = self.decoder.reduce(activations)
         images, prompts = len(steps[0]), conditional.shape[-2]
@@ -164,8 +165,8 @@ class CLIPSeg(nn.Module):
         logits = [
             self.decoder([step[i] for step in steps], c, grid)
             for i, c in zip(
-                image_of_pair.split(PAIRS_PER_SLICE),
-                conditional.split(PAIRS_PER_SLICE),
+                image_of_pair.split(pairs_at_once),
+                conditional.split(pairs_at_once),
                 strict=True,
             )
         ]
