@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pipeline.annotations.contact_sheet import write_contact_sheet
 from pipeline.config.command import run_command
 from pipeline.config.segment import SegmentConfig
-from pipeline.infer.segment import PromptedModel, SegmentImages, encode_prompts
+from pipeline.infer.segment import SegmentSpec, SegmentImages, open_segmenter
 from pipeline.prepare.images import PrepareImages, fail_crashed_image
 from pipeline.read.inputs import plan_shards
 from pipeline.read.records import end_crashed_shard, read_batches, read_one_by_one
@@ -37,14 +37,14 @@ def segment(config: SegmentConfig, open_engine: OpenEngine = open_ray) -> None:
     set_storage_timeout(config.run.storage_timeout)
     config = config.resolve()
     shards = plan_shards(config.input, image_column=config.images.image_column)
-    prompted = encode_prompts(config.model, list(config.prompt), embed=config.embed)
-    checkpoint = prompted.checkpoint
+    spec = open_segmenter(config.model, list(config.prompt), embed=config.embed)
+    checkpoint = spec.checkpoint
     tables = config.tables(checkpoint.dimension, checkpoint.weights_hash)
     run = open_run(config, shards, model=checkpoint.fingerprint(), tables=tables)
     tell(run.notes)
     with open_engine(config.workers) as engine:
         # One pass over the shards, and one more for each time that prompts were added.
-        streams = [stream(config, prompted, each, engine) for each in run.passes]
+        streams = [stream(config, spec, each, engine) for each in run.passes]
         counts = follow_run(run, streams, engine, quiet=config.workers.quiet)
     print(summary(run, counts))
     if config.contact_sheet:
@@ -54,11 +54,11 @@ def segment(config: SegmentConfig, open_engine: OpenEngine = open_ray) -> None:
 
 
 def stream(
-    config: SegmentConfig, prompted: PromptedModel, of_pass: Pass, engine: Engine
+    config: SegmentConfig, spec: SegmentSpec, of_pass: Pass, engine: Engine
 ) -> Dataset:
     """The chain of one pass, with its prompts, over the shards that it has left."""
-    asked = prompted.only(of_pass.prompts, embed="embeddings" in of_pass.tables)
-    prepare = PrepareImages(prompted.checkpoint.processor, config.images.max_pixels)
+    asked = spec.only(of_pass.prompts, embed="embeddings" in of_pass.tables)
+    prepare = PrepareImages(spec.checkpoint.processor, config.images.max_pixels)
     rows = MakeMaskRows(config, of_pass.tables, of_pass.prompts, of_pass.ledger.first_prompt)
     return (
         engine.dataset(of_pass.todo)

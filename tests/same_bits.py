@@ -19,7 +19,7 @@ from pipeline import schema
 from pipeline.config.classify import ClassifyConfig
 from pipeline.infer.classify import ClassifyImages, open_classifier
 from pipeline.infer.embed import EmbedImages, open_embedder
-from pipeline.infer.segment import SegmentImages, encode_prompts
+from pipeline.infer.segment import SegmentImages, open_segmenter
 
 PROMPTS = [f"a red {'star ' * (i % 4)}{'!' * (i % 3)} {i}" for i in range(20)]
 # (threads, images, prompts): the image 0 alone, at the end of three and among sixteen. One of two
@@ -42,10 +42,10 @@ def records(size: tuple[int, int], images: list[int]) -> pa.Table:
 
 def segment(model: str) -> Values:
     """Prompts, logits of few images with many prompts and of many with few, embeddings."""
-    all_prompts = encode_prompts(model, PROMPTS, embed=True)
+    all_prompts = open_segmenter(model, PROMPTS, embed=True)
     size = all_prompts.checkpoint.processor.image_size
     for count in (1, 3, 20):
-        for i, vector in enumerate(encode_prompts(model, PROMPTS[:count]).conditional):
+        for i, vector in enumerate(open_segmenter(model, PROMPTS[:count]).conditional):
             yield ("prompt", i), vector
     for threads, images, count in RUNS:
         asked = all_prompts.only(PROMPTS[:count], embed=True)

@@ -14,7 +14,7 @@ import torch
 
 from pipeline import schema
 from pipeline.errors import CheckpointError, JobError, UsageError
-from pipeline.infer.segment import PromptedModel, SegmentImages, encode_prompts
+from pipeline.infer.segment import SegmentImages, SegmentSpec, open_segmenter
 from pipeline.model.clipseg import CLIPSeg
 from pipeline.model.tokenizer import Tokenizer
 
@@ -33,8 +33,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def prompted(checkpoint: Path) -> PromptedModel:
-    return encode_prompts(str(checkpoint), PROMPTS)
+def prompted(checkpoint: Path) -> SegmentSpec:
+    return open_segmenter(str(checkpoint), PROMPTS)
 
 
 def record(row: int, pixels: np.ndarray | None, reason: str = "") -> dict[str, object]:
@@ -70,7 +70,7 @@ def gather(tables: list[pa.Table], count: int) -> np.ndarray:
 
 @pytest.mark.parametrize("pairs_per_block", [100, 7, 5, 2, 1])
 def test_blocks_do_not_change_the_logits(
-    prompted: PromptedModel,
+    prompted: SegmentSpec,
     checkpoint: Path,
     pairs_per_block: int,
 ) -> None:
@@ -87,7 +87,7 @@ def test_blocks_do_not_change_the_logits(
     assert [(row["row"], row["reason"]) for row in passed] == [(3, "no_image"), (-1, "")]
 
 
-def test_an_image_that_overflows_fails_alone(prompted: PromptedModel) -> None:
+def test_an_image_that_overflows_fails_alone(prompted: SegmentSpec) -> None:
     actor, (table, pixels) = SegmentImages(prompted, "cpu"), batch(3)
     one = prompted.checkpoint.processor.normalize(torch.from_numpy(pixels[1:2]))
 
@@ -102,14 +102,14 @@ def test_an_image_that_overflows_fails_alone(prompted: PromptedModel) -> None:
     assert (failed["stage"], failed["reason"]) == ("segment", "model_failed")
 
 
-def test_an_actor_with_other_weights_refuses(prompted: PromptedModel, tmp_path: Path) -> None:
+def test_an_actor_with_other_weights_refuses(prompted: SegmentSpec, tmp_path: Path) -> None:
     checkpoint = replace(prompted.checkpoint, weights_hash="0" * 64)
     other = replace(prompted, checkpoint=checkpoint)
     with pytest.raises(JobError, match="other weights"):
         SegmentImages(other, "cpu")
 
 
-def test_a_gpu_that_is_not_there_is_an_error(prompted: PromptedModel) -> None:
+def test_a_gpu_that_is_not_there_is_an_error(prompted: SegmentSpec) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
     with pytest.raises(UsageError, match="GPU"):
@@ -121,7 +121,7 @@ def test_a_tokenizer_of_another_model_is_refused(checkpoint: Path, tmp_path: Pat
     merges = [*checkpoints.small_merges(), ("a</w>", "an</w>")]
     checkpoints.write_vocabulary(folder, merges)
     with pytest.raises(CheckpointError, match="the tokenizer has 558 tokens, the model 557"):
-        encode_prompts(str(folder), PROMPTS)
+        open_segmenter(str(folder), PROMPTS)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_images_of_a_size_that_no_model_takes_are_refused(
     config = {"image_processor_type": "ViTImageProcessor", "size": size}
     folder = checkpoints.copy_with(checkpoint, tmp_path / "m", preprocessor_config=config)
     with pytest.raises(CheckpointError, match=says):
-        encode_prompts(str(folder), PROMPTS)
+        open_segmenter(str(folder), PROMPTS)
 
 
 def test_an_embedding_that_overflows_fails_as_a_row(checkpoint: Path, tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_an_embedding_that_overflows_fails_as_a_row(checkpoint: Path, tmp_path: 
     checkpoints.change_tensors(
         folder, lambda tensors: tensors["clip.visual_projection.weight"].mul_(torch.inf)
     )
-    actor = SegmentImages(encode_prompts(str(folder), PROMPTS, embed=True), "cpu")
+    actor = SegmentImages(open_segmenter(str(folder), PROMPTS, embed=True), "cpu")
     rows = [row for t in actor(batch(2)[0]) for row in t.to_pylist()]
     failed = [row for row in rows if row["reason"] == "model_failed"]
     assert sorted(row["row"] for row in failed) == [0, 1]
@@ -156,7 +156,7 @@ def test_an_embedding_that_overflows_fails_as_a_row(checkpoint: Path, tmp_path: 
     assert not any(row["logits"] or row["vector"] for row in rows)
 
 
-def test_another_tokenizer_is_another_run(prompted: PromptedModel) -> None:
+def test_another_tokenizer_is_another_run(prompted: SegmentSpec) -> None:
     """It decides what a prompt is."""
     folder = prompted.checkpoint.name
     known = prompted.checkpoint.fingerprint()["tokenizer_hash"]

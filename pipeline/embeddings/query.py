@@ -24,9 +24,8 @@ from pipeline.errors import (
     StorageError,
     UsageError,
 )
-from pipeline.infer.checkpoint import encode_texts, open_processor, open_tokenizer
+from pipeline.infer.checkpoint import OpenModel
 from pipeline.infer.device import Device
-from pipeline.infer.fetch import fetch
 from pipeline.model.clip import CLIP
 from pipeline.model.encoders import ImageEncoder, TextEncoder
 from pipeline.prepare.images import decode_image
@@ -72,9 +71,9 @@ def encode_queries(
     images = list(dict.fromkeys(image for q in queries for image in q.images))
     pictures = [read_image(image) for image in images]
     kind = CLIP if texts and images else TextEncoder if texts else ImageEncoder
-    encoder, folder = _load(table, model, kind)
-    of_text = dict(zip(texts, _encode_texts(encoder, folder, texts), strict=True))
-    of_image = dict(zip(images, _encode_images(encoder, folder, pictures), strict=True))
+    opened = _open(table, model, kind)
+    of_text = dict(zip(texts, _encode_texts(opened, texts), strict=True))
+    of_image = dict(zip(images, _encode_images(opened, pictures), strict=True))
     vectors = np.zeros((len(queries), table.dimension), np.float32)
     for query, vector in zip(queries, vectors, strict=True):
         for added in (*(of_text[t] for t in query.texts), *(of_image[i] for i in query.images)):
@@ -99,33 +98,29 @@ def read_image(uri: str) -> Image.Image:
         raise UsageError(f"--image {uri}: cannot be read: {error}") from error
 
 
-def _load(table: EmbeddingTable, model: str | None, kind: type[Encoder]) -> tuple[Encoder, Path]:
-    """What is needed of the table's model, and its folder; UsageError if it is not the table's."""
+def _open(table: EmbeddingTable, model: str | None, kind: type[Encoder]) -> OpenModel[Encoder]:
+    """The needed part of the table's model; UsageError if it is not the table's."""
     try:
-        folder = fetch(model or table.model)
-        encoder, weights_hash = kind.from_folder(folder)
+        opened: OpenModel[Encoder] = OpenModel(
+            model or table.model, kind.from_folder, Device("cpu")
+        )
     except CheckpointError as error:
         hint = "" if model else "; --model says where the model of this table is"
         raise UsageError(f"{error}{hint}") from error
-    check_weights(table, model or table.model, weights_hash)
-    return encoder, folder
+    check_weights(table, opened.name, opened.weights_hash)
+    return opened
 
 
-def _encode_texts(encoder: Encoder, folder: Path, texts: list[str]) -> np.ndarray:
+def _encode_texts(opened: OpenModel[Encoder], texts: list[str]) -> np.ndarray:
     """Vectors (P, D) of length 1."""
-    if not texts or isinstance(encoder, ImageEncoder):
-        return np.empty((0, 0))
-    tokenizer = open_tokenizer(folder, encoder.text_model)
-    tower, device = encoder.text_model, Device("cpu")
-    vectors = encode_texts(encoder.encode_text, tower, tokenizer, texts, device)
-    return normalize(vectors.numpy())
+    return normalize(opened.encode_texts(texts).numpy()) if texts else np.empty((0, 0))
 
 
-def _encode_images(encoder: Encoder, folder: Path, pictures: list[Image.Image]) -> np.ndarray:
-    """Vectors (P, D) of length 1, one picture at a time."""
-    if not pictures or isinstance(encoder, TextEncoder):
+def _encode_images(opened: OpenModel[Encoder], pictures: list[Image.Image]) -> np.ndarray:
+    """Vectors (P, D) of length 1."""
+    if not pictures or isinstance(opened.model, TextEncoder):
         return np.empty((0, 0))
-    processor = open_processor(folder, encoder.vision_model)
+    processor = opened.processor
     pixels = (torch.from_numpy(processor.resize(picture))[None] for picture in pictures)
-    vectors = Device("cpu").run(encoder.encode_image, map(processor.normalize, pixels))
+    vectors = opened.device.run(opened.model.encode_image, map(processor.normalize, pixels))
     return normalize(torch.cat(vectors).numpy())

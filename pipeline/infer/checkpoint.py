@@ -1,7 +1,7 @@
-"""A checkpoint as the driver hands it to the actors, and the text side that the driver encodes.
+"""The one way to open a checkpoint, and its description as the driver hands it to the actors.
 
 Stands between the models, which know torch alone, and the stages: every job's model is named,
-described and recognised again in the same way.
+loaded, described and recognised again in the same way.
 
 Shapes: P texts, E projection.
 """
@@ -10,19 +10,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from pipeline.errors import CheckpointError, JobError
 from pipeline.infer.device import Device
-from pipeline.model.clip import TextTower, VisionTower
+from pipeline.infer.fetch import fetch
+from pipeline.model.check import read_config
+from pipeline.model.clip import CLIP, TextTower, VisionTower
+from pipeline.model.clipseg import CLIPSeg
+from pipeline.model.encoders import ImageClassifier, ImageEncoder, TextEncoder
 from pipeline.model.tokenizer import Tokenizer
 from pipeline.prepare.processor import ImageProcessor
 
 TEXTS_AT_ONCE = 256  # on a GPU
+
+Dtype = Literal["float32"]
+Model = TypeVar("Model", bound=CLIPSeg | CLIP | TextEncoder | ImageEncoder | ImageClassifier)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +44,8 @@ class Checkpoint:
     processor: ImageProcessor
     tokenizer_hash: str = ""
     """Tokenizer.content_hash, where texts are encoded."""
+    dtype: Dtype = "float32"
+    """Of weights and activations."""
 
     @property
     def dimension(self) -> int:
@@ -49,13 +59,89 @@ class Checkpoint:
             "model_config": self.config,
             "preprocessing": asdict(self.processor),
             "tokenizer_hash": self.tokenizer_hash,
-            "dtype": "float32",
+            "dtype": self.dtype,
         }
 
-    def check_worker(self, weights_hash: str) -> None:
-        """Raise JobError if a worker found other weights under this name than the driver did."""
-        if weights_hash != self.weights_hash:
-            raise JobError(f"{self.name}: this worker finds other weights than the driver did")
+
+class OpenModel(Generic[Model]):
+    """The model of a checkpoint on a device, with the tokenizer and image processor beside it.
+
+    These two are read, and held against the model's towers, when they are first asked for.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        load: Callable[[Path], tuple[Model, str]],
+        device: Device,
+        *,
+        dtype: Dtype = "float32",
+    ):
+        """Fetch `name` and `load` its folder, as a model's from_folder does.
+
+        Raises CheckpointError naming the file, field or tensor that is wrong.
+        """
+        self.name, self.device, self.dtype = name, device, dtype
+        self.folder = fetch(name)
+        model, self.weights_hash = load(self.folder)
+        model.to(device.torch, getattr(torch, dtype))
+        self.model = model
+
+    @classmethod
+    def on_worker(
+        cls, known: Checkpoint, load: Callable[[Path], tuple[Model, str]], device: Device
+    ) -> OpenModel[Model]:
+        """The model that the driver described. Raises JobError if its weights are others here."""
+        found = cls(known.name, load, device, dtype=known.dtype)
+        if found.weights_hash != known.weights_hash:
+            raise JobError(f"{known.name}: this worker finds other weights than the driver did")
+        return found
+
+    @cached_property
+    def processor(self) -> ImageProcessor:
+        """The folder's image processor. Raises CheckpointError if it is not the vision tower's."""
+        if isinstance(self.model, TextEncoder):
+            raise TypeError("a text encoder takes no images")
+        return open_processor(self.folder, self.model.vision_model)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The folder's tokenizer. Raises CheckpointError if it is not the text tower's."""
+        return open_tokenizer(self.folder, self._text_model().text_model)
+
+    def describe(self, *, texts: bool) -> Checkpoint:
+        """The checkpoint of a model for images; with `texts`, of one that encodes texts, too."""
+        return Checkpoint(
+            name=self.name,
+            config=read_config(self.folder),
+            weights_hash=self.weights_hash,
+            processor=self.processor,
+            tokenizer_hash=self.tokenizer.content_hash if texts else "",
+            dtype=self.dtype,
+        )
+
+    def encode_texts(self, texts: list[str]) -> Tensor:
+        """Projected embeddings (P, E) float32 on the CPU of at least one text, not normalised.
+
+        Texts of the same tokens are encoded once. Padding reaches to the longest text that runs at
+        once, so a text that runs alone has none.
+        """
+        model, device = self._text_model(), self.device
+        longest = model.text_model.embeddings.position_embedding.num_embeddings
+        ids = [tuple(self.tokenizer.encode(text, longest)) for text in texts]
+        first = dict(zip(ids, texts, strict=True))
+        unique, places = list(first.values()), {row: i for i, row in enumerate(first)}
+        batches = (
+            [t.to(device.torch) for t in self.tokenizer(unique[some], longest, pad_to_longest=True)]
+            for some in device.split(len(unique), TEXTS_AT_ONCE)
+        )
+        vectors = device.run(model.encode_text, *zip(*batches, strict=True))
+        return torch.cat(vectors).float().cpu()[[places[row] for row in ids]]
+
+    def _text_model(self) -> CLIPSeg | CLIP | TextEncoder:
+        if isinstance(self.model, ImageEncoder | ImageClassifier):
+            raise TypeError("an image encoder takes no texts")
+        return self.model
 
 
 def open_processor(folder: Path, tower: VisionTower) -> ImageProcessor:
@@ -82,31 +168,3 @@ def open_tokenizer(folder: Path, tower: TextTower) -> Tokenizer:
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {known}"
         )
     return tokenizer
-
-
-def encode_texts(
-    encode: Callable[[Tensor, Tensor], Tensor],
-    tower: TextTower,
-    tokenizer: Tokenizer,
-    texts: list[str],
-    device: Device,
-) -> Tensor:
-    """Projected embeddings (P, E) float32 on the CPU of at least one text, not normalised.
-
-    `encode` is the encode_text of the model on `device` that `tower` belongs to. Texts of the same
-    tokens are encoded once. Padding reaches to the longest text that runs at once, so a text that
-    runs alone has none.
-    """
-    longest = tower.embeddings.position_embedding.num_embeddings
-    ids = [tuple(tokenizer.encode(text, longest)) for text in texts]
-    first = dict(zip(ids, texts, strict=True))
-    unique = list(first.values())
-    batches = [
-        tokenizer(unique[some], longest, pad_to_longest=True)
-        for some in device.split(len(unique), TEXTS_AT_ONCE)
-    ]
-    vectors = device.run(
-        lambda batch: encode(*(tensor.to(device.torch) for tensor in batch)).float().cpu(), batches
-    )
-    places = {row: i for i, row in enumerate(first)}
-    return torch.cat(vectors)[[places[row] for row in ids]]

@@ -10,7 +10,9 @@ Shapes: B images, C labels, T templates, E projection, K labels that are kept.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,10 +22,9 @@ import torch
 from pipeline import schema
 from pipeline.config.classify import ClassifyConfig
 from pipeline.errors import UsageError
-from pipeline.infer.checkpoint import Checkpoint, encode_texts, open_processor, open_tokenizer
+from pipeline.infer.checkpoint import Checkpoint, OpenModel
 from pipeline.infer.device import Device, fail_rows, has_pixels
 from pipeline.infer.fetch import fetch
-from pipeline.model.check import read_config
 from pipeline.model.clip import CLIP
 from pipeline.model.encoders import (
     ImageClassifier,
@@ -31,7 +32,6 @@ from pipeline.model.encoders import (
     read_head_labels,
     read_logit_scale,
 )
-from pipeline.model.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,25 +88,17 @@ def open_classifier(name: str, config: ClassifyConfig) -> Classifier:
             raise UsageError(
                 f"--{given[0]}: {name} classifies by a head with {len(own)} labels of its own"
             )
-        head, weights_hash = ImageClassifier.from_folder(folder)
-        tower, templates, vectors, scale = head.vision_model, [], np.empty((0, 0)), 1.0
-        tokenizer_hash = ""
+        checkpoint = OpenModel(name, ImageClassifier.from_folder, Device("cpu")).describe(
+            texts=False
+        )
+        templates, vectors, scale = [], np.empty((0, 0)), 1.0
     else:
         if not labels:
             raise UsageError(f"nothing to choose from: {name} needs --labels FILE, one a line")
-        model, weights_hash = CLIP.from_folder(folder)
-        tower = model.vision_model
+        opened = OpenModel(name, CLIP.from_folder, Device("cpu"))
+        checkpoint = opened.describe(texts=True)
         templates, scale = config.templates(), read_logit_scale(folder)
-        tokenizer = open_tokenizer(folder, model.text_model)
-        vectors = encode_labels(model, tokenizer, labels, templates)
-        tokenizer_hash = tokenizer.content_hash
-    checkpoint = Checkpoint(
-        name=name,
-        config=read_config(folder),
-        weights_hash=weights_hash,
-        processor=open_processor(folder, tower),
-        tokenizer_hash=tokenizer_hash,
-    )
+        vectors = encode_labels(opened, labels, templates)
     names = labels if own is None else own
     return Classifier(
         checkpoint=checkpoint,
@@ -118,16 +110,15 @@ def open_classifier(name: str, config: ClassifyConfig) -> Classifier:
     )
 
 
-def encode_labels(
-    model: CLIP, tokenizer: Tokenizer, labels: list[str], templates: list[str]
-) -> np.ndarray:
+def encode_labels(opened: OpenModel[CLIP], labels: list[str], templates: list[str]) -> np.ndarray:
     """Embeddings (C, E) of the labels, float64 of length 1: the mean over all templates.
 
     Raises UsageError for a label that the model gives no direction.
     """
     texts = [template.replace("{}", label) for label in labels for template in templates]
-    encoded = encode_texts(model.encode_text, model.text_model, tokenizer, texts, Device("cpu"))
-    each = encoded.double().numpy().reshape(len(labels), len(templates), -1)  # (C, T, E)
+    each = (
+        opened.encode_texts(texts).double().numpy().reshape(len(labels), len(templates), -1)
+    )  # (C, T, E)
     with np.errstate(invalid="ignore", divide="ignore"):
         mean = (each / np.linalg.norm(each, axis=2, keepdims=True)).mean(axis=1)
         vectors = mean / np.linalg.norm(mean, axis=1, keepdims=True)
@@ -135,6 +126,11 @@ def encode_labels(
         if not np.isfinite(vector).all():
             raise UsageError(f"the label {label!r}: the model has no embedding of it")
     return np.asarray(vectors)
+
+
+def _loader(head: bool) -> Callable[[Path], tuple[ImageClassifier | ImageEncoder, str]]:
+    """Loads the vision tower with the head, or with the projection."""
+    return ImageClassifier.from_folder if head else ImageEncoder.from_folder
 
 
 class ClassifyImages:
@@ -146,26 +142,21 @@ class ClassifyImages:
     """
 
     def __init__(self, classifier: Classifier, device: str, threads: int | None = None):
-        self.device = Device(device, threads)
-        kind = ImageClassifier if classifier.head else ImageEncoder
-        model, weights_hash = kind.from_folder(fetch(classifier.checkpoint.name))
-        classifier.checkpoint.check_worker(weights_hash)
-        self.model, self.classifier = model.to(self.device.torch), classifier
+        self.device, self.classifier = Device(device, threads), classifier
+        load = _loader(classifier.head)
+        self.model = OpenModel.on_worker(classifier.checkpoint, load, self.device).model
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         good = has_pixels(batch)
         logits = np.empty((0, len(self.classifier.labels)))
         if good.any():
-            logits = self._logits(batch.filter(pa.array(good)))
+            model, column = self.model, batch.filter(pa.array(good))["pixels"]
+            pixels = self.device.load_pixels(column, self.classifier.checkpoint.processor)
+            encode = model if isinstance(model, ImageClassifier) else model.encode_image
+            out = torch.cat(self.device.run(encode, pixels)).float().cpu().numpy()
+            head = self.classifier.head
+            logits = out.astype(np.float64) if head else self.classifier.logits(out)
         return rank_labels(batch.drop_columns(["pixels"]), good, logits, self.classifier.top)
-
-    def _logits(self, images: pa.Table) -> np.ndarray:
-        """(B, C) of records that hold an image."""
-        model, head = self.model, self.classifier.head
-        encode = model if isinstance(model, ImageClassifier) else model.encode_image
-        pixels = self.device.load_pixels(images["pixels"], self.classifier.checkpoint.processor)
-        out = torch.cat(self.device.run(encode, pixels)).float().cpu().numpy()
-        return out.astype(np.float64) if head else self.classifier.logits(out)
 
 
 class ClassifyVectors:

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from pipeline import schema
-from pipeline.infer.checkpoint import Checkpoint, encode_texts, open_processor, open_tokenizer
+from pipeline.infer.checkpoint import Checkpoint, OpenModel
 from pipeline.infer.device import Device, fail_rows, has_pixels, scale_to_unit
-from pipeline.infer.fetch import fetch
 from pipeline.model.clipseg import CLIPSeg
 
 # Logits handed on at once: a block of Ray Data's, which lies in the object store as one piece.
@@ -27,8 +26,8 @@ PAIRS_AT_ONCE = 16  # of images and prompts, on a GPU
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptedModel:
-    """A checkpoint and what to ask it."""
+class SegmentSpec:
+    """A checkpoint and its encoded prompts."""
 
     checkpoint: Checkpoint
     prompts: list[str]
@@ -37,33 +36,21 @@ class PromptedModel:
     embed: bool
     """Whether images are embedded, too."""
 
-    def only(self, prompts: list[str], *, embed: bool) -> PromptedModel:
+    def only(self, prompts: list[str], *, embed: bool) -> SegmentSpec:
         """The same with some of the prompts."""
         where = [self.prompts.index(prompt) for prompt in prompts]
         return replace(self, prompts=prompts, conditional=self.conditional[where], embed=embed)
 
 
-def encode_prompts(name: str, prompts: list[str], *, embed: bool = False) -> PromptedModel:
+def open_segmenter(name: str, prompts: list[str], *, embed: bool = False) -> SegmentSpec:
     """Load a checkpoint, encode the text prompts with it, and let its weights go again.
 
     Raises CheckpointError naming the file, field or tensor that is wrong.
     """
-    folder = fetch(name)
-    model, weights_hash = CLIPSeg.from_folder(folder)
-    processor = open_processor(folder, model.clip.vision_model)
-    tokenizer = open_tokenizer(folder, model.clip.text_model)
-    text_model, device = model.clip.text_model, Device("cpu")
-    conditional = encode_texts(model.encode_text, text_model, tokenizer, prompts, device)
-    checkpoint = Checkpoint(
-        name=name,
-        config=model.config.to_dict(),
-        weights_hash=weights_hash,
-        processor=processor,
-        tokenizer_hash=tokenizer.content_hash,
-    )
-    return PromptedModel(
-        checkpoint=checkpoint, prompts=prompts, conditional=conditional.numpy(), embed=embed
-    )
+    opened = OpenModel(name, CLIPSeg.from_folder, Device("cpu"))
+    checkpoint = opened.describe(texts=True)
+    conditional = opened.encode_texts(prompts).numpy()
+    return SegmentSpec(checkpoint=checkpoint, prompts=prompts, conditional=conditional, embed=embed)
 
 
 class SegmentImages:
@@ -75,19 +62,19 @@ class SegmentImages:
 
     def __init__(
         self,
-        prompted: PromptedModel,
+        spec: SegmentSpec,
         device: str,
         threads: int | None = None,
         *,
         block_bytes: int = BLOCK_BYTES,
     ):
-        self.device, self.block_bytes = Device(device, threads), block_bytes
-        model, weights_hash = CLIPSeg.from_folder(fetch(prompted.checkpoint.name))
-        prompted.checkpoint.check_worker(weights_hash)
-        self.model, self.prompted = model.to(self.device.torch), prompted
-        self.conditional = torch.from_numpy(prompted.conditional.copy()).to(self.device.torch)
-        patch = model.config.vision_config.patch_size
-        height, width = prompted.checkpoint.processor.image_size
+        self.spec, self.block_bytes = spec, block_bytes
+        self.device = Device(device, threads)
+        opened = OpenModel.on_worker(spec.checkpoint, CLIPSeg.from_folder, self.device)
+        self.model = opened.model
+        self.conditional = torch.from_numpy(spec.conditional.copy()).to(self.device.torch)
+        patch = self.model.config.vision_config.patch_size
+        height, width = spec.checkpoint.processor.image_size
         self.grid = (height // patch, width // patch)
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
@@ -98,7 +85,7 @@ class SegmentImages:
         images = batch.filter(pa.array(good))
         if not len(images):
             return
-        pixels = self.device.load_pixels(images["pixels"], self.prompted.checkpoint.processor)
+        pixels = self.device.load_pixels(images["pixels"], self.spec.checkpoint.processor)
         encoded = self.device.run(self._encode, pixels)
         steps = [torch.cat(step) for step in zip(*(e[0] for e in encoded), strict=True)]
         vectors = torch.cat([e[1] for e in encoded]).numpy()
@@ -113,9 +100,9 @@ class SegmentImages:
     def _encode(self, pixels: Tensor) -> tuple[list[Tensor], Tensor]:
         """What the decoder needs of images (B, 3, H, W) whatever the prompt, and their embeddings
         (B, E) of length 1, or (B, 0)."""
-        tower = self.model.clip.vision_model
+        tower = self.model.vision_model
         wanted = self.model.config.extract_layers
-        if not self.prompted.embed:
+        if not self.spec.embed:
             states = tower.activations(pixels, wanted)
             return self.model.decoder.reduce(states), torch.zeros(len(pixels), 0)
         deepest = len(tower.encoder.layers) - 1

@@ -218,13 +218,14 @@ class VisionTower(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Patch states (B, 1 + r c, D) of normalised pixels (B, 3, H, W), class token first."""
-        return self.activations(pixels, (len(self.encoder.layers) - 1,))[0]
+        return self.activations(pixels)[0]
 
-    def activations(self, pixels: Tensor, layers: tuple[int, ...]) -> list[Tensor]:
-        """Outputs (B, 1 + r c, D) of the given blocks, 0-based and increasing.
+    def activations(self, pixels: Tensor, layers: tuple[int, ...] | None = None) -> list[Tensor]:
+        """Outputs (B, 1 + r c, D) of the given blocks, 0-based and increasing; by default the last.
 
         Blocks behind the last one asked for are not run.
         """
+        layers = (len(self.encoder.layers) - 1,) if layers is None else layers
         x = self.pre_layrnorm(self.embeddings(pixels, self.interpolate))
         out = []
         for i, block in enumerate(self.encoder.layers[: layers[-1] + 1]):
@@ -272,7 +273,8 @@ class CLIP(nn.Module):
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Projected image embeddings (B, E), not normalised, of pixels (B, 3, H, W)."""
-        return self.visual_projection(self.vision_model.pool(self.vision_model(pixels)))
+        tower = self.vision_model
+        return self.visual_projection(tower.pool(tower.activations(pixels)[0]))
 
     def similarity(self, images: Tensor, texts: Tensor) -> Tensor:
         """Logits (images, texts) of embeddings (images, E) and (texts, E), normalised or not.

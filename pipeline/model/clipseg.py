@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import CheckpointError
 from pipeline.model.check import read_config
-from pipeline.model.clip import CLIP, MLP, Attention
+from pipeline.model.clip import CLIP, MLP, Attention, TextTower, VisionTower
 from pipeline.model.config import CLIPSegConfig
 from pipeline.model.weights import load_weights
 
@@ -127,6 +127,16 @@ class CLIPSeg(nn.Module):
         with torch.device("meta"):
             model = cls(config)
         return model.eval(), load_weights(model, folder)
+
+    @property
+    def text_model(self) -> TextTower:
+        """CLIP's text tower."""
+        return self.clip.text_model
+
+    @property
+    def vision_model(self) -> VisionTower:
+        """CLIP's vision tower."""
+        return self.clip.vision_model
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Conditional embeddings (P, E) of text prompts: projected, not normalised."""

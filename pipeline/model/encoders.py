@@ -84,7 +84,8 @@ class ImageEncoder(nn.Module):
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Image embeddings of pixels (B, 3, H, W), not normalised: (B, E), unprojected (B, D)."""
-        return self.visual_projection(self.vision_model.pool(self.vision_model(pixels)))
+        tower = self.vision_model
+        return self.visual_projection(tower.pool(tower.activations(pixels)[0]))
 
 
 class ImageClassifier(nn.Module):
@@ -112,7 +113,7 @@ class ImageClassifier(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Logits (B, C) of pixels (B, 3, H, W), from the mean of the patches' last states."""
-        return self.classifier(self.vision_model(pixels)[:, 1:].mean(dim=1))
+        return self.classifier(self.vision_model.activations(pixels)[0][:, 1:].mean(dim=1))
 
 
 def read_head_labels(folder: Path) -> list[str] | None:
