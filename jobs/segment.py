@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pipeline.annotations.contact_sheet import write_contact_sheet
 from pipeline.config.command import run_command
 from pipeline.config.segment import SegmentConfig
-from pipeline.infer.segment import SegmentSpec, SegmentImages, open_segmenter
+from pipeline.infer.segment import SegmentImages, SegmentSpec, open_segmenter
 from pipeline.prepare.images import PrepareImages, fail_crashed_image
 from pipeline.read.inputs import plan_shards
 from pipeline.read.records import end_crashed_shard, read_batches, read_one_by_one
@@ -53,9 +53,7 @@ def segment(config: SegmentConfig, open_engine: OpenEngine = open_ray) -> None:
         print(f"  {config.contact_sheet}")
 
 
-def stream(
-    config: SegmentConfig, spec: SegmentSpec, of_pass: Pass, engine: Engine
-) -> Dataset:
+def stream(config: SegmentConfig, spec: SegmentSpec, of_pass: Pass, engine: Engine) -> Dataset:
     """The chain of one pass, with its prompts, over the shards that it has left."""
     asked = spec.only(of_pass.prompts, embed="embeddings" in of_pass.tables)
     prepare = PrepareImages(spec.checkpoint.processor, config.images.max_pixels)

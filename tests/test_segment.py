@@ -78,6 +78,8 @@ def test_blocks_do_not_change_the_logits(
     actor = SegmentImages(prompted, "cpu", block_bytes=pairs_per_block * 64 * 96 * 4)
     out = list(actor(table))
     assert max(t["logits"].nbytes for t in out) <= pairs_per_block * 64 * 96 * 4 + 100
+    in_one = gather(list(SegmentImages(prompted, "cpu")(table)), 3)
+    assert gather(out, 3).tobytes() == in_one.tobytes()
     model, _ = CLIPSeg.from_folder(checkpoint)
     with torch.inference_mode():
         normalized = prompted.checkpoint.processor.normalize(torch.from_numpy(pixels))
