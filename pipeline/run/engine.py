@@ -35,7 +35,8 @@ class Engine:
     device: str
     """"cpu" or "cuda"."""
     threads: int | None
-    """CPU threads of an actor's model; None leaves them to torch."""
+    """Rows that an actor on a CPU runs beside each other, each on a thread; None: as many as
+    torch has threads."""
     read: dict[str, Any]
     """Arguments of map_batches for reading: one shard after the other."""
     task: dict[str, Any]
