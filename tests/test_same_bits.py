@@ -42,7 +42,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     wide |= {"extract_layers": [0]}
     full = checkpoints.clipseg_config(text | layer, vision | layer, **wide)
     folders = []
-    for name, config, side in (("small", None, 80), ("wide", full, 224)):
+    for name, config, side in (("small", None, 80), ("wide", full, 160)):
         folder = tmp_path_factory.mktemp("models") / name
         checkpoints.save(checkpoints.small_clipseg(config), folder)
         checkpoints.write_vocabulary(folder)
