@@ -38,6 +38,7 @@ def segment(config: SegmentConfig, open_engine: OpenEngine = open_ray) -> None:
     config = config.resolve()
     shards = plan_shards(config.input, image_column=config.images.image_column)
     prompted = encode_prompts(config.model, list(config.prompt), embed=config.embed)
+    tell([f"clipseg-ray segment: {note}" for note in prompted.notes])
     checkpoint = prompted.checkpoint
     tables = config.tables(checkpoint.dimension, checkpoint.weights_hash)
     run = open_run(config, shards, model=checkpoint.fingerprint(), tables=tables)

@@ -24,8 +24,9 @@ from pipeline.errors import (
     StorageError,
     UsageError,
 )
-from pipeline.infer.checkpoint import encode_texts, open_processor, open_tokenizer
+from pipeline.infer.checkpoint import open_processor, open_tokenizer
 from pipeline.infer.fetch import fetch
+from pipeline.infer.texts import encode_texts
 from pipeline.model.clip import CLIP
 from pipeline.model.encoders import ImageEncoder, TextEncoder
 from pipeline.prepare.images import decode_image

@@ -1,27 +1,19 @@
-"""A checkpoint as the driver hands it to the actors, and the text side that the driver encodes.
+"""A checkpoint as the driver hands it to the actors.
 
 Stands between the models, which know torch alone, and the stages: every job's model is named,
 described and recognised again in the same way.
-
-Shapes: P texts, E projection.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from pipeline.errors import CheckpointError, JobError
 from pipeline.model.clip import TextTower, VisionTower
 from pipeline.model.tokenizer import Tokenizer
 from pipeline.prepare.processor import ImageProcessor
-
-TEXTS_AT_ONCE = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,26 +73,3 @@ def open_tokenizer(folder: Path, tower: TextTower) -> Tokenizer:
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {known}"
         )
     return tokenizer
-
-
-@torch.inference_mode()
-def encode_texts(
-    encode: Callable[[Tensor, Tensor], Tensor],
-    tower: TextTower,
-    tokenizer: Tokenizer,
-    texts: list[str],
-) -> Tensor:
-    """Projected embeddings (P, E) float32 of at least one text, not normalised.
-
-    `encode` is the encode_text of the model that `tower` belongs to. Texts of the same tokens have
-    the same vector.
-    """
-    ids, mask = tokenizer(texts, tower.embeddings.position_embedding.num_embeddings)
-    rows = torch.cat([ids, mask], dim=1).unique(dim=0, return_inverse=True)
-    (unique_ids, unique_mask), places = rows[0].chunk(2, dim=1), rows[1]
-    step = TEXTS_AT_ONCE
-    vectors = [
-        encode(unique_ids[i : i + step], unique_mask[i : i + step])
-        for i in range(0, len(unique_ids), step)
-    ]
-    return torch.cat(vectors)[places]

@@ -16,9 +16,16 @@ import torch
 from torch import Tensor
 
 from pipeline import schema
-from pipeline.infer.checkpoint import Checkpoint, encode_texts, open_processor, open_tokenizer
+from pipeline.infer.checkpoint import Checkpoint, open_processor, open_tokenizer
 from pipeline.infer.device import fail_rows, has_pixels, open_device, scale_to_unit, stack_pixels
 from pipeline.infer.fetch import fetch
+from pipeline.infer.texts import (
+    describe_cut,
+    describe_vocabulary,
+    encode_texts,
+    find_cut,
+    longest_text,
+)
 from pipeline.model.clipseg import CLIPSeg
 
 # Logits handed on at once: a block of Ray Data's, which lies in the object store as one piece.
@@ -35,6 +42,8 @@ class PromptedModel:
     """(P, projection_dim) float32."""
     embed: bool
     """Whether images are embedded, too."""
+    notes: tuple[str, ...] = ()
+    """What the user should be told of the prompts, a line each."""
 
     def only(self, prompts: list[str], *, embed: bool) -> PromptedModel:
         """The same with some of the prompts."""
@@ -45,13 +54,18 @@ class PromptedModel:
 def encode_prompts(name: str, prompts: list[str], *, embed: bool = False) -> PromptedModel:
     """Load a checkpoint, encode the text prompts with it, and let its weights go again.
 
-    Raises CheckpointError naming the file, field or tensor that is wrong.
+    Raises CheckpointError naming the file, field or tensor that is wrong, and UsageError for
+    prompts that are one to the model.
     """
     folder = fetch(name)
     model, weights_hash = CLIPSeg.from_folder(folder)
     processor = open_processor(folder, model.clip.vision_model)
     tokenizer = open_tokenizer(folder, model.clip.text_model)
-    conditional = encode_texts(model.encode_text, model.clip.text_model, tokenizer, prompts)
+    tower = model.clip.text_model
+    notes = describe_vocabulary(tower, tokenizer)
+    cut = find_cut(tower, tokenizer, prompts, "prompt")
+    notes += describe_cut(cut, "prompt", longest_text(tower))
+    conditional = encode_texts(model.encode_text, tower, tokenizer, prompts)
     checkpoint = Checkpoint(
         name=name,
         config=model.config.to_dict(),
@@ -60,7 +74,11 @@ def encode_prompts(name: str, prompts: list[str], *, embed: bool = False) -> Pro
         tokenizer_hash=tokenizer.content_hash,
     )
     return PromptedModel(
-        checkpoint=checkpoint, prompts=prompts, conditional=conditional.numpy(), embed=embed
+        checkpoint=checkpoint,
+        prompts=prompts,
+        conditional=conditional.numpy(),
+        embed=embed,
+        notes=tuple(notes),
     )
 
 

@@ -1,0 +1,126 @@
+"""Texts -> embeddings, in slices of one shape, so that what stands beside a text changes nothing.
+
+Prompts, labels and queries are encoded here. The last bits of a row depend on the shape of the
+product that it stands in, so every slice has SLICE_ROWS rows, repeated where texts are missing, and
+a length that the text's own tokens decide.
+
+Shapes: P texts, U different ones, L tokens, E projection.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import UsageError, one_line
+from pipeline.model.clip import TextTower
+from pipeline.model.tokenizer import Tokenizer
+
+SLICE_ROWS = 32
+LENGTH_STEP, SHORTEST = 8, 16  # of the lengths that texts are padded to; below 16 bits may change
+NAMED = 5  # texts in one line, before the others are only counted
+
+Progress = Callable[[int, int], None]  # told how many texts or labels are done, and of how many
+
+
+@torch.inference_mode()
+def encode_texts(
+    encode: Callable[[Tensor, Tensor], Tensor],
+    tower: TextTower,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    on_progress: Progress | None = None,
+) -> Tensor:
+    """Projected embeddings (P, E) of at least one text, float32 on the CPU, not normalised.
+
+    `encode` is the encode_text of the model that `tower` belongs to; it runs where the tower is.
+    A text has the same embedding bit for bit whatever texts stand beside it, and texts of the same
+    tokens are encoded once. Progress counts different texts.
+    """
+    longest, device = longest_text(tower), tower.embeddings.token_embedding.weight.device
+    rows = [tuple(ids) for ids in tokenizer.frame(texts, longest)[0]]
+    different = sorted(set(rows), key=lambda ids: (len(ids), ids))
+    places: dict[tuple[int, ...], int] = {}  # of each different row among the vectors
+    vectors = []
+    for length, alike in groupby(different, lambda ids: _padded_length(len(ids), longest)):
+        some = list(alike)
+        for i in range(0, len(some), SLICE_ROWS):
+            part = some[i : i + SLICE_ROWS]
+            full = part + part[:1] * (SLICE_ROWS - len(part))
+            ids, mask = tokenizer.pad(full, length)
+            vectors.append(encode(ids.to(device), mask.to(device))[: len(part)].float().cpu())
+            places |= {row: len(places) + j for j, row in enumerate(part)}
+            if on_progress:
+                on_progress(len(places), len(different))
+    return torch.cat(vectors)[[places[row] for row in rows]]
+
+
+def _padded_length(tokens: int, longest: int) -> int:
+    return min(max(SHORTEST, -(-tokens // LENGTH_STEP) * LENGTH_STEP), longest)
+
+
+def longest_text(tower: TextTower) -> int:
+    """Tokens that a model reads of a text, bos and eos among them."""
+    return tower.embeddings.position_embedding.num_embeddings
+
+
+def find_cut(
+    tower: TextTower,
+    tokenizer: Tokenizer,
+    names: Sequence[str],
+    what: str,
+    templates: Sequence[str] = ("{}",),
+) -> list[str]:
+    """The names of which the model reads only the beginning, in some of the templates.
+
+    Raises UsageError for two different names that are one to the model for that reason; `what` they
+    are there: "prompt".
+    """
+    longest = longest_text(tower)
+    found: dict[str, None] = {}
+    seen: dict[bytes, str] = {}
+    for name in names:
+        rows, cut = tokenizer.frame([t.replace("{}", name) for t in templates], longest)
+        if any(cut):
+            found[name] = None
+        if any(len(row) == longest for row in rows):  # what just fits may equal what was cut
+            key = hashlib.sha256(repr(rows).encode()).digest()
+            first = seen.setdefault(key, name)
+            if first != name and (first in found or name in found):
+                raise UsageError(
+                    f"the {what}s {one_line(first, 60)!r} and {one_line(name, 60)!r} do not differ "
+                    f"in the {longest - 2} tokens that the model reads; shorten them"
+                )
+    return list(found)
+
+
+def describe_cut(texts: Sequence[str], what: str, longest: int) -> list[str]:
+    """A line that names texts of which the model reads only the beginning; none without any."""
+    return name_texts(texts, what, f"longer than the {longest - 2} tokens that the model reads")
+
+
+def name_texts(texts: Sequence[str], what: str, says: str) -> list[str]:
+    """A line with the number of texts, the first few, and what is true of them."""
+    if not texts:
+        return []
+    named = ", ".join(repr(one_line(text, 60)) for text in texts[:NAMED])
+    more = f" and {len(texts) - NAMED:,} more" if len(texts) > NAMED else ""
+    return [f"{len(texts):,} {what}{'s are' if len(texts) > 1 else ' is'} {says}: {named}{more}"]
+
+
+def describe_vocabulary(tower: TextTower, tokenizer: Tokenizer) -> list[str]:
+    """A line where the tokenizer has fewer tokens than the model; none where it has not.
+
+    Harmless where the table was only rounded up; else a file with added tokens is missing.
+    """
+    has, rows = tokenizer.vocab_size, tower.embeddings.token_embedding.num_embeddings
+    if has >= rows:
+        return []
+    return [
+        f"the tokenizer has {has:,} tokens and the model {rows:,}: is a file of added tokens "
+        "missing (added_tokens.json, tokenizer.json)?"
+    ]
