@@ -84,7 +84,10 @@ def find_cut(
     found: dict[str, None] = {}
     seen: dict[bytes, str] = {}
     for name in names:
-        rows, cut = tokenizer.frame([t.replace("{}", name) for t in templates], longest)
+        texts = [template.replace("{}", name) for template in templates]
+        if all(text.isascii() and len(text) + 2 < longest for text in texts):
+            continue  # no token is shorter than a byte; saves a minute of 22,000 labels' time
+        rows, cut = tokenizer.frame(texts, longest)
         if any(cut):
             found[name] = None
         if any(len(row) == longest for row in rows):  # what just fits may equal what was cut
