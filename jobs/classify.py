@@ -48,6 +48,7 @@ def classify(config: ClassifyConfig, open_engine: OpenEngine = open_ray) -> None
     else:
         classifier = open_classifier(config.model or EmbedConfig.model, config)
         shards = plan_shards(config.input, image_column=config.images.image_column)
+    tell([f"clipseg-ray classify: {note}" for note in classifier.notes])
     tables = config.tables(classifier.facts(), classifier.top, images=table is None)
     run = open_run(config, shards, model=classifier.fingerprint(), tables=tables)
     tell(run.notes)

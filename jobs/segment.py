@@ -38,6 +38,7 @@ def segment(config: SegmentConfig, open_engine: OpenEngine = open_ray) -> None:
     config = config.resolve()
     shards = plan_shards(config.input, image_column=config.images.image_column)
     spec = open_segmenter(config.model, list(config.prompt), embed=config.embed)
+    tell([f"clipseg-ray segment: {note}" for note in spec.notes])
     checkpoint = spec.checkpoint
     tables = config.tables(checkpoint.dimension, checkpoint.weights_hash)
     run = open_run(config, shards, model=checkpoint.fingerprint(), tables=tables)

@@ -168,7 +168,7 @@ def labels(facts: dict[str, str]) -> pa.Schema:
         ("rank", pa.int32()),  # 0 is the best
         ("label_id", pa.int32()),  # index in the run's list of labels, or among the model's classes
         ("label", pa.string()),
-        ("probability", pa.float32()),  # softmax of the logits over all labels
+        ("probability", pa.float32()),  # sums to 1 over all labels, unless a head says otherwise
         ("logit", pa.float32()),  # exp(logit_scale) times the cosine, or what the head gives
     )
     return _with_facts(columns, facts)

@@ -23,6 +23,9 @@ from checkpoints import (
 
 from pipeline.errors import CheckpointError
 from pipeline.model.check import check_config, read_config
+from pipeline.model.clip import CLIP
+from pipeline.model.clipseg import CLIPSeg
+from pipeline.model.encoders import ImageEncoder, TextEncoder
 
 
 @pytest.fixture(scope="session")
@@ -158,3 +161,19 @@ def test_sections_repeated_as_old_files_do(broken: Path) -> None:
     for name in ("hidden_size", "hidden_act", "num_hidden_layers", "layer_norm_eps", "patch_size"):
         assert config["vision_config"][name] == getattr(wanted, name)
     assert "vision_config_dict" not in config
+
+
+def test_other_models_are_named(tmp_path: Path) -> None:
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    small |= {"num_attention_heads": 1}
+    text = small | {"vocab_size": 9, "projection_size": 8}
+    vision = small | {"image_size": 8, "patch_size": 4}
+    config = transformers.SiglipConfig(text_config=text, vision_config=vision)
+    save(transformers.SiglipModel(config), tmp_path / "siglip")
+    for open_model in (CLIP, CLIPSeg, ImageEncoder, TextEncoder):
+        with pytest.raises(CheckpointError, match="model_type is 'siglip', which is no CLIP"):
+            open_model.from_folder(tmp_path / "siglip")
+    save(small_clip(), tmp_path / "clip")
+    with pytest.raises(CheckpointError, match="is a clip model, without a decoder") as caught:
+        CLIPSeg.from_folder(tmp_path / "clip")
+    assert "embed and classify take CLIP models, segment a CLIPSeg" in str(caught.value)

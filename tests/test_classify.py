@@ -23,10 +23,17 @@ from test_jobs import PIXELS, photos
 
 from jobs import classify, embed
 from pipeline import schema
+from pipeline.config.classify import ClassifyConfig
 from pipeline.embeddings.source import ReadEmbeddings, open_embeddings
 from pipeline.embeddings.vectors import EmbeddingTable
+from pipeline.errors import CheckpointError, UsageError
 from pipeline.infer.checkpoint import Checkpoint
-from pipeline.infer.classify import Classifier, ClassifyVectors, rank_labels
+from pipeline.infer.classify import (
+    Classifier,
+    ClassifyVectors,
+    open_classifier,
+    rank_labels,
+)
 from pipeline.model.weights import hash_weights
 from pipeline.prepare.processor import ImageProcessor
 from pipeline.read.shard import Shard, shard_to_row
@@ -267,7 +274,81 @@ def test_an_image_without_finite_logits_fails_alone() -> None:
     assert set(ranked["stage"].to_pylist()) == {"", "classify"}
 
 
+HEADS: dict[str, dict[str, Any]] = {
+    "softmax": {"num_labels": 3},
+    "single label": {"num_labels": 3, "problem_type": "single_label_classification"},
+    "multi label": {"num_labels": 3, "problem_type": "multi_label_classification"},
+    "one label": {"num_labels": 1},
+    "regression": {"num_labels": 1, "problem_type": "regression"},
+    "regressions": {"num_labels": 3, "problem_type": "regression"},
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_probabilities_of_a_head_are_the_pipelines(tmp_path: Path, kind: str) -> None:
+    torch.manual_seed(1)
+    sizes = {"text_config": checkpoints.TEXT, "vision_config": checkpoints.VISION}
+    config = transformers.CLIPConfig(**sizes, projection_dim=checkpoints.PROJECTION, **HEADS[kind])
+    model = transformers.CLIPForImageClassification(config).eval()
+    torch.nn.init.normal_(model.classifier.weight, std=2)
+    folder = save(model, tmp_path / "head")
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    processor = transformers.ViTImageProcessorPil(**settings)
+    oracle = transformers.pipeline("image-classification", model=model, image_processor=processor)
+    pictures = [Image.open(io.BytesIO(photo)).convert("RGB") for photo in photos()]
+    wanted = oracle(pictures, top_k=2)
+    classifier = open_classifier(str(folder), ClassifyConfig(input="in", output="out", top=2))
+    logits = model(pixels(folder)).logits.double().detach().numpy()
+    assert (
+        classifier.function
+        == {"s": "softmax", "m": "sigmoid", "o": "sigmoid", "r": "none"}[kind[0]]
+    )
+    good = np.ones(4, bool)
+    ranked = rank_labels(records(4), good, logits, classifier.top, classifier.function)
+    for found, labels, answers in zip(
+        ranked["probability"].to_pylist(), ranked["label_id"].to_pylist(), wanted, strict=True
+    ):
+        assert found == pytest.approx([answer["score"] for answer in answers], rel=1e-4)
+        assert [classifier.labels[i] for i in labels] == [answer["label"] for answer in answers]
+
+
+def test_a_problem_type_that_is_none_is_named(tmp_path: Path, head: Path) -> None:
+    config = json.loads((head / "config.json").read_text()) | {"problem_type": "ranking"}
+    folder = checkpoints.copy_with(head, tmp_path / "head", config=config)
+    with pytest.raises(CheckpointError, match=r"config\.json: problem_type is 'ranking', not one"):
+        open_classifier(str(folder), ClassifyConfig(input="in", output="out"))
+
+
+def test_labels_given_twice_keep_their_ids(tmp_path: Path, clip: Path) -> None:
+    """Both are ranked, and both have their share of the probability."""
+    (tmp_path / "labels").write_text("cat\nred star\n12\nred star\ncat\n")
+    config = ClassifyConfig(input="in", output="out", labels=str(tmp_path / "labels"), top=5)
+    classifier = open_classifier(str(clip), config)
+    assert classifier.labels == ["cat", "red star", "12", "red star", "cat"]
+    assert np.array_equal(classifier.vectors[1], classifier.vectors[3])
+    (note,) = classifier.notes
+    assert note.startswith("2 labels are given more than once, each with a label_id of its own: ")
+    assert note.endswith("'cat', 'red star'")
+    logits = classifier.logits(random_vectors(3, checkpoints.PROJECTION))
+    ranked = rank_labels(records(3), np.ones(3, bool), logits, 5)
+    for ids in ranked["label_id"].to_pylist():
+        assert sorted(ids) == [0, 1, 2, 3, 4]
+        assert ids.index(3) == ids.index(1) + 1
+
+
+def test_labels_that_are_cut_are_named(tmp_path: Path, clip: Path) -> None:
+    (tmp_path / "labels").write_text("cat\n" + "red " * 20 + "\n")
+    asked = {"input": "in", "output": "out", "labels": str(tmp_path / "labels")}
+    (note,) = open_classifier(str(clip), ClassifyConfig(**asked)).notes
+    assert note.startswith("1 label is longer than the 14 tokens that the model reads: 'red red")
+    (tmp_path / "labels").write_text("red " * 30 + "\n" + "red " * 20 + "\n")
+    with pytest.raises(UsageError, match=r"the labels 'red .* do not differ in the 14 tokens"):
+        open_classifier(str(clip), ClassifyConfig(**asked))
+
+
 def test_large_logits_do_not_overflow() -> None:
+    ranked = rank_labels(records(1), np.ones(1, bool), np.array([[5e3, -5e3]]), 2, "sigmoid")
+    assert ranked["probability"].to_pylist() == [[1.0, 0.0]]
     ranked = rank_labels(records(1), np.ones(1, bool), np.array([[5000.0, 4999.0]]), 2)
     assert ranked["probability"].to_pylist()[0] == pytest.approx([0.7310586, 0.2689414])
 
@@ -376,7 +457,6 @@ def test_wrong_usage_is_one_line(
 ) -> None:
     facts = {"model": "./other", "weights_hash": "ab" * 32}
     table = write_table(str(tmp_path / "t"), random_vectors(9, checkpoints.PROJECTION), **facts)
-    (tmp_path / "twice").write_text("cat\ndog\n cat \n")
     (tmp_path / "blank").write_text("\n \n")
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
     good = ["--labels", labels, "--model", clip]
@@ -389,7 +469,6 @@ def test_wrong_usage_is_one_line(
         (shards, [*good, "--template", "{} {}"], "must contain {} exactly once"),
         (shards, [*good, "--top", "0"], "--top 0: must be at least 1"),
         (shards, ["--model", clip, "--labels", tmp_path / "gone"], "No such file"),
-        (shards, ["--model", clip, "--labels", tmp_path / "twice"], "label 'cat' is given twice"),
         (shards, ["--model", clip, "--labels", tmp_path / "blank"], "no labels in it"),
         (shards, ["--model", clip, "--labels", tmp_path / "bytes"], "not a UTF-8 text file"),
         (shards, ["--model", head, "--labels", labels], "--labels: "),

@@ -25,12 +25,13 @@ from checkpoints import (
 from compare import TOLERANCE, assert_close, random_model, token_ids
 from PIL import Image
 from torch import Tensor
+from transformers.activations import ACT2FN
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from pipeline.errors import CheckpointError
-from pipeline.model.clip import CLIP, contrastive_loss
+from pipeline.model.clip import ACTIVATIONS, CLIP, contrastive_loss
 from pipeline.model.clipseg import CLIPSeg
-from pipeline.model.config import CLIPConfig, CLIPSegConfig, TextConfig, VisionConfig
+from pipeline.model.config import HIDDEN_ACTS, CLIPConfig, CLIPSegConfig, TextConfig, VisionConfig
 from pipeline.model.encoders import ImageClassifier, ImageEncoder, TextEncoder
 from pipeline.model.tokenizer import Tokenizer
 from pipeline.model.weights import hash_weights
@@ -80,6 +81,32 @@ def assert_equal_models(oracle: Any, model: CLIP, pixels: Tensor, length: int) -
     assert_close(logits.T, wanted.logits_per_text)
     assert_close(model.similarity(wanted.image_embeds, wanted.text_embeds), logits)
     assert contrastive_loss(logits).item() == pytest.approx(wanted.loss.item(), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", HIDDEN_ACTS)
+def test_activations_equal_the_reference(name: str) -> None:
+    x = torch.linspace(-9, 9, 1001)
+    assert_close(ACTIVATIONS[name]()(x.clone()), ACT2FN[name](x))
+
+
+def test_an_activation_that_is_unknown_is_named(tmp_path: Path) -> None:
+    random_clip(text_config=TEXT | {"hidden_act": "mish"}).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"text_config\.hidden_act is 'mish', not one of"):
+        CLIP.from_folder(tmp_path)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("eos", [2, TEXT["eos_token_id"]])
+def test_padding_above_the_end_is_never_pooled(tmp_path: Path, eos: int) -> None:
+    """As the reference gives it for one text without padding; with padding it takes that."""
+    end, pad = TEXT["eos_token_id"], TEXT["eos_token_id"] + 1
+    oracle = random_clip(text_config=TEXT | {"eos_token_id": eos, "vocab_size": pad + 1})
+    oracle.save_pretrained(tmp_path)
+    wide = torch.tensor([[end - 1, 5, end, pad, pad], [end - 1, 5, 6, 7, end]])
+    mask = (wide != pad).long()
+    alone = [oracle.get_text_features(row[row != pad][None]).pooler_output for row in wide]
+    for model in (CLIP.from_folder(tmp_path)[0], TextEncoder.from_folder(tmp_path)[0]):
+        assert_close(model.encode_text(wide, mask), torch.cat(alone))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -152,6 +152,40 @@ def test_hub_bin_only_where_there_is_nothing_else(hub: type[FakeHub], pickled: P
     assert hash_weights(folder) == hash_weights(pickled)
 
 
+@pytest.mark.parametrize("variant", ["model.fp16.safetensors", "pytorch_model.fp16.bin"])
+@pytest.mark.parametrize("remote", ["hub", "s3"])
+def test_added_tokens_and_variants_are_fetched(
+    hub: type[FakeHub], s3: Any, bucket: str, cache: Path, changing: Path, variant: str, remote: str
+) -> None:
+    if variant.endswith(".bin"):
+        save_bin(small_clipseg(), changing)
+        (changing / "pytorch_model.bin").rename(changing / variant)
+        (changing / "model.safetensors").unlink()
+    else:
+        (changing / "model.safetensors").rename(changing / variant)
+    (changing / "added_tokens.json").write_text("{}")
+    hub.publish("org/name", changing)
+    upload(s3, changing, f"{bucket}/m")
+    folder = fetch("org/name" if remote == "hub" else f"{bucket}/m")
+    assert {f.name for f in folder.iterdir()} == {f.name for f in changing.iterdir()}
+    assert hash_weights(folder) == hash_weights(changing)
+
+
+@pytest.mark.parametrize("remote", ["folder", "hub", "s3"])
+def test_open_clips_own_format_is_named(
+    hub: type[FakeHub], s3: Any, bucket: str, cache: Path, tmp_path: Path, remote: str
+) -> None:
+    folder = tmp_path / "open"
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_text("{}")
+    (folder / "open_clip_pytorch_model.bin").write_bytes(b"x")
+    hub.publish("org/open", folder)
+    upload(s3, folder, f"{bucket}/open")
+    model = {"folder": str(folder), "hub": "org/open", "s3": f"{bucket}/open"}[remote]
+    with pytest.raises(CheckpointError, match="in open_clip's own format, which is not read"):
+        fetch(model)
+
+
 def test_hub_errors_are_one_clear_line(hub: type[FakeHub], single: Path, tmp_path: Path) -> None:
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "README.md").write_text("x")

@@ -163,7 +163,9 @@ def test_pickles_do_not_run(broken: Path, tmp_path: Path, zipped: bool) -> None:
     mark = tmp_path / "ran"
     trap = {"clip.logit_scale": Trap(mark)}
     write_bin(broken, trap, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: not weights") as caught:
+    with pytest.raises(
+        CheckpointError, match=r"pytorch_model\.bin: (not weights|in the format)"
+    ) as caught:
         load_weights(empty_clipseg(), broken)
     assert len(str(caught.value).splitlines()) == 1
     (broken / "pytorch_model.bin").write_bytes(pickle.dumps(trap))
@@ -175,7 +177,7 @@ def test_pickles_do_not_run(broken: Path, tmp_path: Path, zipped: bool) -> None:
 NOT_WEIGHTS = {
     "list": ([torch.zeros(1)], "must hold tensors by name"),
     "numbers": ({1: torch.zeros(1)}, "must hold tensors by name"),
-    "nested": ({"state_dict": {"a": torch.zeros(1)}}, "state_dict is not a plain tensor"),
+    "nested": ({"state_dict": {"a": torch.zeros(1)}}, "save its `state_dict` alone"),
     "sparse": ({"a": torch.eye(3).to_sparse()}, "a is not a plain tensor"),
     "meta": ({"a": torch.zeros(3, device="meta")}, "a is not a plain tensor"),
     "repeated": ({"a": torch.zeros(1).expand(10**6, 10**6)}, "more than it has"),

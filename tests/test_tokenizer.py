@@ -6,6 +6,7 @@ import functools
 import gzip
 import json
 import os
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,16 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     named = {"extra_special_tokens": {"new_token": "[NEW]", "cat_token": "cat"}}
     copy_with(files, root / "named", tokenizer_config=OLD_CONFIG | named)
+    # As transformers before 4.34 saved tokens that were added to a vocabulary.
+    new = {"<my-cat>": end + 1, "New Word": end + 2, "Star": end + 3}
+    copy_with(files, root / "added", added_tokens=new)
+    copy_with(
+        files,
+        root / "added-special",
+        added_tokens={**dict(reversed(new.items())), "<|endoftext|>": end},
+        tokenizer_config=OLD_CONFIG | {"mask_token": "New Word"},
+        special_tokens_map=OLD_MAP | {"cls_token": token("Star", rstrip=True)},
+    )
     write_tokenizer_json(files, root / "json")
     odd = json.loads((root / "json" / "tokenizer.json").read_text())
     odd["truncation"] = {"direction": "Left", "max_length": 5, "strategy": "LongestFirst"}
@@ -95,6 +106,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 SMALL = ["files", "old", "map", "decoder", "pad", "extra", "named", "json", "odd-json"]
+SMALL += ["added", "added-special"]
 
 
 @pytest.fixture(scope="session", params=[*SMALL, "real", "real-json"])
@@ -181,6 +193,83 @@ FRAGMENTS = [
     "😀",
     "\u0301",
 ]
+
+
+# No two that are one in lower case: which of them matches is chance in the reference.
+NAMES = ["<my-cat>", "Cat", "<b>", "dog", "[PAD]", "New Word", " sp ", "é", "!", "<|endoftext|>"]
+ADDED_TEXTS = ["a <my-cat> on", "A CAT cats Cat", "red<b>dog the[PAD]x", "New Word newword [pad]"]
+ADDED_TEXTS += [
+    "é cat !",
+    "x  sp  y",
+    "a<|endoftext|>b !",
+    "<MY-CAT> red dog cat<my-cat>dog <b> <b>é",
+]
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+
+class Draw:
+    """Tokenizer files with added and special tokens wherever transformers looks for them."""
+
+    def __init__(self, seed: int):
+        self.random = random.Random(seed)
+
+    def token(self, name: str | None = None, **more: Any) -> Any:
+        name = name or self.random.choice(NAMES)
+        flags = {f: self.random.random() < 0.4 for f in FLAGS if self.random.random() < 0.8}
+        return {"content": name} | flags | more
+
+    def value(self) -> Any:
+        if self.random.random() < 0.5:
+            return self.random.choice(NAMES)
+        return self.token(__type="AddedToken")
+
+    def by_id(self) -> dict[str, int]:
+        """Some names with an id, their own or a new one, in any order."""
+        vocab = vocabulary(small_merges())
+        names = self.random.sample(NAMES, 3)
+        new = iter(self.random.sample(range(len(vocab), len(vocab) + 3), 3))
+        return {name: vocab[name] if name in vocab else next(new) for name in names}
+
+    def files(self) -> dict[str, Any]:
+        maybe, drawn = self.random.random, {}
+        config = {"bos_token": "<|startoftext|>"}
+        for key in ("pad_token", "mask_token", "image_token"):
+            config |= {key: self.value()} if maybe() < 0.4 else {}
+        extra = self.random.choice(["additional_special_tokens", "extra_special_tokens", "none"])
+        config |= {extra: [self.value(), self.value()]} if extra != "none" else {}
+        if maybe() < 0.2:
+            config |= {"extra_special_tokens": {"x_token": self.random.choice(NAMES)}}
+        if maybe() < 0.3:
+            places = {str(i): self.token(name) for name, i in self.by_id().items()}
+            config |= {"added_tokens_decoder": places}
+        if maybe() < 0.7:
+            drawn["tokenizer_config"] = config
+        if maybe() < 0.7:
+            drawn["added_tokens"] = self.by_id()
+        if maybe() < 0.5:
+            mapped = {"pad_token": self.token(), "additional_special_tokens": ["[PAD]"]}
+            drawn["special_tokens_map"] = mapped
+        return drawn
+
+
+@pytest.mark.parametrize("source", ["files", "json"])
+def test_added_tokens_wherever_they_stand(folders: Path, tmp_path: Path, source: str) -> None:
+    for seed in range(25):
+        draw = Draw(seed)
+        folder = copy_with(folders / source, tmp_path / str(seed), **draw.files())
+        if source == "json":
+            data = json.loads((folder / "tokenizer.json").read_text())
+            flags = dict.fromkeys(FLAGS, False)
+            data["added_tokens"] += [
+                flags | draw.token(name) | {"id": i}
+                for name, i in draw.by_id().items()
+                if name != "<|endoftext|>"
+            ]
+            (folder / "tokenizer.json").write_text(json.dumps(data))
+        ours, oracle = Tokenizer.from_folder(folder), CLIPTokenizer.from_pretrained(folder)
+        for text in ADDED_TEXTS:
+            assert ours.encode(text) == oracle(text)["input_ids"], (seed, text)
+        assert (ours.pad_id, ours.vocab_size) == (oracle.pad_token_id, len(oracle))
 
 
 @given(text=st.one_of(st.text(), st.lists(st.sampled_from(FRAGMENTS) | st.text()).map("".join)))
@@ -280,6 +369,9 @@ HOSTILE_FILES = {
     "config-eos-list": ("tokenizer_config.json", '{"eos_token": ["a"]}'),
     "config-decoder": ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {}}}'),
     "config-decoder-list": ("tokenizer_config.json", '{"added_tokens_decoder": []}'),
+    "added-list": ("added_tokens.json", "[]"),
+    "added-text": ("added_tokens.json", '{"<a>": "5"}'),
+    "added-empty": ("added_tokens.json", '{"": 5}'),
     "map-pad": ("special_tokens_map.json", '{"pad_token": {"content": 1}}'),
 }
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pipeline.errors import CheckpointError
-from pipeline.model.weights import hash_weights, load_weights, read_shapes
+from pipeline.model.weights import hash_weights, load_weights, read_scalar, read_shapes
 
 
 @pytest.fixture(scope="session")
@@ -235,3 +238,71 @@ def test_a_buffer_that_no_checkpoint_can_fill_is_our_mistake(single: Path) -> No
     module = on_meta(transformers.CLIPSegForImageSegmentation, clipseg_config())
     with pytest.raises(RuntimeError, match="position_ids"):
         load_weights(module, single)
+
+
+# Forms that are not what save_pretrained writes today
+
+
+def test_a_number_that_is_a_vector_of_one(oracle: Any, single: Path, broken: Path) -> None:
+    """As torch 0.3 saved numbers; torch's own load_state_dict takes it, too."""
+    wanted = oracle.state_dict()["clip.logit_scale"]
+    change_tensors(broken, lambda t: t.update({"clip.logit_scale": wanted.reshape(1)}))
+    module = empty_clipseg()
+    load_weights(module, broken)
+    assert torch.equal(module.state_dict()["clip.logit_scale"], wanted)
+    assert read_scalar(broken, "clip.logit_scale") == wanted.item()
+    change_tensors(broken, lambda t: t.update({"clip.logit_scale": torch.ones(2)}))
+    with pytest.raises(CheckpointError, match="logit_scale has the shape"):
+        load_weights(module, broken)
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_names_of_a_wrapped_model(oracle: Any, tmp_path: Path, wrapper: str) -> None:
+    """The names that DistributedDataParallel and torch.compile make."""
+    state = oracle.state_dict()
+    write_bin(tmp_path, {wrapper + name: tensor for name, tensor in state.items()})
+    assert load_weights(empty_clipseg(), tmp_path) == expected_hash(state)
+    assert "clip.logit_scale" in read_shapes(tmp_path)
+    write_bin(tmp_path, {wrapper + name: t for name, t in state.items()} | {"a": torch.ones(1)})
+    with pytest.raises(CheckpointError, match=r"clip\.logit_scale is missing"):
+        load_weights(empty_clipseg(), tmp_path)
+
+
+@pytest.mark.parametrize("size", ["5GB", "30KB"])
+def test_a_variant_where_there_is_nothing_else(oracle: Any, tmp_path: Path, size: str) -> None:
+    """Saved by the reference as model.fp16.safetensors, or as shards and their index."""
+    save(oracle, tmp_path, variant="fp16", max_shard_size=size)
+    assert not (tmp_path / "model.safetensors").exists()
+    assert load_weights(empty_clipseg(), tmp_path) == expected_hash(oracle.state_dict())
+    shutil.copy(next(tmp_path.glob("*.safetensors")), tmp_path / "model.bf16.safetensors")
+    if size == "5GB":
+        with pytest.raises(CheckpointError, match=r"model\.bf16\.safetensors, model\.fp16"):
+            load_weights(empty_clipseg(), tmp_path)
+    save(oracle, tmp_path)
+    assert load_weights(empty_clipseg(), tmp_path) == expected_hash(oracle.state_dict())
+
+
+def test_a_variant_of_a_bin(oracle: Any, tmp_path: Path) -> None:
+    write_bin(tmp_path, oracle.state_dict())
+    (tmp_path / "pytorch_model.bin").rename(tmp_path / "pytorch_model.fp16.bin")
+    assert load_weights(empty_clipseg(), tmp_path) == expected_hash(oracle.state_dict())
+
+
+def test_a_bin_of_old_torch_says_how_to_convert_it(oracle: Any, tmp_path: Path) -> None:
+    write_bin(tmp_path, oracle.state_dict(), _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: .*before 1\.6") as caught:
+        load_weights(empty_clipseg(), tmp_path)
+    command = re.search(r'python -c "(.*)"', str(caught.value))
+    assert command
+    subprocess.run([sys.executable, "-c", command[1]], cwd=tmp_path, check=True)
+    assert load_weights(empty_clipseg(), tmp_path) == expected_hash(oracle.state_dict())
+
+
+def test_what_is_no_file_of_weights_is_named(oracle: Any, broken: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"
+    (broken / "model.safetensors").write_text(pointer)
+    with pytest.raises(CheckpointError, match="a Git LFS pointer, not the file"):
+        load_weights(empty_clipseg(), broken)
+    write_bin(broken, {"epoch": 3, "state_dict": oracle.state_dict()})
+    with pytest.raises(CheckpointError, match="training checkpoint; save its `state_dict` alone"):
+        load_weights(empty_clipseg(), broken)

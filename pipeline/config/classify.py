@@ -15,7 +15,6 @@ from pipeline.config.options import (
     WorkerOptions,
     check_positive,
     read_lines,
-    refuse_repeated,
 )
 from pipeline.errors import UsageError
 from pipeline.schema import IMAGES, Table, labels
@@ -61,10 +60,11 @@ class ClassifyConfig:
                 )
 
     def all_labels(self) -> list[str]:
-        """The labels in the order of their label_id, none without --labels. Raises UsageError."""
-        found = read_lines(self.labels, "--labels", "labels") if self.labels is not None else []
-        refuse_repeated(found, "label")
-        return found
+        """The labels in the order of their label_id, none without --labels. Raises UsageError.
+
+        One that stands twice has two of them: CLIP's own list of ImageNet's classes has such names.
+        """
+        return [] if self.labels is None else read_lines(self.labels, "--labels", "labels")
 
     def templates(self) -> list[str]:
         """The templates, or the one that stands for none."""

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from pipeline.demo.scenes import SIZE_PX
 from pipeline.demo.vocabulary import MAX_TOKENS, build_tokenizer
+from pipeline.model.added_tokens import END, START
 from pipeline.model.clipseg import CLIPSeg
 from pipeline.model.config import CLIPSegConfig, TextConfig, VisionConfig
-from pipeline.model.tokenizer import END, START
 
 
 def small_config() -> CLIPSegConfig:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.demo.scenes import SEEN_PAIRS, UNNAMED_PAIRS, Pair, draw_scene
 from pipeline.demo.vocabulary import CONCEPTS, build_tokenizer, phrases
-from pipeline.model.tokenizer import END
+from pipeline.model.added_tokens import END
 
 MAX_OBJECTS = 5
 # What an object in training can be; MATCHES says which concepts it answers to.

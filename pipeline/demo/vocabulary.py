@@ -15,7 +15,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, processors
 
 from pipeline.demo.scenes import COLOURS, SEEN_PAIRS, SHAPES, Pair
-from pipeline.model.tokenizer import END, START, SUFFIX, build_backend
+from pipeline.model.added_tokens import END, START
+from pipeline.model.tokenizer import SUFFIX, build_backend
 
 MAX_TOKENS = 16
 

@@ -8,7 +8,7 @@ Shapes: P texts, E projection.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,14 +20,20 @@ from torch import Tensor
 from pipeline.errors import CheckpointError, JobError
 from pipeline.infer.device import Device
 from pipeline.infer.fetch import fetch
+from pipeline.infer.texts import (
+    Progress,
+    describe_cut,
+    describe_vocabulary,
+    encode_texts,
+    find_cut,
+    longest_text,
+)
 from pipeline.model.check import read_config
 from pipeline.model.clip import CLIP, TextTower, VisionTower
 from pipeline.model.clipseg import CLIPSeg
 from pipeline.model.encoders import ImageClassifier, ImageEncoder, TextEncoder
 from pipeline.model.tokenizer import Tokenizer
 from pipeline.prepare.processor import ImageProcessor
-
-TEXTS_AT_ONCE = 256  # on a GPU
 
 Dtype = Literal["float32"]
 Model = TypeVar("Model", bound=CLIPSeg | CLIP | TextEncoder | ImageEncoder | ImageClassifier)
@@ -120,23 +126,30 @@ class OpenModel(Generic[Model]):
             dtype=self.dtype,
         )
 
-    def encode_texts(self, texts: list[str]) -> Tensor:
+    def encode_texts(self, texts: Sequence[str], on_progress: Progress | None = None) -> Tensor:
         """Projected embeddings (P, E) float32 on the CPU of at least one text, not normalised.
 
-        Texts of the same tokens are encoded once. Padding reaches to the longest text that runs at
-        once, so a text that runs alone has none.
+        See texts.encode_texts.
         """
-        model, device = self._text_model(), self.device
-        longest = model.text_model.embeddings.position_embedding.num_embeddings
-        ids = [tuple(self.tokenizer.encode(text, longest)) for text in texts]
-        first = dict(zip(ids, texts, strict=True))
-        unique, places = list(first.values()), {row: i for i, row in enumerate(first)}
-        batches = (
-            [t.to(device.torch) for t in self.tokenizer(unique[some], longest, pad_to_longest=True)]
-            for some in device.split(len(unique), TEXTS_AT_ONCE)
+        model = self._text_model()
+        tower = model.text_model
+        return encode_texts(
+            model.encode_text, tower, self.tokenizer, texts, self.device, on_progress
         )
-        vectors = device.run(model.encode_text, *zip(*batches, strict=True))
-        return torch.cat(vectors).float().cpu()[[places[row] for row in ids]]
+
+    def describe_texts(
+        self, names: Sequence[str], what: str, templates: Sequence[str] = ("{}",)
+    ) -> list[str]:
+        """Lines that the user should read on the texts of a job; `what` they are there: "prompt".
+
+        Raises UsageError for different texts that are one to the model.
+        """
+        tower = self._text_model().text_model
+        cut = find_cut(tower, self.tokenizer, names, what, templates)
+        return [
+            *describe_vocabulary(tower, self.tokenizer),
+            *describe_cut(cut, what, longest_text(tower)),
+        ]
 
     def _text_model(self) -> CLIPSeg | CLIP | TextEncoder:
         if isinstance(self.model, ImageEncoder | ImageClassifier):

@@ -3,17 +3,19 @@
 Zero-shot, a label is as probable as the cosine of its embedding with the image's says (Radford et
 al. 2021, section 3.1): a label's embedding is the mean over the prompt templates of normalised text
 embeddings, normalised again, as in openai/CLIP's notebook Prompt_Engineering_for_ImageNet. The
-driver makes them once per job. A checkpoint with a classification head has labels of its own.
+driver makes them once per job. A checkpoint with a classification head has labels of its own, and
+says whether they exclude each other.
 
 Shapes: B images, C labels, T templates, E projection, K labels that are kept.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -21,10 +23,12 @@ import torch
 
 from pipeline import schema
 from pipeline.config.classify import ClassifyConfig
-from pipeline.errors import UsageError
+from pipeline.errors import CheckpointError, UsageError
 from pipeline.infer.checkpoint import Checkpoint, OpenModel
 from pipeline.infer.device import Device, fail_rows, has_pixels
 from pipeline.infer.fetch import fetch
+from pipeline.infer.texts import Progress, name_texts
+from pipeline.model.check import read_config
 from pipeline.model.clip import CLIP
 from pipeline.model.encoders import (
     ImageClassifier,
@@ -32,6 +36,11 @@ from pipeline.model.encoders import (
     read_head_labels,
     read_logit_scale,
 )
+
+TEXTS_AT_ONCE = 1024  # of labels x templates; memory grows with it, not with their number
+
+Function = Literal["softmax", "sigmoid", "none"]
+"""Logits -> probabilities: of labels that exclude each other, or do not; none: as they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +57,9 @@ class Classifier:
     """What a cosine is multiplied with: exp(logit_scale)."""
     top: int
     """K, at most C."""
+    function: Function = "softmax"
+    notes: tuple[str, ...] = ()
+    """What the user should be told of the labels, a line each."""
 
     @property
     def head(self) -> bool:
@@ -75,13 +87,21 @@ class Classifier:
             return self.scale * np.einsum("be,ce->bc", rows, self.vectors)
 
 
-def open_classifier(name: str, config: ClassifyConfig) -> Classifier:
-    """Load a checkpoint, encode the labels with it, and let its weights go again.
+def open_classifier(
+    name: str,
+    config: ClassifyConfig,
+    *,
+    device: str = "cpu",
+    on_progress: Progress | None = None,
+) -> Classifier:
+    """Load a checkpoint, encode the labels with it on `device`, and let its weights go again.
 
     Raises CheckpointError, and UsageError where labels and checkpoint do not go together.
     """
     folder = fetch(name)
     labels, own = config.all_labels(), read_head_labels(folder)
+    notes: list[str] = []
+    function: Function = "softmax"
     if own is not None:
         given = [o for o in ("labels", "template") if getattr(config, o)]
         if given:
@@ -92,13 +112,15 @@ def open_classifier(name: str, config: ClassifyConfig) -> Classifier:
             texts=False
         )
         templates, vectors, scale = [], np.empty((0, 0)), 1.0
+        function = _head_function(folder, read_config(folder), len(own))
     else:
         if not labels:
             raise UsageError(f"nothing to choose from: {name} needs --labels FILE, one a line")
-        opened = OpenModel(name, CLIP.from_folder, Device("cpu"))
+        opened = OpenModel(name, CLIP.from_folder, Device(device))
         checkpoint = opened.describe(texts=True)
         templates, scale = config.templates(), read_logit_scale(folder)
-        vectors = encode_labels(opened, labels, templates)
+        notes = _describe_labels(opened, labels, templates)
+        vectors = encode_labels(opened, labels, templates, on_progress)
     names = labels if own is None else own
     return Classifier(
         checkpoint=checkpoint,
@@ -107,25 +129,59 @@ def open_classifier(name: str, config: ClassifyConfig) -> Classifier:
         vectors=vectors,
         scale=scale,
         top=min(config.top, len(names)),
+        function=function,
+        notes=tuple(notes),
     )
 
 
-def encode_labels(opened: OpenModel[CLIP], labels: list[str], templates: list[str]) -> np.ndarray:
+def _head_function(folder: Path, config: dict[str, Any], labels: int) -> Function:
+    """As transformers' pipelines/image_classification.py. Raises CheckpointError."""
+    kind = config.get("problem_type")
+    known = ("regression", "multi_label_classification", "single_label_classification", None)
+    if kind not in known:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: problem_type is {str(kind)[:80]!r}, not one of "
+            f"{', '.join(map(str, known[:-1]))}"
+        )
+    if kind == "regression":
+        return "none"
+    return "sigmoid" if kind == "multi_label_classification" or labels == 1 else "softmax"
+
+
+def _describe_labels(opened: OpenModel[CLIP], labels: list[str], templates: list[str]) -> list[str]:
+    """Lines that the user should read. Raises UsageError for labels that are one to the model."""
+    repeated = [label for label, count in Counter(labels).items() if count > 1]
+    notes = name_texts(repeated, "label", "given more than once, each with a label_id of its own")
+    return notes + opened.describe_texts(labels, "label", templates)
+
+
+def encode_labels(
+    opened: OpenModel[CLIP],
+    labels: list[str],
+    templates: list[str],
+    on_progress: Progress | None = None,
+) -> np.ndarray:
     """Embeddings (C, E) of the labels, float64 of length 1: the mean over all templates.
 
-    Raises UsageError for a label that the model gives no direction.
+    Runs where the model is. Raises UsageError for a label that the model gives no direction.
     """
-    texts = [template.replace("{}", label) for label in labels for template in templates]
-    each = (
-        opened.encode_texts(texts).double().numpy().reshape(len(labels), len(templates), -1)
-    )  # (C, T, E)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        mean = (each / np.linalg.norm(each, axis=2, keepdims=True)).mean(axis=1)
-        vectors = mean / np.linalg.norm(mean, axis=1, keepdims=True)
-    for label, vector in zip(labels, vectors, strict=True):
-        if not np.isfinite(vector).all():
-            raise UsageError(f"the label {label!r}: the model has no embedding of it")
-    return np.asarray(vectors)
+    step = max(1, TEXTS_AT_ONCE // len(templates))
+    parts = []
+    for i in range(0, len(labels), step):
+        some = labels[i : i + step]
+        texts = [template.replace("{}", label) for label in some for template in templates]
+        encoded = opened.encode_texts(texts)
+        each = encoded.double().numpy().reshape(len(some), len(templates), -1)  # (., T, E)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            mean = (each / np.linalg.norm(each, axis=2, keepdims=True)).mean(axis=1)
+            vectors = mean / np.linalg.norm(mean, axis=1, keepdims=True)
+        for label, vector in zip(some, vectors, strict=True):
+            if not np.isfinite(vector).all():
+                raise UsageError(f"the label {label!r}: the model has no embedding of it")
+        parts.append(vectors)
+        if on_progress:
+            on_progress(i + len(some), len(labels))
+    return np.concatenate(parts)
 
 
 def _loader(head: bool) -> Callable[[Path], tuple[ImageClassifier | ImageEncoder, str]]:
@@ -156,7 +212,8 @@ class ClassifyImages:
             out = torch.cat(self.device.run(encode, pixels)).float().cpu().numpy()
             head = self.classifier.head
             logits = out.astype(np.float64) if head else self.classifier.logits(out)
-        return rank_labels(batch.drop_columns(["pixels"]), good, logits, self.classifier.top)
+        records, asked = batch.drop_columns(["pixels"]), self.classifier
+        return rank_labels(records, good, logits, asked.top, asked.function)
 
 
 class ClassifyVectors:
@@ -174,7 +231,13 @@ class ClassifyVectors:
         return rank_labels(records, good, logits, self.classifier.top)
 
 
-def rank_labels(records: pa.Table, good: np.ndarray, logits: np.ndarray, top: int) -> pa.Table:
+def rank_labels(
+    records: pa.Table,
+    good: np.ndarray,
+    logits: np.ndarray,
+    top: int,
+    function: Function = "softmax",
+) -> pa.Table:
     """Records with their best labels, schema.RANKED; those without usable logits fail.
 
     `good` (N,) bool: which of the records the rows of `logits` (B, C) float64 belong to. Logits
@@ -184,8 +247,7 @@ def rank_labels(records: pa.Table, good: np.ndarray, logits: np.ndarray, top: in
     failed = np.zeros(len(records), dtype=bool)
     failed[good] = ~usable
     logits = logits[usable]
-    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
-    probabilities = shifted / shifted.sum(axis=1, keepdims=True)
+    probabilities = _probabilities(logits, function)
     order = np.argsort(-logits.astype(np.float32), axis=1, kind="stable")[:, :top]
     counts = np.where(good & ~failed, top, 0)
     offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]), pa.int32())
@@ -197,3 +259,14 @@ def rank_labels(records: pa.Table, good: np.ndarray, logits: np.ndarray, top: in
     lists = [pa.ListArray.from_arrays(offsets, pa.array(v.reshape(-1))) for v in values]
     records = fail_rows(records, failed, "classify", "the model's logits are not finite")
     return pa.table([*records.columns, *lists], schema=schema.RANKED)
+
+
+def _probabilities(logits: np.ndarray, function: Function) -> np.ndarray:
+    """Each label's, of logits (B, C): these sum to 1 with softmax alone."""
+    if function == "none":
+        return logits
+    if function == "sigmoid":
+        with np.errstate(over="ignore"):
+            return np.asarray(1 / (1 + np.exp(-logits)))
+    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return np.asarray(shifted / shifted.sum(axis=1, keepdims=True))

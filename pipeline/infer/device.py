@@ -44,9 +44,14 @@ class Device:
                 initargs=(1,),
             )
 
+    @property
+    def alone(self) -> bool:
+        """Whether every row is run on its own."""
+        return self._threads is not None
+
     def split(self, count: int, at_once: int) -> list[slice]:
         """Slices of `count` rows that run at once: one row on a CPU, at most `at_once` on a GPU."""
-        step = 1 if self._threads else at_once
+        step = 1 if self.alone else at_once
         return [slice(i, min(i + step, count)) for i in range(0, count, step)]
 
     def run(self, function: Callable[..., Any], *inputs: Iterable[Any]) -> list[Any]:

@@ -12,11 +12,18 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
 from pipeline.errors import CheckpointError, StorageError, UsageError
-from pipeline.model.weights import PICKLES, SAFETENSORS, WEIGHT_FILES
+from pipeline.model.weight_files import (
+    PICKLES,
+    PICKLES_VARIANTS,
+    SAFETENSORS,
+    SAFETENSORS_VARIANTS,
+    find_weights,
+)
 from pipeline.storage import Stored, check_uri, is_s3, list_files, open_read
 
 NEEDED = (
@@ -28,7 +35,11 @@ NEEDED = (
     "merges.txt",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
+    "open_clip_config.json",  # never read; it tells what the folder is
 )
+# In the order of preference; only one of them is downloaded.
+_FORMS = (SAFETENSORS, PICKLES, SAFETENSORS_VARIANTS, PICKLES_VARIANTS)
 _HUB_ID = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?:@([\w./-]+))?")
 _COPY_BYTES = 8 << 20
 
@@ -67,11 +78,23 @@ def fetch(model: str) -> Path:
 
 
 def _check_folder(folder: Path, model: str) -> Path:
-    if not (folder / "config.json").is_file():
+    names = _list_names(folder)
+    if "config.json" not in names:
+        if any(name.startswith("open_clip") for name in names):
+            raise CheckpointError(
+                f"{model}: holds a model in open_clip's own format, which is not read; name the "
+                "same model in transformers' format, a folder or repository with config.json and "
+                "model.safetensors (many hold both)"
+            )
         raise CheckpointError(f"{model}: has no config.json, so it is no checkpoint")
-    if not any((folder / name).is_file() for name in WEIGHT_FILES):
+    if find_weights(names, model) is None:
         raise CheckpointError(f"{model}: has no weights (model.safetensors or pytorch_model.bin)")
     return folder
+
+
+def _list_names(folder: Path) -> list[str]:
+    """The plain files of a folder; the client makes none where it has nothing to download."""
+    return [file.name for file in folder.iterdir() if file.is_file()] if folder.is_dir() else []
 
 
 def _fetch_hub(repo: str, revision: str | None) -> Path:
@@ -83,10 +106,13 @@ def _fetch_hub(repo: str, revision: str | None) -> Path:
     download = partial(snapshot_download, repo, revision=revision, endpoint=where)
     name = f"{repo}@{revision}" if revision else repo
     try:
-        folder = Path(download(allow_patterns=[*NEEDED, *SAFETENSORS]))
-        if not any((folder / file).is_file() for file in WEIGHT_FILES[:2]):
-            folder = Path(download(allow_patterns=[*NEEDED, *PICKLES]))
+        for form in _FORMS:
+            folder = Path(download(allow_patterns=[*NEEDED, *form]))
+            if find_weights(_list_names(folder), name):
+                break
         return folder
+    except CheckpointError:
+        raise
     except errors.GatedRepoError as error:
         raise CheckpointError(
             f"{name}: the hub asks for an agreement to its terms; accept them on its page there, "
@@ -130,7 +156,8 @@ def _fetch_s3(uri: str) -> Path:
     The folder appears whole or not at all, so any number of processes may fetch at once.
     """
     try:
-        objects = _select({Path(file.uri).name: file for file in list_files(uri, recursive=False)})
+        files = {Path(file.uri).name: file for file in list_files(uri, recursive=False)}
+        objects = _select(files, uri)
         if not objects:
             raise CheckpointError(f"{uri}: holds no checkpoint (no config.json, no weights)")
         versions = [f"{name}\0{file.version}\0{file.size_bytes}" for name, file in objects.items()]
@@ -145,11 +172,15 @@ def _fetch_s3(uri: str) -> Path:
         raise CheckpointError(f"{uri}: cannot be stored in {_cache()}: {error.strerror}") from error
 
 
-def _select(files: dict[str, Stored]) -> dict[str, Stored]:
-    """What is needed of a folder's files, sorted by name; .bin only where nothing else is."""
-    weights = SAFETENSORS if files.keys() & set(WEIGHT_FILES[:2]) else PICKLES
-    patterns = NEEDED + weights
-    return {n: files[n] for n in sorted(files) if any(fnmatch.fnmatchcase(n, p) for p in patterns)}
+def _select(files: dict[str, Stored], folder: str) -> dict[str, Stored]:
+    """The files that are needed of a folder, sorted by name."""
+    found = find_weights(files, folder) or ""
+    form = next((form for form in _FORMS if _matches(found, form)), ())
+    return {name: files[name] for name in sorted(files) if _matches(name, NEEDED + form)}
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _download(objects: dict[str, Stored], folder: Path) -> None:

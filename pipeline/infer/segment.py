@@ -35,6 +35,8 @@ class SegmentSpec:
     """(P, projection_dim) float32."""
     embed: bool
     """Whether images are embedded, too."""
+    notes: tuple[str, ...] = ()
+    """What the user should be told of the prompts, a line each."""
 
     def only(self, prompts: list[str], *, embed: bool) -> SegmentSpec:
         """The same with some of the prompts."""
@@ -45,12 +47,18 @@ class SegmentSpec:
 def open_segmenter(name: str, prompts: list[str], *, embed: bool = False) -> SegmentSpec:
     """Load a checkpoint, encode the text prompts with it, and let its weights go again.
 
-    Raises CheckpointError naming the file, field or tensor that is wrong.
+    Raises CheckpointError naming the file, field or tensor that is wrong, and UsageError for
+    prompts that are one to the model.
     """
     opened = OpenModel(name, CLIPSeg.from_folder, Device("cpu"))
-    checkpoint = opened.describe(texts=True)
-    conditional = opened.encode_texts(prompts).numpy()
-    return SegmentSpec(checkpoint=checkpoint, prompts=prompts, conditional=conditional, embed=embed)
+    notes = opened.describe_texts(prompts, "prompt")
+    return SegmentSpec(
+        checkpoint=opened.describe(texts=True),
+        prompts=prompts,
+        conditional=opened.encode_texts(prompts).numpy(),
+        embed=embed,
+        notes=tuple(notes),
+    )
 
 
 class SegmentImages:

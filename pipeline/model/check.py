@@ -98,7 +98,11 @@ def check_config(config: Mapping[str, Any], shapes: Shapes) -> None:
         if kind == "clipseg":
             _check_decoder(model, vision, shapes)
     else:
-        raise CheckpointError(f"model_type is {kind!r}, which is no CLIP or CLIPSeg model")
+        raise CheckpointError(
+            f"model_type is {str(kind)[:40]!r}, which is no CLIP or CLIPSeg model, and no command "
+            "takes another; segment takes CIDAS/clipseg-rd64-refined and the like, embed and "
+            "classify openai/clip-vit-base-patch16 and the like"
+        )
 
 
 class _Section:

@@ -29,10 +29,18 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
-_RELU = partial(nn.ReLU, inplace=True)
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = dict(
-    zip(HIDDEN_ACTS, (QuickGELU, nn.GELU, _RELU, nn.SiLU), strict=True)
+_RELU, _TANH = partial(nn.ReLU, inplace=True), partial(nn.GELU, approximate="tanh")
+# Five names of the reference are the tanh approximation, written in different ways.
+_KINDS: tuple[Callable[[], nn.Module], ...] = (
+    QuickGELU,
+    nn.GELU,
+    nn.GELU,
+    *[_TANH] * 5,
+    _RELU,
+    nn.SiLU,
+    nn.SiLU,
 )
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = dict(zip(HIDDEN_ACTS, _KINDS, strict=True))
 
 
 class Attention(nn.Module):
@@ -138,13 +146,18 @@ class TextTower(nn.Module):
             x = block(x, mask)
         return self.final_layer_norm(x)
 
-    def pool(self, states: Tensor, input_ids: Tensor) -> Tensor:
+    def pool(
+        self, states: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
+    ) -> Tensor:
         """The state of the end-of-text token, (B, D).
 
-        Checkpoints whose config has the legacy eos_token_id 2 take the largest id, which is
-        end-of-text in CLIP's vocabulary; the others the first token with the configured id.
+        Checkpoints whose config has the legacy eos_token_id 2 take the largest id that is no
+        padding: end-of-text in CLIP's vocabulary, but a pad token may stand above it. The others
+        take the first token with the configured id.
         """
         ids = input_ids if self.eos_token_id == 2 else (input_ids == self.eos_token_id).int()
+        if attention_mask is not None:
+            ids = ids.masked_fill(attention_mask == 0, -1)
         return states[torch.arange(len(states), device=states.device), ids.argmax(-1)]
 
 
@@ -269,7 +282,7 @@ class CLIP(nn.Module):
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Projected text embeddings (B, E), not normalised, of int64 ids (B, L)."""
         states = self.text_model(input_ids, attention_mask)
-        return self.text_projection(self.text_model.pool(states, input_ids))
+        return self.text_projection(self.text_model.pool(states, input_ids, attention_mask))
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Projected image embeddings (B, E), not normalised, of pixels (B, 3, H, W)."""

@@ -120,6 +120,11 @@ class CLIPSeg(nn.Module):
         Raises CheckpointError naming the file, field or tensor that is wrong.
         """
         values = read_config(folder)
+        if values["model_type"] != "clipseg":
+            raise CheckpointError(
+                f"{folder}: is a {values['model_type']} model, without a decoder of masks; embed "
+                "and classify take CLIP models, segment a CLIPSeg (CIDAS/clipseg-rd64-refined)"
+            )
         try:
             config = CLIPSegConfig.from_dict(values)
         except (TypeError, ValueError) as error:

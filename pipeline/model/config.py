@@ -12,7 +12,11 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-HIDDEN_ACTS = ("quick_gelu", "gelu", "relu", "silu")
+# As transformers' activations.py names them; clip.ACTIVATIONS holds what they are.
+HIDDEN_ACTS = (
+    *("quick_gelu", "gelu", "gelu_python", "gelu_new", "gelu_fast", "gelu_accurate"),
+    *("gelu_pytorch_tanh", "gelu_python_tanh", "relu", "silu", "swish"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,7 +52,7 @@ class TextEncoder(nn.Module):
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Text embeddings of int64 ids (B, L), not normalised: (B, E), unprojected (B, D)."""
         states = self.text_model(input_ids, attention_mask)
-        return self.text_projection(self.text_model.pool(states, input_ids))
+        return self.text_projection(self.text_model.pool(states, input_ids, attention_mask))
 
 
 class ImageEncoder(nn.Module):

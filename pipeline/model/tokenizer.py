@@ -23,17 +23,15 @@ from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
 from pipeline.errors import CheckpointError
+from pipeline.model.added_tokens import END, START, read_added, read_special_tokens
 from pipeline.storage.documents import read_json
 
-START, END = "<|startoftext|>", "<|endoftext|>"
 SUFFIX = "</w>"  # ends the last symbol of every word
 
 # transformers models/clip/tokenization_clip.py; openai/CLIP simple_tokenizer.py
 PATTERN = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 )
-# The special tokens a configuration can name, in the order in which they are registered.
-NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # An id above this would ask for an embedding table that no checkpoint has (CLIP's ends at 49,407).
 MAX_ID = 1 << 24
 
@@ -77,9 +75,8 @@ class Tokenizer:
         naming the file, where one is missing, too large or not what it should be.
         """
         folder = Path(folder)
-        source, vocab, merges, added = _read_vocabulary(folder)
-        names, added = _read_special_tokens(folder, added)
-        text = {key: token.content for key, token in names.items()}
+        source, vocab, merges, listed = _read_vocabulary(folder)
+        text, added = read_special_tokens(folder, listed)
         tokens = [
             (t.content, t.single_word, t.lstrip, t.rstrip, t.normalized, t.special) for t in added
         ]
@@ -105,10 +102,23 @@ class Tokenizer:
         length (at most max_length). ValueError for a max_length under 2, and for a string instead
         of a list.
         """
+        rows, _ = self.frame(texts, max_length)
+        length = max(map(len, rows), default=2) if pad_to_longest else max_length
+        return self.pad(rows, length)
+
+    def frame(self, texts: Sequence[str], max_length: int) -> tuple[list[list[int]], list[bool]]:
+        """(each text's ids between bos and eos, whether it lost its end), none padded.
+
+        ValueError as in a call.
+        """
         if isinstance(texts, str):
             raise ValueError("texts must be a list of strings, not one string")
-        rows = [self._frame(ids, max_length) for ids in self._encode(texts)]
-        length = max(map(len, rows), default=2) if pad_to_longest else max_length
+        bare = self._encode(texts)
+        cut = [len(ids) + 2 > max_length for ids in bare]
+        return [self._frame(ids, max_length) for ids in bare], cut
+
+    def pad(self, rows: Sequence[Sequence[int]], length: int) -> tuple[Tensor, Tensor]:
+        """(input_ids, attention_mask), int64 (P, length), of rows as `frame` returns them."""
         input_ids = torch.full((len(rows), length), self.pad_id, dtype=torch.int64)
         attention_mask = torch.zeros_like(input_ids)
         for row, ids in enumerate(rows):
@@ -175,8 +185,8 @@ def build_backend(vocab: dict[str, int], merges: list[tuple[str, str]], unk: str
 
 def _read_vocabulary(
     folder: Path,
-) -> tuple[Path, dict[str, int], list[tuple[str, str]], list[AddedToken]]:
-    """(the file, vocabulary, merges, added tokens in the order of their ids), all checked."""
+) -> tuple[Path, dict[str, int], list[tuple[str, str]], dict[int, AddedToken]]:
+    """(the file, vocabulary, merges, added tokens by their ids), all checked."""
     path = folder / "tokenizer.json"
     if path.is_file():
         data = read_json(path)
@@ -185,7 +195,7 @@ def _read_vocabulary(
             raise CheckpointError(f"{path}: not a BPE tokenizer, so not CLIP's")
         vocab = _check_vocab(path, model.get("vocab"))
         merges = _check_merges(path, model.get("merges"), vocab)
-        return path, vocab, merges, _read_added(path, data.get("added_tokens") or [])
+        return path, vocab, merges, read_added(path, data.get("added_tokens") or [])
     path, merges_path = folder / "vocab.json", folder / "merges.txt"
     for needed in (path, merges_path):
         if not needed.is_file():
@@ -196,7 +206,7 @@ def _read_vocabulary(
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{merges_path}: cannot be read: {error}") from error
     pairs = [line.rstrip("\r") for line in lines if line and not line.startswith("#version")]
-    return path, vocab, _check_merges(merges_path, pairs, vocab), []
+    return path, vocab, _check_merges(merges_path, pairs, vocab), {}
 
 
 def _check_vocab(path: Path, vocab: Any) -> dict[str, int]:
@@ -226,68 +236,3 @@ def _check_merges(path: Path, merges: Any, vocab: dict[str, int]) -> list[tuple[
             raise CheckpointError(f"{path}: merge {number} is not two tokens: {str(merge)[:80]!r}")
         pairs.append((pair[0], pair[1]))
     return pairs
-
-
-def _read_special_tokens(
-    folder: Path, added: list[AddedToken]
-) -> tuple[dict[str, AddedToken], list[AddedToken]]:
-    """(named special tokens, every token to register), from the folder's two optional files.
-
-    `added` comes from tokenizer.json and counts only where tokenizer_config.json has no
-    `added_tokens_decoder`: the precedence of transformers' tokenization_utils_base.py. The flags
-    matter: a token that matches after normalisation is found in upper case too.
-    """
-    path = folder / "tokenizer_config.json"
-    config = read_json(path) if path.is_file() else {}
-    sources: dict[str, Path] = {}
-    decoder = config.get("added_tokens_decoder")
-    if decoder is not None:
-        if not isinstance(decoder, dict) or not all(key.isdecimal() for key in decoder):
-            raise CheckpointError(f"{path}: added_tokens_decoder must map ids to tokens")
-        added = _read_added(path, [{**_as_dict(path, t), "id": int(i)} for i, t in decoder.items()])
-    elif (map_path := folder / "special_tokens_map.json").is_file():
-        mapped = read_json(map_path)
-        config |= mapped
-        sources = dict.fromkeys(mapped, map_path)
-    registered = {token.content: token for token in added}
-    defaults = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
-    names = {}
-    for key in NAMES:
-        value = config.get(key) or defaults.get(key)
-        if value is not None:
-            token = _added_token(sources.get(key, path), value, special=True)
-            names[key] = registered.get(token.content, token)
-    extra = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
-    extra = list(extra.values()) if isinstance(extra, dict) else extra  # by names of their own
-    extra = extra if isinstance(extra, list) else []
-    added = added + [t for t in names.values() if t.content not in registered]
-    added += [_added_token(path, e, special=True) for e in extra]
-    return names, added
-
-
-def _read_added(path: Path, entries: Any) -> list[AddedToken]:
-    if not isinstance(entries, list):
-        raise CheckpointError(f"{path}: added_tokens must be a list")
-    dicts = [_as_dict(path, entry) for entry in entries]
-    for entry in dicts:
-        if type(entry.get("id")) is not int:
-            raise CheckpointError(f"{path}: an added token without an id: {str(entry)[:80]}")
-    return [_added_token(path, entry) for entry in sorted(dicts, key=lambda entry: entry["id"])]
-
-
-def _as_dict(path: Path, entry: Any) -> dict[str, Any]:
-    if not isinstance(entry, dict):
-        raise CheckpointError(f"{path}: not an added token: {json.dumps(entry)[:80]}")
-    return entry
-
-
-def _added_token(path: Path, value: Any, *, special: bool | None = None) -> AddedToken:
-    """A token as the files write it: its text, or an object with flags."""
-    if isinstance(value, str) and value:
-        return AddedToken(value, special=True, normalized=False)
-    entry = _as_dict(path, value)
-    content = entry.get("content")
-    flags = {f: entry[f] for f in ("single_word", "lstrip", "rstrip", "normalized") if f in entry}
-    if not isinstance(content, str) or not content or {*map(type, flags.values())} - {bool}:
-        raise CheckpointError(f"{path}: not an added token: {str(value)[:80]}")
-    return AddedToken(content, special=bool(entry.get("special", special)), **flags)
