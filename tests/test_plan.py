@@ -13,7 +13,7 @@ from pipeline.errors import UsageError
 from pipeline.read import inputs as plan
 from pipeline.read.inputs import plan_shards
 from pipeline.read.shard import shard_from_row, shard_to_row
-from pipeline.storage.uri import expand_braces
+from pipeline.storage.braces import expand_braces
 from tests.shards import hugging_face_column, make_parquet, make_tar, write_img2dataset
 
 TAR = make_tar([("a.jpg", b"image")])

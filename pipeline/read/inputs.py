@@ -42,7 +42,7 @@ from pipeline.read.shard import (
     strip_suffix,
 )
 from pipeline.storage import Stored
-from pipeline.storage.uri import expand_braces
+from pipeline.storage.braces import expand_braces
 
 GROUP_FILES = 256  # loose images per shard; part of a run's identity, so never an option
 # A larger Parquet file is several shards of about this size: what is lost with a worker, and what
