@@ -27,6 +27,7 @@ REASONS = {
     "shard_corrupt": "the archive or Parquet structure is damaged; rows before the damage are kept",
     "shard_truncated": "the shard ends early; rows before the end are kept",
     "reader_crashed": "the shard ended the process that read it; rows before it are kept",
+    "shard_encrypted": "the Parquet shard, or a column of it, is encrypted: decrypt it first",
     "column_missing": "the Parquet shard has no such column, or one of another type",
     # rows
     "no_image": "the sample has no image, or the image column is null",

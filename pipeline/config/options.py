@@ -67,6 +67,9 @@ class RunOptions:
     storage_timeout: float = 300.0
     """Seconds for which one read or write is tried again while the storage fails."""
 
+    strict: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Stop where any file of INPUT is left out, instead of saying which."""
+
     retry: tyro.conf.Suppress[Literal["none", "retryable", "all"]] = "none"
     """Which finished shards with failures are made anew; what retry-failed asks for."""
 

@@ -30,7 +30,7 @@ from pipeline.errors import (
     one_line,
 )
 from pipeline.prepare.images import decode_image
-from pipeline.read.inputs import plan_shards
+from pipeline.read.inputs import list_shards
 from pipeline.read.records import read_shard
 from pipeline.read.shard import Shard
 from pipeline.run.manifest import name_run
@@ -160,13 +160,13 @@ def read_thumbnails(
     Raises CredentialsError: that is no fault of an image.
     """
     try:
-        columns = {"image_column": images.image_column, "text_column": images.text_column}
-        plan = plan_shards(images.source, **columns)
+        column, text = images.image_column, images.text_column
+        listed = list_shards(images.source, image_column=column, text_column=text).shards
     except CredentialsError:
         raise
     except PipelineError:
         return dict.fromkeys(wanted, "the input is not there any more")
-    shards = {shard.name: replace(shard, text="") for shard in plan}
+    shards = {shard.name: replace(shard, text="") for shard in listed}
     rows: dict[str, set[int]] = {}
     for shard, row in wanted:
         rows.setdefault(shard, set()).add(row)

@@ -22,6 +22,7 @@ from pipeline.errors import (
     StorageError,
 )
 from pipeline.read.parquet import read_parquet
+from pipeline.read.paths import PathReader
 from pipeline.read.ranges import RowSet, iter_rows
 from pipeline.read.shard import (
     IMAGE_LIMIT_BYTES,
@@ -30,6 +31,7 @@ from pipeline.read.shard import (
     Sample,
     Shard,
     find_text,
+    image_key,
     printable,
     shard_from_row,
 )
@@ -152,7 +154,13 @@ def _read_samples(shard: Shard) -> Iterator[Sample]:
         else:
             first, count = shard.first_row_group, shard.row_groups
             groups = range(first, first + count) if count else None
-            yield from read_parquet(file, shard.column, text=shard.text, groups=groups)
+            yield from read_parquet(
+                file,
+                shard.column,
+                text=shard.text,
+                groups=groups,
+                read_path=PathReader(shard),
+            )
 
 
 def shard_failure(error: StorageError) -> RowError:
@@ -181,11 +189,11 @@ def read_images(root: str, files: tuple[str, ...], text: str = "") -> Iterator[S
 
 
 def _read_image(root: str, path: str, text: str) -> Sample:
-    key = printable(path.rpartition(".")[0])
+    key = printable(image_key(path))
     found = Sample(key, printable(path))
     try:
         image = storage.read_bytes(storage.join(root, path), limit_bytes=IMAGE_LIMIT_BYTES + 1)
-        beside = _read_text(storage.join(root, path.rpartition(".")[0]), text) if text else None
+        beside = _read_text(storage.join(root, image_key(path)), text) if text else None
     except CredentialsError:
         raise
     except NotFoundError as error:

@@ -10,13 +10,37 @@ from typing import Any, NamedTuple
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 PARQUET_SUFFIXES = (".parquet", ".pq")
-_DECODED = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
+_DECODED = (
+    "jpg",
+    "jpeg",
+    "jpe",
+    "jfif",
+    "png",
+    "apng",
+    "webp",
+    "gif",
+    "bmp",
+    "tif",
+    "tiff",
+    "avif",
+)
 _REFUSED = ("heic", "heif", "jp2", "svg", "psd")  # reported by decoding rather than passed over
 IMAGE_EXTENSIONS = frozenset(_DECODED + _REFUSED)
 TEXT_EXTENSIONS = ("json", "txt")  # in the order in which a text is looked for
 TEXT_LIMIT_BYTES = 2**20
 # Larger members, files and cells are reported without being read into memory.
 IMAGE_LIMIT_BYTES = 512 * 2**20
+SNIFF_BYTES = 32
+_MAGIC = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|8BPS\0"
+    rb"|II[*+]\0|MM\0[*+]"
+    rb"|BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0"
+    rb"|....ftyp(?:avif|avis|heic|heix|heif|mif1|msf1)"
+    rb"|\0\0\0\x0cjP  ",
+    re.DOTALL,
+)
+# TIFF by their first bytes, of which only a preview would be decoded.
+_RAW_SUFFIXES = ("arw", "cr2", "dng", "nef", "nrw", "orf", "pef", "rw2", "srw")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +49,8 @@ class Shard:
     files: the unit of work."""
 
     name: str
-    """The `shard` column: the path relative to the input's root, unique in a plan; of row groups
-    as name_rows has it."""
+    """The `shard` column: the path relative to the input's root, unique in an input; of row
+    groups as name_rows has it."""
     uri: str
     """What to open; for loose images the root folder."""
     format: str
@@ -38,7 +62,9 @@ class Shard:
     files: tuple[str, ...] = ()
     """Loose images: paths relative to `uri`, in the order of their rows."""
     column: str = ""
-    """Parquet: the image column found when planning; "" leaves it to the reader."""
+    """Parquet: the image column of this file; "" leaves it to the reader."""
+    inside: str = ""
+    """Parquet: the folder below which its cells may name files; "" is the file's own."""
     text: str = ""
     """Where each row's text is (see find_text); "" when none is wanted."""
     first_row_group: int = 0
@@ -69,6 +95,11 @@ class Sample(NamedTuple):
         return self._replace(text=printable(text))
 
 
+def is_image(start: bytes, suffix: str = "") -> bool:
+    """Whether a file whose name does not tell is an image, by its first SNIFF_BYTES."""
+    return _MAGIC.match(start) is not None and suffix not in _RAW_SUFFIXES
+
+
 def find_text(wanted: str, extension: str, data: bytes) -> str | None:
     """The text in a file beside an image: the field `wanted` of a .json, else a .txt as it is."""
     if extension == "txt":
@@ -86,6 +117,7 @@ def shard_to_row(shard: Shard) -> dict[str, Any]:
     return {
         **vars(shard),
         "uri": _to_bytes(shard.uri),
+        "inside": _to_bytes(shard.inside),
         "files": [_to_bytes(path) for path in shard.files],
     }
 
@@ -94,6 +126,7 @@ def shard_from_row(row: dict[str, Any]) -> Shard:
     """The shard of `shard_to_row`; columns of other names are left out."""
     values = {name: row[name] for name in Shard.__dataclass_fields__}
     values["uri"] = _from_bytes(row["uri"])
+    values["inside"] = _from_bytes(row["inside"])
     values["files"] = tuple(_from_bytes(path) for path in row["files"])
     return Shard(**values)
 
@@ -106,6 +139,12 @@ def file_format(path: str) -> str:
     if name.endswith(PARQUET_SUFFIXES):
         return "parquet"
     return "images" if name.rpartition(".")[2] in IMAGE_EXTENSIONS and "." in name else ""
+
+
+def image_key(path: str) -> str:
+    """The key of a loose image: its path without the extension, where that is an image's."""
+    before, dot, extension = path.rpartition(".")
+    return before if dot and extension.lower() in IMAGE_EXTENSIONS else path
 
 
 def printable(name: str | bytes) -> str:
