@@ -113,6 +113,7 @@ def test_images_of_any_name_are_recognised(tmp_path: Path, form: str, name: str)
 
 def test_what_is_left_out_is_counted_with_an_example(folder: str):
     write_all(folder, "x.tar", "b.md", "a.MD", "x.json", "x_stats.json", "c.tar.odd", "_metadata")
+    write_all(folder, "x.TXT")  # which nobody looks for
     storage.write_bytes(f"{folder}/tar", TAR)
     storage.write_bytes(f"{folder}/photo.nef", encode("TIFF"))
     storage.write_bytes(f"{folder}/x.parquet", make_parquet({"key": ["a"], "url": ["http://a"]}))
@@ -122,13 +123,14 @@ def test_what_is_left_out_is_counted_with_an_example(folder: str):
         ".json": LeftOut(1, "x_stats.json"),
         ".md": LeftOut(2, "a.MD"),
         ".nef": LeftOut(1, "photo.nef"),
+        ".txt": LeftOut(1, "x.TXT"),
         ".tar.odd: a tar by its content": LeftOut(1, "c.tar.odd"),
         "Parquet without a column of images": LeftOut(1, "x.parquet"),
         "without a suffix": LeftOut(1, "_metadata"),
         "without a suffix: a tar by its content": LeftOut(1, "tar"),
     }
     line = describe_left_out(listing.left_out)
-    assert line.startswith("8 files left out: 2 .md (a.MD), 1 .json (x_stats.json), ")
+    assert line.startswith("9 files left out: 2 .md (a.MD), 1 .json (x_stats.json), ")
     with pytest.raises(UsageError) as caught:
         list_shards(folder, strict=True)
     assert line in str(caught.value)

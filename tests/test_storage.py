@@ -182,6 +182,15 @@ def test_what_is_listed_is_what_is_read(s3: Any, bucket: str):
         assert direct <= shallow
 
 
+def test_local_names_are_exact(tmp_path: Path):
+    taken = [key for key in ODD_KEYS if not {"", ".", ".."} & set(key.split("/"))]
+    write_all(str(tmp_path), *taken)
+    files = storage.list_files(str(tmp_path))
+    assert set(names(files, str(tmp_path))) == set(taken)
+    for file in files:
+        assert storage.read_bytes(file.uri).decode() == storage.relative(str(tmp_path), file.uri)
+
+
 def test_deleting_a_folder_leaves_its_twin(bucket: str):
     write_all(bucket, "a/x", "a//x", "a/../x", "a//b/x")
     storage.delete_folder(f"{bucket}/a//")

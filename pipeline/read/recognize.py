@@ -101,7 +101,7 @@ def sort_files(
             left.append(("pipes, sockets or devices", file))
         elif kind:
             inputs[kind].append(file)
-        elif name.lower().endswith(_TEXT_SUFFIXES):
+        elif name.endswith(_TEXT_SUFFIXES):  # as they are looked for
             texts.append((name, file))
         elif not file.version:
             left.append(("broken links", file))
