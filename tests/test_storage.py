@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import storage
@@ -119,6 +119,7 @@ def test_join_and_parent():
 KEYS = st.lists(st.sampled_from(["/", "a", ".", "..", " ", "%2F", "é", "?", "#"]), min_size=1)
 
 
+@settings(deadline=None)
 @given(key=KEYS.map("".join), other=KEYS.map("".join))
 def test_a_key_is_exact(key: str, other: str):
     """Folders are told from one another, and a name below one leads back to its object."""

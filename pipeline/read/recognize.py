@@ -25,7 +25,10 @@ from pipeline.storage import SPECIAL, Stored
 
 # What jobs leave in their outputs, and writers such as Spark beside unfinished files.
 SCRATCH = frozenset(
-    ("_SUCCESS", "_run.json", "_staging", "_receipts", "_prompts", "_temporary", "_delta_log")
+    (
+        *("_SUCCESS", "_run.json", "_staging", "_receipts", "_prompts", "_schema.parquet"),
+        *("_temporary", "_delta_log"),
+    )
 )
 FIRST_BYTES = 512  # the magic of a tar stands at 257
 _READS_AT_ONCE = 32
