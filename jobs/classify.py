@@ -48,7 +48,10 @@ def classify(config: ClassifyConfig, open_engine: OpenEngine = open_ray) -> None
     else:
         classifier = open_classifier(config.model or EmbedConfig.model, config)
         shards = list_shards(
-            config.input, image_column=config.images.image_column, strict=config.run.strict
+            config.input,
+            image_column=config.images.image_column,
+            member_suffix=config.images.member_suffix,
+            strict=config.run.strict,
         ).shards
     tables = config.tables(classifier.facts(), classifier.top, images=table is None)
     run = open_run(config, shards, model=classifier.fingerprint(), tables=tables)

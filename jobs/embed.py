@@ -37,6 +37,7 @@ def embed(config: EmbedConfig, open_engine: OpenEngine = open_ray) -> None:
         config.input,
         image_column=config.images.image_column,
         text_column=config.text_column,
+        member_suffix=config.images.member_suffix,
         strict=config.run.strict,
     ).shards
     embedder = open_embedder(

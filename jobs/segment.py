@@ -37,7 +37,10 @@ def segment(config: SegmentConfig, open_engine: OpenEngine = open_ray) -> None:
     set_storage_timeout(config.run.storage_timeout)
     config = config.resolve()
     shards = list_shards(
-        config.input, image_column=config.images.image_column, strict=config.run.strict
+        config.input,
+        image_column=config.images.image_column,
+        member_suffix=config.images.member_suffix,
+        strict=config.run.strict,
     ).shards
     prompted = encode_prompts(config.model, list(config.prompt), embed=config.embed)
     checkpoint = prompted.checkpoint

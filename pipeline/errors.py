@@ -34,6 +34,8 @@ REASONS = {
     "file_missing": "the image file is not there (any more)",
     "file_unreadable": "the storage failed while the image file, or the text beside it, was read",
     "no_text": "the sample has no such text, or the text column is null",
+    "text_too_long": "the text has more than 64 KiB",
+    "name_too_long": "the key or the path has more than 4,096 bytes; both are cut to that",
     "image_empty": "zero bytes",
     "not_an_image": "text, HTML, JSON or unknown bytes",
     "unsupported_format": "a format, or a layout of it, that is not decoded (HEIC, 12-bit JPEG)",

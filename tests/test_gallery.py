@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from shards import make_parquet, make_tar
+from shards import link, make_parquet, make_tar
 
 from pipeline import storage
 from pipeline.embeddings.gallery import (
@@ -147,7 +147,7 @@ def test_what_cannot_be_fetched_says_why(tmp_path: Path) -> None:
     write_tar(source, "gone.tar")
     write_tar(source, "changed.tar")
     storage.write_bytes(
-        f"{source}/bad.tar", make_tar([("0.png", b"<html>"), ("1.txt", b""), ("2.png", b"")])
+        f"{source}/bad.tar", make_tar([("0.png", b"<html>"), link("1.png"), ("2.png", b"")])
     )
     images = write_run(str(tmp_path / "out"), source)
     (tmp_path / "in" / "gone.tar").unlink()

@@ -25,7 +25,14 @@ from pipeline.read.records import BATCH_BYTES, read_batches, read_shard
 from pipeline.read.shard import TEXT_LIMIT_BYTES, Sample, Shard, find_text, shard_to_row
 from pipeline.schema import RECORDS
 from pipeline.storage import s3_read
-from tests.shards import hugging_face_column, make_parquet, make_tar, shards_of, write_img2dataset
+from tests.shards import (
+    hugging_face_column,
+    link,
+    make_parquet,
+    make_tar,
+    shards_of,
+    write_img2dataset,
+)
 
 Records = list[dict[str, Any]]
 SAMPLES = [(f"{index}.jpg", b"image %d" % index) for index in range(5)]
@@ -61,7 +68,7 @@ def write_parquet(folder: str, columns: Any, **options: Any) -> Shard:
 
 
 def test_records_have_the_columns_of_the_schema(folder: str):
-    shard = write_one(folder, "x.tar", make_tar([*SAMPLES, ("x.txt", b"")]))
+    shard = write_one(folder, "x.tar", make_tar([*SAMPLES, link("x.jpg"), ("y.txt", b"")]))
     records = list(read_shard(shard))
     pa.Table.from_pylist(records, schema=RECORDS)
     assert all(set(record) == set(RECORDS.names) for record in records)
@@ -74,14 +81,15 @@ def test_records_have_the_columns_of_the_schema(folder: str):
         "image": b"image 3",
         "text": "",
         "total": -1,
+        "skipped": 0,
         "stage": "",
         "reason": "",
         "detail": "",
         "retryable": False,
     }
-    assert records[5]["reason"] == "no_image"
+    assert records[5]["reason"] == "member_unsupported"
     assert records[5]["stage"] == "read"
-    assert (records[6]["row"], records[6]["total"]) == (-1, 6)
+    assert [records[6][name] for name in ("row", "total", "skipped")] == [-1, 6, 1]
 
 
 @pytest.mark.parametrize("form", ["webdataset", "files", "parquet"])

@@ -96,6 +96,7 @@ class Images:
     image_column: str | None
     text_column: str | None
     """Of a run that embedded texts, too: they belong to the versions of its shards."""
+    member_suffix: str | None
     max_pixels: int
 
 
@@ -120,6 +121,7 @@ def open_gallery(output: str, thumbnails: int) -> Images:
             source=options["input"],
             image_column=options["image_column"],
             text_column=options.get("text_column"),
+            member_suffix=options.get("member_suffix"),
             max_pixels=options["max_pixels"],
         )
     except NotFoundError as error:
@@ -160,8 +162,12 @@ def read_thumbnails(
     Raises CredentialsError: that is no fault of an image.
     """
     try:
-        column, text = images.image_column, images.text_column
-        listed = list_shards(images.source, image_column=column, text_column=text).shards
+        listed = list_shards(
+            images.source,
+            image_column=images.image_column,
+            text_column=images.text_column,
+            member_suffix=images.member_suffix,
+        ).shards
     except CredentialsError:
         raise
     except PipelineError:

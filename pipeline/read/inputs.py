@@ -40,6 +40,7 @@ def list_shards(
     *,
     image_column: str | None = None,
     text_column: str | None = None,
+    member_suffix: str | None = None,
     strict: bool = False,
 ) -> Listing:
     """The shards of an input, sorted by name, and what was left out.
@@ -48,7 +49,8 @@ def list_shards(
     local or `s3://`; several joined by `::`. Shards named by braces stay in the list when they are
     missing, so that they are reported. `image_column`: the Parquet column with the images; found by
     name when None. `text_column`: the text to read with each image, if any: a Parquet column, or
-    what shard.find_text finds beside it. `strict`: leaving anything out is an error.
+    what shard.find_text finds beside it. `member_suffix`: the extension of the members of a tar
+    that are its images; every image when None. `strict`: leaving anything out is an error.
     Raises UsageError where nothing can be read, StorageError where storage fails.
     """
     source = storage.check_uri(source)
@@ -75,7 +77,8 @@ def list_shards(
     left_out = count_left_out([*left, *without])
     if strict and left_out:
         raise UsageError(f"{source}: {describe_left_out(left_out)} (--strict)")
-    shards = [replace(shard, text=text_column or "") for shard in shards]
+    suffix = (member_suffix or "").lower().strip(".")
+    shards = [replace(s, text=text_column or "", member_suffix=suffix) for s in shards]
     shards.sort(key=lambda shard: shard.name)
     for one, other in pairwise(shards):
         if one.name == other.name:  # of one the results would be lost

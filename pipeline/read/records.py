@@ -60,7 +60,9 @@ def read_batches(shards: pa.Table, batch_rows: int = BATCH_ROWS) -> Iterator[pa.
                 batch, size_bytes = [], 0
             batch.append(record)
             size_bytes += len(record["image"])
-            if len(batch) == batch_rows and record["row"] >= 0:
+            full = len(batch) == batch_rows and record["row"] >= 0
+            del record  # or a large image stays while the next one is read
+            if full or size_bytes >= BATCH_BYTES:
                 yield pa.Table.from_pylist(batch, schema=RECORDS)
                 batch, size_bytes = [], 0
         yield pa.Table.from_pylist(batch, schema=RECORDS)
@@ -90,23 +92,29 @@ def read_shard(shard: Shard) -> Records:
 
     Data never raises: damage becomes a reason. CredentialsError does.
     """
-    total = 0
+    total = skipped = 0
     failure: RowError | None = None
     skip = RowSet(shard.skip)
     try:
-        for sample in _read_samples(shard):
+        for found in _read_samples(shard):
+            if found is None:
+                skipped += 1
+                continue
             if total in skip:
                 total += 1
                 continue
+            sample = found.with_short_names()
             yield {
                 "shard": shard.name,
                 "version": shard.version,
                 "row": total,
                 "total": -1,
+                "skipped": 0,
                 **sample._asdict(),
                 "detail": sample.detail[:500],
                 "stage": "read" if sample.reason else "",
             }
+            del found, sample  # while the next one is read
             total += 1
     except CredentialsError:
         raise
@@ -121,11 +129,11 @@ def read_shard(shard: Shard) -> Records:
         # Memory says nothing of the bytes: as where the storage does not give them.
         reason = "shard_unreadable" if isinstance(error, MemoryError) else "shard_corrupt"
         failure = RowError("read", reason, detail, retryable=isinstance(error, MemoryError))
-    yield _end(shard, total, failure)
+    yield _end(shard, total, failure, skipped)
 
 
-def _end(shard: Shard, total: int, failure: RowError | None) -> dict[str, Any]:
-    """The end record of a shard with `total` rows."""
+def _end(shard: Shard, total: int, failure: RowError | None, skipped: int = 0) -> dict[str, Any]:
+    """The end record of a shard with `total` rows, and so many samples without an image."""
     return {
         "shard": shard.name,
         "version": shard.version,
@@ -135,6 +143,7 @@ def _end(shard: Shard, total: int, failure: RowError | None) -> dict[str, Any]:
         "image": b"",
         "text": "",
         "total": total,
+        "skipped": skipped,
         "stage": failure.stage if failure else "",
         "reason": failure.reason if failure else "",
         "detail": failure.detail if failure else "",
@@ -142,7 +151,8 @@ def _end(shard: Shard, total: int, failure: RowError | None) -> dict[str, Any]:
     }
 
 
-def _read_samples(shard: Shard) -> Iterator[Sample]:
+def _read_samples(shard: Shard) -> Iterator[Sample | None]:
+    """The samples of a shard; None for one without an image, which is no row."""
     if shard.format == "images":
         yield from read_images(shard.uri, shard.files, shard.text)
         return
@@ -150,7 +160,7 @@ def _read_samples(shard: Shard) -> Iterator[Sample]:
         raise NotFoundError(f"{shard.uri}: not there when the input was listed")
     with storage.open_read(shard.uri, version=shard.version) as file:
         if shard.format == "tar":
-            yield from read_tar(file, text=shard.text)
+            yield from read_tar(file, text=shard.text, suffix=shard.member_suffix)
         else:
             first, count = shard.first_row_group, shard.row_groups
             groups = range(first, first + count) if count else None

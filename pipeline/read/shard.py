@@ -8,7 +8,10 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+TAR_SUFFIXES = (
+    *(".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz", ".tbz2"),
+    *(".tar.xz", ".txz", ".tar.zst", ".tzst"),
+)
 PARQUET_SUFFIXES = (".parquet", ".pq")
 _DECODED = (
     "jpg",
@@ -30,6 +33,10 @@ TEXT_EXTENSIONS = ("json", "txt")  # in the order in which a text is looked for
 TEXT_LIMIT_BYTES = 2**20
 # Larger members, files and cells are reported without being read into memory.
 IMAGE_LIMIT_BYTES = 512 * 2**20
+# Longer ones are reported and not carried: a key goes into every row of its image, and Arrow's
+# columns of strings end at 2 GiB. No path that Linux opens is longer.
+NAME_LIMIT_BYTES = 4096
+CAPTION_LIMIT_BYTES = 2**16  # of the text of a row
 SNIFF_BYTES = 32
 _MAGIC = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|8BPS\0"
@@ -67,6 +74,8 @@ class Shard:
     """Parquet: the folder below which its cells may name files; "" is the file's own."""
     text: str = ""
     """Where each row's text is (see find_text); "" when none is wanted."""
+    member_suffix: str = ""
+    """Tar: the extension of the members that are the images; "" takes every image."""
     first_row_group: int = 0
     row_groups: int = 0
     """Parquet: how many row groups from `first_row_group` on; 0 is the whole file."""
@@ -92,7 +101,22 @@ class Sample(NamedTuple):
         if text is None:
             detail = f"no text {wanted!r} beside the image"
             return self._replace(image=b"", reason="no_text", detail=printable(detail))
-        return self._replace(text=printable(text))
+        text = printable(text)
+        if (size := len(text.encode())) > CAPTION_LIMIT_BYTES:
+            detail = f"{size:,} bytes; at most {CAPTION_LIMIT_BYTES:,} are kept"
+            return self._replace(image=b"", reason="text_too_long", detail=detail)
+        return self._replace(text=text)
+
+    def with_short_names(self) -> Sample:
+        """The sample, or failed with its names cut where one is longer than NAME_LIMIT_BYTES."""
+        key, member = (_cut(name, NAME_LIMIT_BYTES) for name in (self.key, self.member))
+        if (key, member) == (self.key, self.member):
+            return self
+        short = self._replace(key=key, member=member)
+        if self.reason:
+            return short
+        detail = f"a name of more than {NAME_LIMIT_BYTES:,} bytes"
+        return short._replace(image=b"", text="", reason="name_too_long", detail=detail)
 
 
 def is_image(start: bytes, suffix: str = "") -> bool:
@@ -160,7 +184,7 @@ def printable(name: str | bytes) -> str:
 
 def strip_suffix(path: str) -> str:
     """The path without its input suffix: img2dataset's shard id."""
-    return re.sub(r"\.(tar\.gz|[^./]+)$", "", path, flags=re.IGNORECASE)
+    return re.sub(r"\.(tar\.(gz|bz2|xz|zst)|[^./]+)$", "", path, flags=re.IGNORECASE)
 
 
 def name_rows(file: str, first: int, end: int, total: int) -> str:
@@ -175,6 +199,13 @@ def name_rows(file: str, first: int, end: int, total: int) -> str:
 def file_of(name: str) -> str:
     """The file that a shard of rows is of, the folder of a group of images; others as they are."""
     return re.sub(r"#rows=\d+-\d+$|(?<![^/])images-\d{5,}$", "", name)
+
+
+def _cut(name: str, limit_bytes: int) -> str:
+    """The name, or as many of its characters as fit."""
+    if len(name) * 4 <= limit_bytes:
+        return name
+    return name.encode()[:limit_bytes].decode("utf-8", "ignore")
 
 
 def _to_bytes(name: str) -> bytes:
