@@ -33,6 +33,7 @@ REASONS = {
     "no_image": "the sample has no image, or the image column is null",
     "file_missing": "the image file is not there (any more)",
     "file_unreadable": "the storage failed while the image file, or the text beside it, was read",
+    "file_changed": "the image file, or the text beside it, was overwritten since it was listed",
     "no_text": "the sample has no such text, or the text column is null",
     "text_too_long": "the text has more than 64 KiB",
     "name_too_long": "the key or the path has more than 4,096 bytes; both are cut to that",

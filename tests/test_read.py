@@ -22,7 +22,14 @@ from pipeline.read import divide
 from pipeline.read import records as read
 from pipeline.read.inputs import list_shards
 from pipeline.read.records import BATCH_BYTES, read_batches, read_shard
-from pipeline.read.shard import TEXT_LIMIT_BYTES, Sample, Shard, find_text, shard_to_row
+from pipeline.read.shard import (
+    TEXT_LIMIT_BYTES,
+    Sample,
+    Shard,
+    find_text,
+    shard_from_row,
+    shard_to_row,
+)
 from pipeline.schema import RECORDS
 from pipeline.storage import s3_read
 from tests.shards import (
@@ -499,15 +506,98 @@ def test_a_text_that_cannot_be_read_fails_its_image_alone(tmp_path: Path):
     (tmp_path / "c.txt").symlink_to("c.txt")  # a link to itself
     (tmp_path / "d.txt").write_bytes(b"x" * (TEXT_LIMIT_BYTES + 1))
     [shard] = shards_of(str(tmp_path), text_column="caption")
+    (tmp_path / "e.txt").unlink()
     records = read_whole(shard)
     assert [(r["key"], r["reason"], r["text"]) for r in records] == [
         ("a", "", "text of a"),
-        ("b", "file_unreadable", ""),
-        ("c", "file_unreadable", ""),
+        ("b", "", "text of b"),
+        ("c", "no_text", ""),
         ("d", "no_text", ""),  # as in a tar, no text is cut
-        ("e", "", "text of e"),
+        ("e", "file_missing", ""),
     ]
-    assert "b.json" in records[1]["detail"]
+    assert "e.txt" in records[4]["detail"]
+
+
+def test_a_text_is_read_from_the_listing_alone(folder: str, monkeypatch: pytest.MonkeyPatch):
+    for name in ("a.jpg", "a.txt", "b.jpg"):
+        storage.write_bytes(f"{folder}/{name}", name.encode())
+    [shard] = shards_of(folder, text_column="caption")
+    storage.write_bytes(f"{folder}/b.txt", b"later")
+    read: list[str] = []
+    whole = storage.read_bytes
+
+    def read_bytes(uri: str, **options: Any) -> bytes:
+        read.append(uri.rpartition("/")[2])
+        return whole(uri, **options)
+
+    monkeypatch.setattr(storage, "read_bytes", read_bytes)
+    assert [(r["text"], r["reason"]) for r in read_whole(shard)] == [("a.txt", ""), ("", "no_text")]
+    assert sorted(read) == ["a.jpg", "a.txt", "b.jpg"]
+
+
+def test_a_pipe_beside_an_image_is_not_waited_for(tmp_path: Path):
+    for key in "abc":
+        (tmp_path / f"{key}.jpg").write_bytes(b"image")
+    os.mkfifo(tmp_path / "a.txt")
+    (tmp_path / "b.txt").write_bytes(b"text")
+    [shard] = shards_of(str(tmp_path), text_column="caption")
+    for name in ("b.txt", "c.jpg"):  # listed as files, and replaced since
+        (tmp_path / name).unlink()
+        os.mkfifo(tmp_path / name)
+    records = read_whole(shard)
+    assert [r["reason"] for r in records] == ["no_text", "file_missing", "file_missing"]
+
+
+def test_a_link_out_of_the_input_gives_no_text(tmp_path: Path):
+    secret, inside = tmp_path / "secret", tmp_path / "in"
+    (inside / "texts").mkdir(parents=True)
+    secret.mkdir()
+    (secret / "key.txt").write_bytes(b"secret")
+    (inside / "texts" / "b").write_bytes(b"text of b")
+    for path in (inside / "a.jpg", inside / "b.jpg", secret / "c.jpg"):
+        path.write_bytes(b"image")
+    (secret / "c.txt").symlink_to(secret / "key.txt")
+    (inside / "a.txt").symlink_to(secret / "key.txt")
+    (inside / "b.txt").symlink_to("texts/b")
+    (inside / "linked").symlink_to(secret)
+    (tmp_path / "other name").symlink_to(inside)
+    for source in (inside, tmp_path / "other name"):
+        shards = shards_of(str(source), text_column="caption")
+        records = [record for shard in shards for record in read_whole(shard)]
+        assert [(r["key"], r["text"], r["reason"]) for r in records] == [
+            ("a", "", "no_text"),
+            ("b", "text of b", ""),
+            ("linked/c", "", "no_text"),
+        ]
+        assert "link" in records[0]["detail"]
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.txt"])
+def test_a_loose_file_overwritten_since_the_plan_has_changed(folder: str, name: str):
+    for path in ("a.jpg", "a.txt", "b.jpg", "b.txt"):
+        storage.write_bytes(f"{folder}/{path}", b"first")
+    [shard] = shards_of(folder, text_column="caption")
+    storage.write_bytes(f"{folder}/{name}", b"other")
+    records = read_whole(shard)
+    assert [(r["reason"], r["retryable"], r["image"]) for r in records] == [
+        ("file_changed", True, b""),
+        ("", False, b"first"),
+    ]
+
+
+@pytest.mark.parametrize("name", ["x.tar", "x.jpg"])
+def test_a_local_file_of_the_same_size_and_mtime_has_changed(tmp_path: Path, name: str):
+    path = tmp_path / name
+    path.write_bytes(make_tar([("0.jpg", b"one")]))
+    [before] = shards_of(str(tmp_path))
+    times = path.stat()
+    path.write_bytes(make_tar([("0.jpg", b"two")]))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (times.st_size, times.st_mtime_ns)
+    [after] = shards_of(str(tmp_path))
+    assert before.version != after.version
+    *records, end = read_shard(before)
+    assert (end["reason"] or records[0]["reason"]) in ("shard_changed", "file_changed")
 
 
 def test_credentials_refused_for_a_text_end_the_job(
@@ -515,6 +605,7 @@ def test_credentials_refused_for_a_text_end_the_job(
 ):
     """And a fault that may pass leaves the image to be retried."""
     (tmp_path / "a.jpg").write_bytes(b"image")
+    (tmp_path / "a.txt").write_bytes(b"text")
     [shard] = shards_of(str(tmp_path), text_column="caption")
     faults: list[StorageError] = [TransientError("slow down"), CredentialsError("refused")]
     whole = storage.read_bytes
@@ -582,3 +673,12 @@ def test_names_that_are_not_utf8_pass_through_arrow(tmp_path: Path):
     assert [table["shard"][0].as_py() for table in tables] == ["caf\\xe9.tar", "images-00000"]
     assert tables[1]["key"].to_pylist() == ["caf\\xe9", ""]
     assert tables[1]["image"][0].as_py() == b"image"
+
+
+def test_a_shard_comes_back_from_its_row(tmp_path: Path):
+    for name in (b"caf\xe9.jpg", b"b.jpg", b"b.txt"):
+        (tmp_path / os.fsdecode(name)).write_bytes(b"x")
+    [shard] = shards_of(str(tmp_path), text_column="caption")
+    assert [path for path, version in shard.listed if version] == [*shard.files, "b.txt"]
+    [row] = to_table([shard]).to_pylist()
+    assert shard_from_row(row) == shard

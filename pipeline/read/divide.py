@@ -167,10 +167,12 @@ def group_images(root: str, named: Named, texts: dict[str, Stored]) -> Iterator[
                 size_bytes=sum(file.size_bytes for _, file in group),
                 version=digest.hexdigest(),
                 files=tuple(name for name, _ in group),
+                listed=tuple((name, file.version) for name, file in read),
             )
 
 
 def list_texts(root: str, files: list[Stored]) -> dict[str, Stored]:
     """The files in which the texts of loose images may be, by their names below the root."""
     suffixes = tuple(f".{extension}" for extension in TEXT_EXTENSIONS)
-    return {storage.relative(root, f.uri): f for f in files if f.uri.endswith(suffixes)}
+    regular = (file for file in files if file.version != storage.SPECIAL)
+    return {storage.relative(root, f.uri): f for f in regular if f.uri.endswith(suffixes)}

@@ -6,6 +6,7 @@ early is a reason on its end record; refused credentials are raised, since they 
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -154,7 +155,7 @@ def _end(shard: Shard, total: int, failure: RowError | None, skipped: int = 0) -
 def _read_samples(shard: Shard) -> Iterator[Sample | None]:
     """The samples of a shard; None for one without an image, which is no row."""
     if shard.format == "images":
-        yield from read_images(shard.uri, shard.files, shard.text)
+        yield from read_images(shard)
         return
     if not shard.version:
         raise NotFoundError(f"{shard.uri}: not there when the input was listed")
@@ -183,51 +184,72 @@ def shard_failure(error: StorageError) -> RowError:
     return RowError("read", "shard_unreadable", detail, retryable=True)
 
 
-def read_images(root: str, files: tuple[str, ...], text: str = "") -> Iterator[Sample]:
+def read_images(shard: Shard) -> Iterator[Sample]:
     """One sample per loose image file, in order; the key is its path without the extension.
 
-    `text`: what to look for in the .json or .txt file of the same name (see find_text).
+    Its text, where one is wanted, is in the .json or .txt file of the same name (see find_text), if
+    that was listed with it.
     """
+    versions = dict(shard.listed)
     pending: deque[Future[Sample]] = deque()
     with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
-        for path in files:
-            pending.append(pool.submit(_read_image, root, path, text))
+        for path in shard.files:
+            pending.append(pool.submit(_read_image, shard, versions, path))
             if len(pending) > _FILES_AT_ONCE:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
 
 
-def _read_image(root: str, path: str, text: str) -> Sample:
-    key = printable(image_key(path))
-    found = Sample(key, printable(path))
+def _read_image(shard: Shard, versions: dict[str, str], path: str) -> Sample:
+    """`versions`: by path, as listed; "" is any."""
+    stem = image_key(path)
+    found = Sample(printable(stem), printable(path))
     try:
-        image = storage.read_bytes(storage.join(root, path), limit_bytes=IMAGE_LIMIT_BYTES + 1)
-        beside = _read_text(storage.join(root, image_key(path)), text) if text else None
+        image = storage.read_bytes(
+            storage.join(shard.uri, path),
+            limit_bytes=IMAGE_LIMIT_BYTES + 1,
+            version=versions.get(path, ""),
+        )
+        beside = _read_text(shard, versions, stem) if shard.text else None
     except CredentialsError:
         raise
     except NotFoundError as error:
         return found._replace(reason="file_missing", detail=printable(str(error)), retryable=True)
+    except ChangedError as error:
+        detail = printable(str(error))
+        return found._replace(reason="file_changed", detail=detail, retryable=True)
     except StorageError as error:
-        return found._replace(
-            reason="file_unreadable",
-            detail=printable(str(error)),
-            retryable=True,
-        )
+        detail = printable(str(error))
+        return found._replace(reason="file_unreadable", detail=detail, retryable=True)
+    except RowError as error:
+        return found._replace(reason=error.reason, detail=error.detail)
     if len(image) > IMAGE_LIMIT_BYTES:
         detail = f"more than {IMAGE_LIMIT_BYTES:,} bytes"
         return found._replace(reason="member_too_large", detail=detail)
-    return found._replace(image=image).with_text(text, beside)
+    return found._replace(image=image).with_text(shard.text, beside)
 
 
-def _read_text(stem: str, wanted: str) -> str | None:
+def _read_text(shard: Shard, versions: dict[str, str], stem: str) -> str | None:
+    """The text beside an image, from files that were listed and lie inside the input."""
     for extension in TEXT_EXTENSIONS:
-        try:
-            data = storage.read_bytes(f"{stem}.{extension}", limit_bytes=TEXT_LIMIT_BYTES + 1)
-        except NotFoundError:
+        path = f"{stem}.{extension}"
+        if not versions.get(path):
             continue
-        if len(data) > TEXT_LIMIT_BYTES:  # as in a tar
-            continue
-        if (text := find_text(wanted, extension, data)) is not None:
-            return text
+        uri = storage.join(shard.uri, path)
+        if _leads_out(shard.uri, uri):
+            detail = printable(f"{path}: a link out of the input, which is not followed")
+            raise RowError("read", "no_text", detail)
+        limit = TEXT_LIMIT_BYTES + 1
+        data = storage.read_bytes(uri, limit_bytes=limit, version=versions[path])
+        if len(data) < limit and (text := find_text(shard.text, extension, data)) is not None:
+            return text  # a larger one is none, as in a tar
     return None
+
+
+def _leads_out(root: str, uri: str) -> bool:
+    """Whether a local path leaves a folder by a link in it."""
+    if storage.is_s3(uri):
+        return False
+    top = os.path.realpath(root)
+    return os.path.commonpath([top, os.path.realpath(uri)]) != top

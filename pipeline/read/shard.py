@@ -65,9 +65,11 @@ class Shard:
     size_bytes: int
     """Of row groups: their share of the file."""
     version: str
-    """S3: the ETag; local: size and time; loose images: a hash over all of them; "" if missing."""
+    """S3: the ETag; local: size and times; loose images: a hash over all of them; "" if missing."""
     files: tuple[str, ...] = ()
     """Loose images: paths relative to `uri`, in the order of their rows."""
+    listed: tuple[tuple[str, str], ...] = ()
+    """Loose images: path and version of each of `files`, and of the texts beside them."""
     column: str = ""
     """Parquet: the image column of this file; "" leaves it to the reader."""
     inside: str = ""
@@ -143,6 +145,7 @@ def shard_to_row(shard: Shard) -> dict[str, Any]:
         "uri": _to_bytes(shard.uri),
         "inside": _to_bytes(shard.inside),
         "files": [_to_bytes(path) for path in shard.files],
+        "listed": [_to_bytes(part) for pair in shard.listed for part in pair],
     }
 
 
@@ -152,6 +155,8 @@ def shard_from_row(row: dict[str, Any]) -> Shard:
     values["uri"] = _from_bytes(row["uri"])
     values["inside"] = _from_bytes(row["inside"])
     values["files"] = tuple(_from_bytes(path) for path in row["files"])
+    parts = map(_from_bytes, row["listed"])
+    values["listed"] = tuple(zip(parts, parts, strict=True))
     return Shard(**values)
 
 

@@ -147,7 +147,20 @@ def _stored_local(path: str, found: os.stat_result) -> Stored:
 
 
 def _local_version(found: os.stat_result) -> str:
-    return f"{found.st_size}-{found.st_mtime_ns}"
+    """Size and two times: mtime can be set back by anybody, ctime by nobody.
+
+    No inode: some network file systems number their files anew.
+    """
+    return f"{found.st_size}-{found.st_mtime_ns}-{found.st_ctime_ns}"
+
+
+def _open_regular(path: str) -> io.FileIO:
+    """A regular file; for a pipe in its place nobody waits."""
+    file = io.FileIO(path, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise FileNotFoundError(path)
+    return file
 
 
 class _LocalFile(io.RawIOBase):
@@ -158,7 +171,10 @@ class _LocalFile(io.RawIOBase):
         self.version = self._version()
 
     def _version(self) -> str:
-        return _local_version(os.fstat(self._file.fileno()))
+        return _local_version(os.fstat(self.fileno()))
+
+    def fileno(self) -> int:
+        return self._file.fileno()
 
     def readable(self) -> bool:
         return True
@@ -189,22 +205,27 @@ def open_read(uri: str, *, version: str = "") -> io.BufferedReader:
     """A binary file for reading forward or at random; close it.
 
     A version that differs from the one given, and a change while it is read, is a ChangedError
-    (S3: every ranged GET asks for the ETag seen at the start; local: size and time of the file).
+    (S3: every ranged GET asks for the ETag seen at the start; local: size and times of the file).
     """
     with storage_errors(uri):
-        file = ObjectFile(uri) if is_s3(uri) else _LocalFile(uri, io.FileIO(uri))
+        file = ObjectFile(uri) if is_s3(uri) else _LocalFile(uri, _open_regular(uri))
     if version and version != file.version:
         file.close()
         raise ChangedError(f"{uri}: overwritten since the input was listed")
     return io.BufferedReader(file, buffer_size=2**18)
 
 
-def read_bytes(uri: str, *, limit_bytes: int = 5 * 2**40) -> bytes:
-    """A whole file, or its first `limit_bytes`; one request on S3, unless it is large."""
+def read_bytes(uri: str, *, limit_bytes: int = 5 * 2**40, version: str = "") -> bytes:
+    """A whole file, or its first `limit_bytes`; one request on S3, unless it is large.
+
+    With a version, another one and a change while it is read are a ChangedError, as in open_read.
+    """
     if is_s3(uri):
-        return read_object(uri, limit_bytes)
-    with storage_errors(uri), open(uri, "rb") as file:
-        return file.read(min(limit_bytes, os.fstat(file.fileno()).st_size))
+        return read_object(uri, limit_bytes, version)
+    with storage_errors(uri):
+        file = open_read(uri, version=version) if version else io.BufferedReader(_open_regular(uri))
+        with file:
+            return file.read(min(limit_bytes, os.fstat(file.fileno()).st_size))
 
 
 def write_bytes(uri: str, data: bytes) -> None:

@@ -29,7 +29,7 @@ class Stored:
 
     uri: str
     size_bytes: int
-    version: str  # S3: the ETag; local: "size-mtime_ns"; "" for a link that leads nowhere
+    version: str  # S3: the ETag; local: "size-mtime_ns-ctime_ns"; "" for a link that leads nowhere
 
 
 def check_uri(uri: str) -> str:
