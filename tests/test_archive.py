@@ -250,6 +250,7 @@ def test_a_member_of_a_compressed_tar_is_bounded(tmp_path: Path):
 _PEAK = """
 import json, sys
 import pyarrow as pa
+from pipeline.read.inputs import list_shards
 from pipeline.read.records import read_batches, shard_to_row
 
 def peak():

@@ -61,7 +61,7 @@ SUFFIXES = st.sampled_from(["jpg", "PNG", "jpeg", "json", "txt", "cls", "npy", "
 NAMES = st.builds("{}{}.{}{}".format, FOLDERS, STEMS, INNER, SUFFIXES)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     names=st.lists(NAMES, max_size=12, unique_by=str.lower),
     ordered=st.booleans(),
