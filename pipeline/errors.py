@@ -52,7 +52,10 @@ REASONS = {
 
 # Faults of the storage: nothing is known of the bytes, so the account of the shard stays open.
 STORAGE_REASONS = frozenset(
-    ("shard_missing", "shard_unreadable", "shard_changed", "file_missing", "file_unreadable")
+    (
+        *("shard_missing", "shard_unreadable", "shard_changed"),
+        *("file_missing", "file_unreadable", "file_changed"),
+    )
 )
 
 

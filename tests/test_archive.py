@@ -247,6 +247,15 @@ def test_a_member_of_a_compressed_tar_is_bounded(tmp_path: Path):
     assert end["reason"] == ""
 
 
+def test_texts_that_wait_are_bounded():
+    members = [(f"0.{index}.txt", b"w" * 2**20) for index in range(60)]
+    packed = gzip.compress(make_tar([("0.jpg", b"x"), *members]), 1)
+    with at_most(2**24):
+        [sample] = read_tar(io.BufferedReader(io.BytesIO(packed)), text="c")  # type: ignore[arg-type]
+    assert sample is not None
+    assert sample.reason == "text_too_long"
+
+
 _PEAK = """
 import json, sys
 import pyarrow as pa

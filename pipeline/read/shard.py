@@ -104,14 +104,14 @@ class Sample(NamedTuple):
             detail = f"no text {wanted!r} beside the image"
             return self._replace(image=b"", reason="no_text", detail=printable(detail))
         text = printable(text)
-        if (size := len(text.encode())) > CAPTION_LIMIT_BYTES:
-            detail = f"{size:,} bytes; at most {CAPTION_LIMIT_BYTES:,} are kept"
+        if len(text.encode()) > CAPTION_LIMIT_BYTES:
+            detail = f"more than {CAPTION_LIMIT_BYTES:,} bytes"
             return self._replace(image=b"", reason="text_too_long", detail=detail)
         return self._replace(text=text)
 
     def with_short_names(self) -> Sample:
         """The sample, or failed with its names cut where one is longer than NAME_LIMIT_BYTES."""
-        key, member = (_cut(name, NAME_LIMIT_BYTES) for name in (self.key, self.member))
+        key, member = (cut(name, NAME_LIMIT_BYTES) for name in (self.key, self.member))
         if (key, member) == (self.key, self.member):
             return self
         short = self._replace(key=key, member=member)
@@ -187,6 +187,13 @@ def printable(name: str | bytes) -> str:
     return encoded.decode("utf-8", "backslashreplace")
 
 
+def cut(text: str, limit_bytes: int) -> str:
+    """The printable text, or as many of its characters as fit."""
+    if len(text) * 4 <= limit_bytes:
+        return text
+    return text.encode()[:limit_bytes].decode("utf-8", "ignore")
+
+
 def strip_suffix(path: str) -> str:
     """The path without its input suffix: img2dataset's shard id."""
     return re.sub(r"\.(tar\.(gz|bz2|xz|zst)|[^./]+)$", "", path, flags=re.IGNORECASE)
@@ -204,13 +211,6 @@ def name_rows(file: str, first: int, end: int, total: int) -> str:
 def file_of(name: str) -> str:
     """The file that a shard of rows is of, the folder of a group of images; others as they are."""
     return re.sub(r"#rows=\d+-\d+$|(?<![^/])images-\d{5,}$", "", name)
-
-
-def _cut(name: str, limit_bytes: int) -> str:
-    """The name, or as many of its characters as fit."""
-    if len(name) * 4 <= limit_bytes:
-        return name
-    return name.encode()[:limit_bytes].decode("utf-8", "ignore")
 
 
 def _to_bytes(name: str) -> bytes:

@@ -8,12 +8,14 @@ from typing import BinaryIO, NamedTuple
 from pipeline.errors import RowError, StorageError
 from pipeline.read.archive import Member, TarStream
 from pipeline.read.shard import (
+    CAPTION_LIMIT_BYTES,
     IMAGE_EXTENSIONS,
     IMAGE_LIMIT_BYTES,
     SNIFF_BYTES,
     TEXT_EXTENSIONS,
     TEXT_LIMIT_BYTES,
     Sample,
+    cut,
     find_text,
     is_image,
     printable,
@@ -70,8 +72,8 @@ class _OpenSample:
         self._extensions.add(name.extension)
 
     def add_text(self, name: _Name, text: str | None) -> None:
-        if text is not None:
-            self._texts.append(_Text(name, text))
+        if text is not None:  # held so far that one too long is still told
+            self._texts.append(_Text(name, cut(printable(text), CAPTION_LIMIT_BYTES + 4)))
 
     def make_room(self, size_bytes: int) -> Iterator[Sample]:
         """The rows that cannot wait any longer when so much is to be held, too."""
@@ -121,7 +123,8 @@ def read_tar(
     folders, links and devices are passed over, the last two unless they are named like an image.
     `text`: what to look for in the .json or .txt members of a sample (see find_text).
     In memory are one image of at most `limit_bytes` (in a compressed tar INFLATED_LIMIT_BYTES),
-    HELD_BYTES of images that wait for their text, and what TarStream needs.
+    HELD_BYTES of images that wait for their text, SAMPLE_MEMBERS texts of 64 KiB, and what
+    TarStream needs.
     Raises RowError (shard_empty, shard_corrupt, shard_truncated) where the archive breaks off,
     after every image that was whole.
     """
