@@ -260,7 +260,8 @@ _PEAK = """
 import json, sys
 import pyarrow as pa
 from pipeline.read.inputs import list_shards
-from pipeline.read.records import read_batches, shard_to_row
+from pipeline.read.records import read_batches
+from pipeline.read.shard import shard_to_row
 
 def peak():
     for line in open("/proc/self/status"):
