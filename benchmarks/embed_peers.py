@@ -117,7 +117,7 @@ def chain(source: Path, output: Path, model: str) -> None:
     from pipeline.config.options import WorkerOptions
     from pipeline.infer.embed import EmbedImages, open_embedder
     from pipeline.prepare.images import PrepareImages
-    from pipeline.read.inputs import plan_shards
+    from pipeline.read.inputs import list_shards
     from pipeline.read.records import read_batches
     from pipeline.run.session import open_ray
     from pipeline.run.source import dataset_of
@@ -132,7 +132,7 @@ def chain(source: Path, output: Path, model: str) -> None:
 
     with open_ray(WorkerOptions(batch_size=BATCH)) as engine:
         (
-            dataset_of(plan_shards(str(source)))
+            dataset_of(list_shards(str(source)).shards)
             .map_batches(read_batches, **engine.read)
             .map_batches(PrepareImages(embedder.checkpoint.processor, 50_000_000), **engine.task)
             .map_batches(

@@ -25,7 +25,7 @@ from pipeline.embeddings.vectors import EmbeddingTable, check_weights
 from pipeline.errors import CheckpointError, UsageError
 from pipeline.infer.classify import Classifier, ClassifyImages, ClassifyVectors, open_classifier
 from pipeline.prepare.images import PrepareImages, fail_crashed_image
-from pipeline.read.inputs import plan_shards
+from pipeline.read.inputs import list_shards
 from pipeline.read.records import end_crashed_shard, read_batches, read_one_by_one
 from pipeline.run.engine import Dataset, Engine, OpenEngine
 from pipeline.run.finished import list_finished
@@ -47,7 +47,13 @@ def classify(config: ClassifyConfig, open_engine: OpenEngine = open_ray) -> None
         shards = list_finished(table.output, table.uri.rpartition("/")[2])
     else:
         classifier = open_classifier(config.model or EmbedConfig.model, config)
-        shards = plan_shards(config.input, image_column=config.images.image_column)
+        listing = list_shards(
+            config.input,
+            image_column=config.images.image_column,
+            member_suffix=config.images.member_suffix,
+            strict=config.run.strict,
+        )
+        shards = listing.shards
     tell([f"clipseg-ray classify: {note}" for note in classifier.notes])
     tables = config.tables(classifier.facts(), classifier.top, images=table is None)
     run = open_run(config, shards, model=classifier.fingerprint(), tables=tables)

@@ -18,7 +18,7 @@ from pipeline.config.command import run_command
 from pipeline.config.embed import EmbedConfig
 from pipeline.infer.embed import EmbedImages, open_embedder
 from pipeline.prepare.images import PrepareImages, fail_crashed_image
-from pipeline.read.inputs import plan_shards
+from pipeline.read.inputs import list_shards
 from pipeline.read.records import end_crashed_shard, read_batches, read_one_by_one
 from pipeline.run.engine import OpenEngine
 from pipeline.run.follow import follow_run
@@ -33,8 +33,13 @@ from pipeline.write.rows import MakeEmbeddingRows
 def embed(config: EmbedConfig, open_engine: OpenEngine = open_ray) -> None:
     """Read shards -> decode and resize -> embed -> Parquet tables."""
     set_storage_timeout(config.run.storage_timeout)
-    column = config.images.image_column
-    shards = plan_shards(config.input, image_column=column, text_column=config.text_column)
+    shards = list_shards(
+        config.input,
+        image_column=config.images.image_column,
+        text_column=config.text_column,
+        member_suffix=config.images.member_suffix,
+        strict=config.run.strict,
+    ).shards
     embedder = open_embedder(
         config.model,
         text=config.text_column is not None,

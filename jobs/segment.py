@@ -20,7 +20,7 @@ from pipeline.config.command import run_command
 from pipeline.config.segment import SegmentConfig
 from pipeline.infer.segment import SegmentImages, SegmentSpec, open_segmenter
 from pipeline.prepare.images import PrepareImages, fail_crashed_image
-from pipeline.read.inputs import plan_shards
+from pipeline.read.inputs import list_shards
 from pipeline.read.records import end_crashed_shard, read_batches, read_one_by_one
 from pipeline.run.engine import Dataset, Engine, OpenEngine
 from pipeline.run.follow import follow_run
@@ -36,7 +36,12 @@ def segment(config: SegmentConfig, open_engine: OpenEngine = open_ray) -> None:
     """Read shards -> decode and resize -> segment -> masks at image size -> Parquet tables."""
     set_storage_timeout(config.run.storage_timeout)
     config = config.resolve()
-    shards = plan_shards(config.input, image_column=config.images.image_column)
+    listing = list_shards(
+        config.input,
+        image_column=config.images.image_column,
+        member_suffix=config.images.member_suffix,
+        strict=config.run.strict,
+    )
     spec = open_segmenter(config.model, list(config.prompt), embed=config.embed)
     tell([f"clipseg-ray segment: {note}" for note in spec.notes])
     checkpoint = spec.checkpoint

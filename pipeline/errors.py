@@ -27,12 +27,16 @@ REASONS = {
     "shard_corrupt": "the archive or Parquet structure is damaged; rows before the damage are kept",
     "shard_truncated": "the shard ends early; rows before the end are kept",
     "reader_crashed": "the shard ended the process that read it; rows before it are kept",
+    "shard_encrypted": "the Parquet shard, or a column of it, is encrypted: decrypt it first",
     "column_missing": "the Parquet shard has no such column, or one of another type",
     # rows
     "no_image": "the sample has no image, or the image column is null",
     "file_missing": "the image file is not there (any more)",
     "file_unreadable": "the storage failed while the image file, or the text beside it, was read",
+    "file_changed": "the image file, or the text beside it, was overwritten since it was listed",
     "no_text": "the sample has no such text, or the text column is null",
+    "text_too_long": "the text has more than 64 KiB",
+    "name_too_long": "the key or the path has more than 4,096 bytes; both are cut to that",
     "image_empty": "zero bytes",
     "not_an_image": "text, HTML, JSON or unknown bytes",
     "unsupported_format": "a format, or a layout of it, that is not decoded (HEIC, 12-bit JPEG)",
@@ -48,7 +52,10 @@ REASONS = {
 
 # Faults of the storage: nothing is known of the bytes, so the account of the shard stays open.
 STORAGE_REASONS = frozenset(
-    ("shard_missing", "shard_unreadable", "shard_changed", "file_missing", "file_unreadable")
+    (
+        *("shard_missing", "shard_unreadable", "shard_changed"),
+        *("file_missing", "file_unreadable", "file_changed"),
+    )
 )
 
 

@@ -15,8 +15,9 @@ SCHEMA_VERSION = 1
 
 # What the read stage hands on. One record per image (or image that could not be read) in the order
 # of the shard, then exactly one end record per shard: row -1, `total` the number of records before
-# it, and a reason when the shard could not be read to its end. No nulls, so that the numpy form of
-# a batch keeps its types: -1 and "" stand for "none".
+# it, `skipped` the number of samples without an image, and a reason when the shard could not be
+# read to its end. No nulls, so that the numpy form of a batch keeps its types: -1 and "" stand for
+# "none".
 RECORDS = pa.schema(
     [
         ("shard", pa.string()),  # name of the shard: its path relative to the input
@@ -27,6 +28,7 @@ RECORDS = pa.schema(
         ("text", pa.string()),  # what stands beside the image, where a job wants it
         ("total", pa.int64()),  # on the end record: records in this shard; -1 elsewhere
         ("version", pa.string()),  # of the shard: see read.shard.Shard
+        ("skipped", pa.int64()),  # on the end record: samples without an image; 0 elsewhere
         ("stage", pa.string()),  # "" or where it failed
         ("reason", pa.string()),  # "" or one of errors.REASONS
         ("detail", pa.string()),

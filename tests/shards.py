@@ -11,6 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
+from pipeline.read.inputs import list_shards
+from pipeline.read.shard import Shard
 
 Member = tuple[str, bytes] | tarfile.TarInfo
 
@@ -28,6 +30,11 @@ def make_tar(members: Iterable[Member], *, format: int = tarfile.PAX_FORMAT) -> 
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     return buffer.getvalue()
+
+
+def shards_of(source: str, **options: Any) -> list[Shard]:
+    """The shards of an input, whatever was left out."""
+    return list_shards(source, **options).shards
 
 
 def link(name: str, target: str = "/etc/passwd", type: bytes = tarfile.SYMTYPE) -> tarfile.TarInfo:

@@ -33,10 +33,10 @@ from pipeline.errors import (
     StorageError,
     TransientError,
 )
-from pipeline.read.inputs import plan_shards
 from pipeline.read.records import read_shard
 from pipeline.storage import retry, s3_read, s3_write
 from pipeline.storage.s3 import _client_of, client
+from tests.shards import shards_of
 
 ROOT = Path(__file__).parent.parent
 TIMEOUT = "CLIPSEG_RAY_STORAGE_TIMEOUT_S"
@@ -511,7 +511,7 @@ def write_tar(folder: str) -> str:
 
 
 def test_a_tar_under_bursts_of_faults_loses_no_row(proxy: FaultProxy, bucket: str):
-    [shard] = plan_shards(write_tar(bucket))
+    [shard] = shards_of(write_tar(bucket))
     faults = [proxy.add(Fault(kind, operation="GetObject", skip=1)) for kind in PASSING]
     *records, end = read_shard(shard)
     assert [record["image"] for record in records] == IMAGES
@@ -530,7 +530,7 @@ def test_a_tar_that_goes_away_in_the_middle(
     proxy: FaultProxy, bucket: str, change: Callable[[str], None], reason: str
 ):
     uri = write_tar(bucket)
-    [shard] = plan_shards(uri)
+    [shard] = shards_of(uri)
     proxy.add(Fault("reset", operation="GetObject", skip=1, first=lambda: change(uri)))
     *records, end = read_shard(shard)
     assert [record["image"] for record in records] == IMAGES[:7]
@@ -540,7 +540,7 @@ def test_a_tar_that_goes_away_in_the_middle(
 def test_a_tar_behind_a_storage_that_stays_away(
     proxy: FaultProxy, bucket: str, monkeypatch: pytest.MonkeyPatch
 ):
-    [shard] = plan_shards(write_tar(bucket))
+    [shard] = shards_of(write_tar(bucket))
     monkeypatch.setenv(TIMEOUT, "0.5")
     proxy.add(Fault("slow_down", skip=2, times=None))
     *records, end = read_shard(shard)
@@ -550,7 +550,7 @@ def test_a_tar_behind_a_storage_that_stays_away(
 
 
 def test_a_tar_for_which_the_token_expires_stops_the_reader(proxy: FaultProxy, bucket: str):
-    [shard] = plan_shards(write_tar(bucket))
+    [shard] = shards_of(write_tar(bucket))
     proxy.add(Fault("expired", skip=2, times=None))
     with pytest.raises(CredentialsError):
         list(read_shard(shard))

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from shards import make_parquet, make_tar
+from shards import link, make_parquet, make_tar
 
 from pipeline import storage
 from pipeline.embeddings.gallery import (
@@ -28,11 +28,11 @@ from pipeline.embeddings.gallery import (
 )
 from pipeline.embeddings.search import Hit
 from pipeline.errors import UsageError
-from pipeline.read import inputs as plan
-from pipeline.read.inputs import plan_shards
+from pipeline.read import divide
 from pipeline.run.manifest import name_run
 from pipeline.write.layout import Ledger
 from pipeline.write.receipts import write_receipt
+from tests.shards import shards_of
 
 CHROMIUM = shutil.which("chromium")
 HOSTILE = [
@@ -61,7 +61,7 @@ def write_run(output: str, source: str, **options: Any) -> Images:
     record = {"config": config, "fingerprint": config, "started_at": "2026-01-01T00:00:00"}
     storage.write_bytes(f"{output}/_run.json", json.dumps(record).encode())
     content = {"rows_ok": 1, "rows_error": 0, "shard_error": None, "parts": []}
-    for shard in plan_shards(source, text_column=options.get("text_column")):
+    for shard in shards_of(source, text_column=options.get("text_column")):
         write_receipt(Ledger(output=output, run=name_run(record)), shard, content)
     return open_gallery(output, 10)
 
@@ -125,7 +125,7 @@ def test_thumbnails_of_a_large_parquet_file(tmp_path: Path, monkeypatch) -> None
     cells = [picture(colour) for colour in COLOURS]
     data = make_parquet({"image": cells}, row_group_size=2, use_dictionary=False)
     storage.write_bytes(f"{tmp_path}/in/x.parquet", data)
-    monkeypatch.setattr(plan, "SPLIT_BYTES", len(data) - 1)
+    monkeypatch.setattr(divide, "SPLIT_BYTES", len(data) - 1)
     images = write_run(f"{tmp_path}/out", f"{tmp_path}/in")
     thumbnails = read_thumbnails(images, {("x.parquet#rows=0-1", 1), ("x.parquet#rows=2-4", 2)})
     assert [colour_of(image) for _, image in sorted(thumbnails.items())] == [COLOURS[1], COLOURS[4]]
@@ -147,7 +147,7 @@ def test_what_cannot_be_fetched_says_why(tmp_path: Path) -> None:
     write_tar(source, "gone.tar")
     write_tar(source, "changed.tar")
     storage.write_bytes(
-        f"{source}/bad.tar", make_tar([("0.png", b"<html>"), ("1.txt", b""), ("2.png", b"")])
+        f"{source}/bad.tar", make_tar([("0.png", b"<html>"), link("1.png"), ("2.png", b"")])
     )
     images = write_run(str(tmp_path / "out"), source)
     (tmp_path / "in" / "gone.tar").unlink()

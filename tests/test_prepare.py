@@ -516,6 +516,7 @@ def record(row: int, image: bytes = b"", **columns: Any) -> dict[str, Any]:
         "image": image,
         "text": "",
         "total": -1,
+        "skipped": 0,
         **blank,
         **columns,
     }

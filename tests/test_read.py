@@ -18,14 +18,28 @@ from hypothesis import strategies as st
 
 from pipeline import storage
 from pipeline.errors import CredentialsError, StorageError, TransientError
-from pipeline.read import inputs as plan
+from pipeline.read import divide
 from pipeline.read import records as read
-from pipeline.read.inputs import plan_shards
+from pipeline.read.inputs import list_shards
 from pipeline.read.records import BATCH_BYTES, read_batches, read_shard
-from pipeline.read.shard import TEXT_LIMIT_BYTES, Sample, Shard, find_text, shard_to_row
+from pipeline.read.shard import (
+    TEXT_LIMIT_BYTES,
+    Sample,
+    Shard,
+    find_text,
+    shard_from_row,
+    shard_to_row,
+)
 from pipeline.schema import RECORDS
 from pipeline.storage import s3_read
-from tests.shards import hugging_face_column, make_parquet, make_tar, write_img2dataset
+from tests.shards import (
+    hugging_face_column,
+    link,
+    make_parquet,
+    make_tar,
+    shards_of,
+    write_img2dataset,
+)
 
 Records = list[dict[str, Any]]
 SAMPLES = [(f"{index}.jpg", b"image %d" % index) for index in range(5)]
@@ -49,7 +63,7 @@ def read_failed(shard: Shard, kept: int = 0) -> dict[str, Any]:
 
 def write_one(folder: str, name: str, data: bytes) -> Shard:
     storage.write_bytes(storage.join(folder, name), data)
-    [shard] = plan_shards(storage.join(folder, name))
+    [shard] = shards_of(storage.join(folder, name))
     return shard
 
 
@@ -61,7 +75,7 @@ def write_parquet(folder: str, columns: Any, **options: Any) -> Shard:
 
 
 def test_records_have_the_columns_of_the_schema(folder: str):
-    shard = write_one(folder, "x.tar", make_tar([*SAMPLES, ("x.txt", b"")]))
+    shard = write_one(folder, "x.tar", make_tar([*SAMPLES, link("x.jpg"), ("y.txt", b"")]))
     records = list(read_shard(shard))
     pa.Table.from_pylist(records, schema=RECORDS)
     assert all(set(record) == set(RECORDS.names) for record in records)
@@ -74,20 +88,21 @@ def test_records_have_the_columns_of_the_schema(folder: str):
         "image": b"image 3",
         "text": "",
         "total": -1,
+        "skipped": 0,
         "stage": "",
         "reason": "",
         "detail": "",
         "retryable": False,
     }
-    assert records[5]["reason"] == "no_image"
+    assert records[5]["reason"] == "member_unsupported"
     assert records[5]["stage"] == "read"
-    assert (records[6]["row"], records[6]["total"]) == (-1, 6)
+    assert [records[6][name] for name in ("row", "total", "skipped")] == [-1, 6, 1]
 
 
 @pytest.mark.parametrize("form", ["webdataset", "files", "parquet"])
 def test_the_forms_of_img2dataset_give_the_same_images(folder: str, form: str):
     write_img2dataset(folder, form, [b"one", None, b"three"])
-    [shard] = plan_shards(folder)
+    [shard] = shards_of(folder)
     records = read_whole(shard)
     good = [(r["key"].rpartition("/")[2], r["image"]) for r in records if not r["reason"]]
     assert good == [("000000000", b"one"), ("000000002", b"three")]
@@ -106,7 +121,7 @@ def test_a_shard_that_is_gone_is_missing(folder: str, name: str):
 
 
 @pytest.mark.parametrize("name", ["x.tar", "x.parquet"])
-def test_a_shard_overwritten_since_the_plan_has_changed(folder: str, name: str):
+def test_a_shard_overwritten_since_the_listing_has_changed(folder: str, name: str):
     data = [make_tar(SAMPLES[:n]) if name == "x.tar" else None for n in (1, 2)]
     data = [d or make_parquet({"jpg": [b"x" * n]}) for n, d in enumerate(data)]
     shard = write_one(folder, name, data[0])
@@ -245,21 +260,25 @@ def test_the_path_of_a_hugging_face_cell_is_its_key(folder: str):
         (lambda data: data[:-20], "shard_corrupt"),
         (lambda data: data[: len(data) // 2], "shard_corrupt"),
         (lambda data: bytes(len(data)), "shard_corrupt"),
-        (lambda data: make_parquet({"caption": ["x"]}), "column_missing"),
-        (lambda data: make_parquet({"jpg": ["a path"]}), "column_missing"),
-        (lambda data: make_parquet({"image": [b"another column"]}), "column_missing"),
     ],
 )
 def test_a_damaged_parquet_shard(folder: str, change: Callable[[bytes], bytes], reason: str):
     good = make_parquet({"jpg": [b"x" * 1000]})
     storage.write_bytes(f"{folder}/0.parquet", good)
     storage.write_bytes(f"{folder}/1.parquet", change(good))
-    shards = plan_shards(folder)
+    shards = shards_of(folder)
     assert len(read_whole(shards[0])) == 1
     end = read_failed(shards[1])
     assert (end["reason"], end["retryable"]) == (reason, False)
-    if reason == "column_missing":
-        assert "'jpg'" in end["detail"]
+
+
+def test_a_parquet_shard_without_its_column(folder: str):
+    shard = write_parquet(folder, {"jpg": [b"x"], "width": [3]})
+    for column in ("width", "nope", "jpg.bytes"):
+        end = read_failed(replace(shard, column=column))
+        assert end["reason"] == "column_missing"
+        assert f"{column!r} of images in jpg (binary), width (int64)" in end["detail"]
+    assert read_failed(replace(shard, text="width"))["reason"] == "column_missing"
 
 
 @pytest.mark.parametrize(
@@ -276,9 +295,13 @@ def test_a_column_that_claims_to_be_a_type_of_rays(claim: str, folder: str, tmp_
     data = make_parquet(pa.table([pa.array([evil], pa.binary())], schema=pa.schema([field])))
     storage.write_bytes(f"{folder}/0.parquet", make_parquet({"jpg": [b"x"]}))
     storage.write_bytes(f"{folder}/1.parquet", data)
-    good, bad = plan_shards(folder)
+    listing = list_shards(folder)
+    good, *bad = listing.shards
     assert len(read_whole(good)) == 1
-    assert read_failed(bad)["reason"] in ("column_missing", "shard_corrupt")
+    if bad:
+        assert read_failed(bad[0])["reason"] == "shard_corrupt"
+    else:
+        assert [found.example for found in listing.left_out.values()] == ["1.parquet"]
     assert not loaded.exists()
 
 
@@ -331,11 +354,11 @@ def test_every_row_of_every_layout_is_read_once(
     files: list[list[list[bytes | None]]],
     split_bytes: int,
 ):
-    monkeypatch.setattr(plan, "SPLIT_BYTES", split_bytes)
+    monkeypatch.setattr(divide, "SPLIT_BYTES", split_bytes)
     storage.delete_folder(str(tmp_path / "in"))
     for index, groups in enumerate(files):
         write_row_groups(tmp_path / "in" / f"{index}.parquet", groups)
-    shards = plan_shards(str(tmp_path / "in"))
+    shards = shards_of(str(tmp_path / "in"))
     assert all(one.name < other.name for one, other in pairwise(shards))
     found: dict[str, Records] = {}
     for shard in shards:
@@ -356,8 +379,8 @@ def six_shards(folder: str, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Shard
     images = [os.urandom(100_000) for _ in range(60)]
     groups = [list(images[start : start + 5]) for start in range(0, 60, 5)]
     write_row_groups(f"{folder}/x.parquet", groups)
-    monkeypatch.setattr(plan, "SPLIT_BYTES", 1_020_000)
-    shards = plan_shards(folder)
+    monkeypatch.setattr(divide, "SPLIT_BYTES", 1_020_000)
+    shards = shards_of(folder)
     assert [shard.name[-len("00-09") :] for shard in shards][:2] == ["00-09", "10-19"]
     assert len(shards) == 6
     return shards, images
@@ -391,13 +414,13 @@ def test_damage_in_one_shard_of_a_file_leaves_the_others(
     data = bytearray(storage.read_bytes(shards[0].uri))
     data[data.index(images[27]) + 500] ^= 1  # in the second row group of the third shard
     storage.write_bytes(shards[0].uri, bytes(data))
-    shards = plan_shards(shards[0].uri)
+    shards = shards_of(shards[0].uri)
     end = read_failed(shards[2], kept=5)
     assert (end["reason"], end["shard"]) == ("shard_corrupt", "x.parquet#rows=20-29")
     assert all(len(read_whole(shard)) == 10 for shard in shards if shard != shards[2])
 
 
-def test_a_file_overwritten_since_the_plan_has_changed_for_all_its_shards(
+def test_a_file_overwritten_since_the_listing_has_changed_for_all_its_shards(
     six_shards: tuple[list[Shard], list[bytes]],
 ):
     shards, _ = six_shards
@@ -413,7 +436,7 @@ def test_parquet_of_polars_is_read(tmp_path: Path):
 
     frame = polars.DataFrame({"key": ["a", "b"], "image": [b"x", b"y"]})
     frame.write_parquet(tmp_path / "x.parquet")
-    [shard] = plan_shards(str(tmp_path))
+    [shard] = shards_of(str(tmp_path))
     assert [(r["key"], r["image"]) for r in read_whole(shard)] == [("a", b"x"), ("b", b"y")]
 
 
@@ -430,7 +453,7 @@ def test_a_caption_cut_inside_an_emoji_is_text(tmp_path: Path, form: str):
     else:
         for name, data in members:
             (tmp_path / name).write_bytes(data)
-    [shard] = plan_shards(str(tmp_path), text_column="caption")
+    [shard] = shards_of(str(tmp_path), text_column="caption")
     records = read_whole(shard)
     pa.Table.from_pylist(records, schema=RECORDS)
     assert [r["text"] for r in records] == ["cut \\xed\\xa0\\xbd", "\\xff \N{GRINNING FACE}"]
@@ -442,7 +465,7 @@ def test_a_caption_cut_inside_an_emoji_is_text(tmp_path: Path, form: str):
 def test_loose_images_are_read_in_order(folder: str):
     for index in range(20):
         storage.write_bytes(f"{folder}/a.b/{index:02d}.x.jpg", b"image %d" % index)
-    [shard] = plan_shards(folder)
+    [shard] = shards_of(folder)
     records = read_whole(shard)
     assert [record["image"] for record in records] == [b"image %d" % i for i in range(20)]
     assert (records[3]["key"], records[3]["member"]) == ("a.b/03.x", "a.b/03.x.jpg")
@@ -451,7 +474,7 @@ def test_loose_images_are_read_in_order(folder: str):
 def test_a_loose_image_that_is_gone_or_empty_is_a_row(folder: str):
     for name in ("a.jpg", "b.jpg", "c.jpg"):
         storage.write_bytes(f"{folder}/{name}", b"" if name == "c.jpg" else b"image")
-    [shard] = plan_shards(folder)
+    [shard] = shards_of(folder)
     records = read_whole(replace(shard, files=("a.jpg", "b2.jpg", "c.jpg")))
     assert [(r["image"], r["reason"], r["stage"]) for r in records] == [
         (b"image", "", ""),
@@ -464,7 +487,7 @@ def test_a_loose_image_that_cannot_be_read_is_a_row(tmp_path: Path):
     (tmp_path / "a.jpg").write_bytes(b"image")
     os.symlink("b.jpg", tmp_path / "b.jpg")  # a link to itself
     os.symlink("nowhere", tmp_path / "c.jpg")
-    [shard] = plan_shards(str(tmp_path))
+    [shard] = shards_of(str(tmp_path))
     reasons = [record["reason"] for record in read_whole(shard)]
     assert reasons == ["", "file_unreadable", "file_missing"]
 
@@ -482,16 +505,99 @@ def test_a_text_that_cannot_be_read_fails_its_image_alone(tmp_path: Path):
     (tmp_path / "c.txt").unlink()
     (tmp_path / "c.txt").symlink_to("c.txt")  # a link to itself
     (tmp_path / "d.txt").write_bytes(b"x" * (TEXT_LIMIT_BYTES + 1))
-    [shard] = plan_shards(str(tmp_path), text_column="caption")
+    [shard] = shards_of(str(tmp_path), text_column="caption")
+    (tmp_path / "e.txt").unlink()
     records = read_whole(shard)
     assert [(r["key"], r["reason"], r["text"]) for r in records] == [
         ("a", "", "text of a"),
-        ("b", "file_unreadable", ""),
-        ("c", "file_unreadable", ""),
+        ("b", "", "text of b"),
+        ("c", "no_text", ""),
         ("d", "no_text", ""),  # as in a tar, no text is cut
-        ("e", "", "text of e"),
+        ("e", "file_missing", ""),
     ]
-    assert "b.json" in records[1]["detail"]
+    assert "e.txt" in records[4]["detail"]
+
+
+def test_a_text_is_read_from_the_listing_alone(folder: str, monkeypatch: pytest.MonkeyPatch):
+    for name in ("a.jpg", "a.txt", "b.jpg"):
+        storage.write_bytes(f"{folder}/{name}", name.encode())
+    [shard] = shards_of(folder, text_column="caption")
+    storage.write_bytes(f"{folder}/b.txt", b"later")
+    read: list[str] = []
+    whole = storage.read_bytes
+
+    def read_bytes(uri: str, **options: Any) -> bytes:
+        read.append(uri.rpartition("/")[2])
+        return whole(uri, **options)
+
+    monkeypatch.setattr(storage, "read_bytes", read_bytes)
+    assert [(r["text"], r["reason"]) for r in read_whole(shard)] == [("a.txt", ""), ("", "no_text")]
+    assert sorted(read) == ["a.jpg", "a.txt", "b.jpg"]
+
+
+def test_a_pipe_beside_an_image_is_not_waited_for(tmp_path: Path):
+    for key in "abc":
+        (tmp_path / f"{key}.jpg").write_bytes(b"image")
+    os.mkfifo(tmp_path / "a.txt")
+    (tmp_path / "b.txt").write_bytes(b"text")
+    [shard] = shards_of(str(tmp_path), text_column="caption")
+    for name in ("b.txt", "c.jpg"):  # listed as files, and replaced since
+        (tmp_path / name).unlink()
+        os.mkfifo(tmp_path / name)
+    records = read_whole(shard)
+    assert [r["reason"] for r in records] == ["no_text", "file_missing", "file_missing"]
+
+
+def test_a_link_out_of_the_input_gives_no_text(tmp_path: Path):
+    secret, inside = tmp_path / "secret", tmp_path / "in"
+    (inside / "texts").mkdir(parents=True)
+    secret.mkdir()
+    (secret / "key.txt").write_bytes(b"secret")
+    (inside / "texts" / "b").write_bytes(b"text of b")
+    for path in (inside / "a.jpg", inside / "b.jpg", secret / "c.jpg"):
+        path.write_bytes(b"image")
+    (secret / "c.txt").symlink_to(secret / "key.txt")
+    (inside / "a.txt").symlink_to(secret / "key.txt")
+    (inside / "b.txt").symlink_to("texts/b")
+    (inside / "linked").symlink_to(secret)
+    (tmp_path / "other name").symlink_to(inside)
+    for source in (inside, tmp_path / "other name"):
+        shards = shards_of(str(source), text_column="caption")
+        records = [record for shard in shards for record in read_whole(shard)]
+        assert [(r["key"], r["text"], r["reason"]) for r in records] == [
+            ("a", "", "no_text"),
+            ("b", "text of b", ""),
+            ("linked/c", "", "no_text"),
+        ]
+        assert "link" in records[0]["detail"]
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.txt"])
+def test_a_loose_file_overwritten_since_the_plan_has_changed(folder: str, name: str):
+    for path in ("a.jpg", "a.txt", "b.jpg", "b.txt"):
+        storage.write_bytes(f"{folder}/{path}", b"first")
+    [shard] = shards_of(folder, text_column="caption")
+    storage.write_bytes(f"{folder}/{name}", b"other")
+    records = read_whole(shard)
+    assert [(r["reason"], r["retryable"], r["image"]) for r in records] == [
+        ("file_changed", True, b""),
+        ("", False, b"first"),
+    ]
+
+
+@pytest.mark.parametrize("name", ["x.tar", "x.jpg"])
+def test_a_local_file_of_the_same_size_and_mtime_has_changed(tmp_path: Path, name: str):
+    path = tmp_path / name
+    path.write_bytes(make_tar([("0.jpg", b"one")]))
+    [before] = shards_of(str(tmp_path))
+    times = path.stat()
+    path.write_bytes(make_tar([("0.jpg", b"two")]))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (times.st_size, times.st_mtime_ns)
+    [after] = shards_of(str(tmp_path))
+    assert before.version != after.version
+    *records, end = read_shard(before)
+    assert (end["reason"] or records[0]["reason"]) in ("shard_changed", "file_changed")
 
 
 def test_credentials_refused_for_a_text_end_the_job(
@@ -499,7 +605,8 @@ def test_credentials_refused_for_a_text_end_the_job(
 ):
     """And a fault that may pass leaves the image to be retried."""
     (tmp_path / "a.jpg").write_bytes(b"image")
-    [shard] = plan_shards(str(tmp_path), text_column="caption")
+    (tmp_path / "a.txt").write_bytes(b"text")
+    [shard] = shards_of(str(tmp_path), text_column="caption")
     faults: list[StorageError] = [TransientError("slow down"), CredentialsError("refused")]
     whole = storage.read_bytes
 
@@ -527,7 +634,7 @@ def test_batches_are_bounded_in_rows_and_lose_none(folder: str):
         members = [(f"{index}.jpg", b"%d" % index) for index in range(count)]
         data = make_tar(members or [("folder/.hidden", b"")])
         storage.write_bytes(f"{folder}/{count:03d}.tar", data)
-    tables = list(read_batches(to_table(plan_shards(folder))))
+    tables = list(read_batches(to_table(shards_of(folder))))
     assert [table.num_rows for table in tables] == [1, 2, 64, 64, 1, 64, 2, 64, 64, 23]
     assert all(table.schema == RECORDS for table in tables)
     table = pa.concat_tables(tables)
@@ -550,7 +657,7 @@ def test_parquet_is_read_in_bounded_memory(tmp_path: Path):
     table = pa.table({"image": [image] * 128})
     pq.write_table(table, tmp_path / "x.parquet", use_dictionary=False, write_batch_size=4)
     del table
-    [shard] = plan_shards(str(tmp_path))
+    [shard] = shards_of(str(tmp_path))
     before = pa.total_allocated_bytes()
     peak = 0
     for batch in read_batches(to_table([shard])):
@@ -562,7 +669,16 @@ def test_parquet_is_read_in_bounded_memory(tmp_path: Path):
 def test_names_that_are_not_utf8_pass_through_arrow(tmp_path: Path):
     (tmp_path / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"image")
     (tmp_path / os.fsdecode(b"caf\xe9.tar")).write_bytes(make_tar(SAMPLES[:1]))
-    tables = list(read_batches(to_table(plan_shards(str(tmp_path)))))
+    tables = list(read_batches(to_table(shards_of(str(tmp_path)))))
     assert [table["shard"][0].as_py() for table in tables] == ["caf\\xe9.tar", "images-00000"]
     assert tables[1]["key"].to_pylist() == ["caf\\xe9", ""]
     assert tables[1]["image"][0].as_py() == b"image"
+
+
+def test_a_shard_comes_back_from_its_row(tmp_path: Path):
+    for name in (b"caf\xe9.jpg", b"b.jpg", b"b.txt"):
+        (tmp_path / os.fsdecode(name)).write_bytes(b"x")
+    [shard] = shards_of(str(tmp_path), text_column="caption")
+    assert [path for path, version in shard.listed if version] == [*shard.files, "b.txt"]
+    [row] = to_table([shard]).to_pylist()
+    assert shard_from_row(row) == shard

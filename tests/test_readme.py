@@ -16,7 +16,7 @@ from test_memory import BYTES_PER_PIXEL, COPIES, MORE_BYTES
 from jobs import embed, search, segment
 from pipeline.config.options import ImageOptions
 from pipeline.errors import REASONS
-from pipeline.read import inputs as plan
+from pipeline.read import divide
 from pipeline.run.guard import MAX_CRASHES
 
 ROOT = Path(__file__).parent.parent
@@ -83,7 +83,7 @@ def test_masks_join_their_parquet_files_as_written(
     pq.write_table(scenes, tmp_path / "photos" / "large.parquet", row_group_size=5)
     pq.write_table(scenes.slice(0, 2), tmp_path / "photos" / "small.parquet")
     large = (tmp_path / "photos" / "large.parquet").stat().st_size
-    monkeypatch.setattr(plan, "SPLIT_BYTES", large // 3 + 1)
+    monkeypatch.setattr(divide, "SPLIT_BYTES", large // 3 + 1)
     monkeypatch.chdir(tmp_path)
     options = ["--prompt", "star", "--model", str(ROOT / "pipeline/demo/model"), "--quiet"]
     for _ in range(2):  # the second finds everything done

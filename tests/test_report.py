@@ -25,8 +25,8 @@ from pipeline.annotations.contact_sheet import (
     draw_sheet,
 )
 from pipeline.infer.masks import masks_of_image
-from pipeline.read.inputs import plan_shards
 from pipeline.write.layout import shard_id
+from tests.shards import shards_of
 
 HEIGHT, WIDTH = 60, 120
 
@@ -91,7 +91,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def sheet_of(data: Path, **options: Any) -> np.ndarray:
-    shards = plan_shards(str(data / "in"))
+    shards = shards_of(str(data / "in"))
     sheet = contact_sheet(str(data / "out"), shards, max_pixels=10**6, **options)
     assert sheet.mode == "RGB"
     return np.asarray(sheet)
@@ -138,7 +138,7 @@ def test_prompts_are_cut_to_the_first(data: Path) -> None:
 
 
 def test_images_that_are_gone_or_broken_are_grey(data: Path) -> None:
-    shards = plan_shards(str(data / "in"))
+    shards = shards_of(str(data / "in"))
     (data / "in" / "0.tar").unlink()
     write_tar(data / "in" / "1.tar", [b"<html>", png(picture(100))])
     sheet = contact_sheet(str(data / "out"), shards, max_pixels=10**6, max_images=6)

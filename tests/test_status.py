@@ -172,11 +172,11 @@ def test_failed_shards_are_made_anew_and_others_are_not(
 
 def make_failed(output: Path, source: Path) -> None:
     """Put the shard a.tar where a worker that was killed would have left it."""
-    from pipeline.read.inputs import plan_shards
     from pipeline.run.resume import discard_shard
     from pipeline.write.layout import shard_id
+    from tests.shards import shards_of
 
-    shard, ledger = plan_shards(str(source))[0], ledger_of(output)
+    shard, ledger = shards_of(str(source))[0], ledger_of(output)
     discard_shard(ledger, shard_id(shard.name), ["images", "masks"])
     failed = rows_of("errors", {"row": 0, "reason": "decoder_crashed", "retryable": True})
     finish(ledger, shard, {"errors": failed})

@@ -27,11 +27,17 @@ class ImageOptions:
     image_column: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """Parquet column that holds the images; found by itself where it has a usual name."""
 
+    member_suffix: Annotated[str | None, tyro.conf.arg(metavar="SUFFIX")] = None
+    """Of each sample of a tar only the member of this suffix is an image ("left.png": what follows
+    the first dot of its name); by default each of its images is a row."""
+
     max_pixels: int = 50_000_000
     """Images with more pixels are not decoded but become rows of the errors table."""
 
     def __post_init__(self) -> None:
         check_positive(self, "max_pixels")
+        if self.member_suffix is not None and not self.member_suffix.strip("."):
+            raise UsageError('--member-suffix: an empty suffix; name one such as "left.png"')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +72,9 @@ class RunOptions:
 
     storage_timeout: float = 300.0
     """Seconds for which one read or write is tried again while the storage fails."""
+
+    strict: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Stop where any file of INPUT is left out, instead of saying which."""
 
     retry: tyro.conf.Suppress[Literal["none", "retryable", "all"]] = "none"
     """Which finished shards with failures are made anew; what retry-failed asks for."""

@@ -30,7 +30,7 @@ from pipeline.errors import (
     one_line,
 )
 from pipeline.prepare.images import decode_image
-from pipeline.read.inputs import plan_shards
+from pipeline.read.inputs import list_shards
 from pipeline.read.records import read_shard
 from pipeline.read.shard import Shard
 from pipeline.run.manifest import name_run
@@ -96,6 +96,7 @@ class Images:
     image_column: str | None
     text_column: str | None
     """Of a run that embedded texts, too: they belong to the versions of its shards."""
+    member_suffix: str | None
     max_pixels: int
 
 
@@ -120,6 +121,7 @@ def open_gallery(output: str, thumbnails: int) -> Images:
             source=options["input"],
             image_column=options["image_column"],
             text_column=options.get("text_column"),
+            member_suffix=options.get("member_suffix"),
             max_pixels=options["max_pixels"],
         )
     except NotFoundError as error:
@@ -160,13 +162,17 @@ def read_thumbnails(
     Raises CredentialsError: that is no fault of an image.
     """
     try:
-        columns = {"image_column": images.image_column, "text_column": images.text_column}
-        plan = plan_shards(images.source, **columns)
+        listed = list_shards(
+            images.source,
+            image_column=images.image_column,
+            text_column=images.text_column,
+            member_suffix=images.member_suffix,
+        ).shards
     except CredentialsError:
         raise
     except PipelineError:
         return dict.fromkeys(wanted, "the input is not there any more")
-    shards = {shard.name: replace(shard, text="") for shard in plan}
+    shards = {shard.name: replace(shard, text="") for shard in listed}
     rows: dict[str, set[int]] = {}
     for shard, row in wanted:
         rows.setdefault(shard, set()).add(row)

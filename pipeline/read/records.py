@@ -6,6 +6,7 @@ early is a reason on its end record; refused credentials are raised, since they 
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +23,7 @@ from pipeline.errors import (
     StorageError,
 )
 from pipeline.read.parquet import read_parquet
+from pipeline.read.paths import PathReader
 from pipeline.read.ranges import RowSet, iter_rows
 from pipeline.read.shard import (
     IMAGE_LIMIT_BYTES,
@@ -30,6 +32,7 @@ from pipeline.read.shard import (
     Sample,
     Shard,
     find_text,
+    image_key,
     printable,
     shard_from_row,
 )
@@ -58,7 +61,9 @@ def read_batches(shards: pa.Table, batch_rows: int = BATCH_ROWS) -> Iterator[pa.
                 batch, size_bytes = [], 0
             batch.append(record)
             size_bytes += len(record["image"])
-            if len(batch) == batch_rows and record["row"] >= 0:
+            full = len(batch) == batch_rows and record["row"] >= 0
+            del record  # or a large image stays while the next one is read
+            if full or size_bytes >= BATCH_BYTES:
                 yield pa.Table.from_pylist(batch, schema=RECORDS)
                 batch, size_bytes = [], 0
         yield pa.Table.from_pylist(batch, schema=RECORDS)
@@ -88,23 +93,29 @@ def read_shard(shard: Shard) -> Records:
 
     Data never raises: damage becomes a reason. CredentialsError does.
     """
-    total = 0
+    total = skipped = 0
     failure: RowError | None = None
     skip = RowSet(shard.skip)
     try:
-        for sample in _read_samples(shard):
+        for found in _read_samples(shard):
+            if found is None:
+                skipped += 1
+                continue
             if total in skip:
                 total += 1
                 continue
+            sample = found.with_short_names()
             yield {
                 "shard": shard.name,
                 "version": shard.version,
                 "row": total,
                 "total": -1,
+                "skipped": 0,
                 **sample._asdict(),
                 "detail": sample.detail[:500],
                 "stage": "read" if sample.reason else "",
             }
+            del found, sample  # while the next one is read
             total += 1
     except CredentialsError:
         raise
@@ -119,11 +130,11 @@ def read_shard(shard: Shard) -> Records:
         # Memory says nothing of the bytes: as where the storage does not give them.
         reason = "shard_unreadable" if isinstance(error, MemoryError) else "shard_corrupt"
         failure = RowError("read", reason, detail, retryable=isinstance(error, MemoryError))
-    yield _end(shard, total, failure)
+    yield _end(shard, total, failure, skipped)
 
 
-def _end(shard: Shard, total: int, failure: RowError | None) -> dict[str, Any]:
-    """The end record of a shard with `total` rows."""
+def _end(shard: Shard, total: int, failure: RowError | None, skipped: int = 0) -> dict[str, Any]:
+    """The end record of a shard with `total` rows, and so many samples without an image."""
     return {
         "shard": shard.name,
         "version": shard.version,
@@ -133,6 +144,7 @@ def _end(shard: Shard, total: int, failure: RowError | None) -> dict[str, Any]:
         "image": b"",
         "text": "",
         "total": total,
+        "skipped": skipped,
         "stage": failure.stage if failure else "",
         "reason": failure.reason if failure else "",
         "detail": failure.detail if failure else "",
@@ -140,19 +152,26 @@ def _end(shard: Shard, total: int, failure: RowError | None) -> dict[str, Any]:
     }
 
 
-def _read_samples(shard: Shard) -> Iterator[Sample]:
+def _read_samples(shard: Shard) -> Iterator[Sample | None]:
+    """The samples of a shard; None for one without an image, which is no row."""
     if shard.format == "images":
-        yield from read_images(shard.uri, shard.files, shard.text)
+        yield from read_images(shard)
         return
     if not shard.version:
         raise NotFoundError(f"{shard.uri}: not there when the input was listed")
     with storage.open_read(shard.uri, version=shard.version) as file:
         if shard.format == "tar":
-            yield from read_tar(file, text=shard.text)
+            yield from read_tar(file, text=shard.text, suffix=shard.member_suffix)
         else:
             first, count = shard.first_row_group, shard.row_groups
             groups = range(first, first + count) if count else None
-            yield from read_parquet(file, shard.column, text=shard.text, groups=groups)
+            yield from read_parquet(
+                file,
+                shard.column,
+                text=shard.text,
+                groups=groups,
+                read_path=PathReader(shard),
+            )
 
 
 def shard_failure(error: StorageError) -> RowError:
@@ -165,51 +184,72 @@ def shard_failure(error: StorageError) -> RowError:
     return RowError("read", "shard_unreadable", detail, retryable=True)
 
 
-def read_images(root: str, files: tuple[str, ...], text: str = "") -> Iterator[Sample]:
+def read_images(shard: Shard) -> Iterator[Sample]:
     """One sample per loose image file, in order; the key is its path without the extension.
 
-    `text`: what to look for in the .json or .txt file of the same name (see find_text).
+    Its text, where one is wanted, is in the .json or .txt file of the same name (see find_text), if
+    that was listed with it.
     """
+    versions = dict(shard.listed)
     pending: deque[Future[Sample]] = deque()
     with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
-        for path in files:
-            pending.append(pool.submit(_read_image, root, path, text))
+        for path in shard.files:
+            pending.append(pool.submit(_read_image, shard, versions, path))
             if len(pending) > _FILES_AT_ONCE:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
 
 
-def _read_image(root: str, path: str, text: str) -> Sample:
-    key = printable(path.rpartition(".")[0])
-    found = Sample(key, printable(path))
+def _read_image(shard: Shard, versions: dict[str, str], path: str) -> Sample:
+    """`versions`: by path, as listed; "" is any."""
+    stem = image_key(path)
+    found = Sample(printable(stem), printable(path))
     try:
-        image = storage.read_bytes(storage.join(root, path), limit_bytes=IMAGE_LIMIT_BYTES + 1)
-        beside = _read_text(storage.join(root, path.rpartition(".")[0]), text) if text else None
+        image = storage.read_bytes(
+            storage.join(shard.uri, path),
+            limit_bytes=IMAGE_LIMIT_BYTES + 1,
+            version=versions.get(path, ""),
+        )
+        beside = _read_text(shard, versions, stem) if shard.text else None
     except CredentialsError:
         raise
     except NotFoundError as error:
         return found._replace(reason="file_missing", detail=printable(str(error)), retryable=True)
+    except ChangedError as error:
+        detail = printable(str(error))
+        return found._replace(reason="file_changed", detail=detail, retryable=True)
     except StorageError as error:
-        return found._replace(
-            reason="file_unreadable",
-            detail=printable(str(error)),
-            retryable=True,
-        )
+        detail = printable(str(error))
+        return found._replace(reason="file_unreadable", detail=detail, retryable=True)
+    except RowError as error:
+        return found._replace(reason=error.reason, detail=error.detail)
     if len(image) > IMAGE_LIMIT_BYTES:
         detail = f"more than {IMAGE_LIMIT_BYTES:,} bytes"
         return found._replace(reason="member_too_large", detail=detail)
-    return found._replace(image=image).with_text(text, beside)
+    return found._replace(image=image).with_text(shard.text, beside)
 
 
-def _read_text(stem: str, wanted: str) -> str | None:
+def _read_text(shard: Shard, versions: dict[str, str], stem: str) -> str | None:
+    """The text beside an image, from files that were listed and lie inside the input."""
     for extension in TEXT_EXTENSIONS:
-        try:
-            data = storage.read_bytes(f"{stem}.{extension}", limit_bytes=TEXT_LIMIT_BYTES + 1)
-        except NotFoundError:
+        path = f"{stem}.{extension}"
+        if not versions.get(path):
             continue
-        if len(data) > TEXT_LIMIT_BYTES:  # as in a tar
-            continue
-        if (text := find_text(wanted, extension, data)) is not None:
-            return text
+        uri = storage.join(shard.uri, path)
+        if _leads_out(shard.uri, uri):
+            detail = printable(f"{path}: a link out of the input, which is not followed")
+            raise RowError("read", "no_text", detail)
+        limit = TEXT_LIMIT_BYTES + 1
+        data = storage.read_bytes(uri, limit_bytes=limit, version=versions[path])
+        if len(data) < limit and (text := find_text(shard.text, extension, data)) is not None:
+            return text  # a larger one is none, as in a tar
     return None
+
+
+def _leads_out(root: str, uri: str) -> bool:
+    """Whether a local path leaves a folder by a link in it."""
+    if storage.is_s3(uri):
+        return False
+    top = os.path.realpath(root)
+    return os.path.commonpath([top, os.path.realpath(uri)]) != top

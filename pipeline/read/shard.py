@@ -8,15 +8,46 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+TAR_SUFFIXES = (
+    *(".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz", ".tbz2"),
+    *(".tar.xz", ".txz", ".tar.zst", ".tzst"),
+)
 PARQUET_SUFFIXES = (".parquet", ".pq")
-_DECODED = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
+_DECODED = (
+    "jpg",
+    "jpeg",
+    "jpe",
+    "jfif",
+    "png",
+    "apng",
+    "webp",
+    "gif",
+    "bmp",
+    "tif",
+    "tiff",
+    "avif",
+)
 _REFUSED = ("heic", "heif", "jp2", "svg", "psd")  # reported by decoding rather than passed over
 IMAGE_EXTENSIONS = frozenset(_DECODED + _REFUSED)
 TEXT_EXTENSIONS = ("json", "txt")  # in the order in which a text is looked for
 TEXT_LIMIT_BYTES = 2**20
 # Larger members, files and cells are reported without being read into memory.
 IMAGE_LIMIT_BYTES = 512 * 2**20
+# Longer ones are reported and not carried: a key goes into every row of its image, and Arrow's
+# columns of strings end at 2 GiB. No path that Linux opens is longer.
+NAME_LIMIT_BYTES = 4096
+CAPTION_LIMIT_BYTES = 2**16  # of the text of a row
+SNIFF_BYTES = 32
+_MAGIC = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|8BPS\0"
+    rb"|II[*+]\0|MM\0[*+]"
+    rb"|BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0"
+    rb"|....ftyp(?:avif|avis|heic|heix|heif|mif1|msf1)"
+    rb"|\0\0\0\x0cjP  ",
+    re.DOTALL,
+)
+# TIFF by their first bytes, of which only a preview would be decoded.
+_RAW_SUFFIXES = ("arw", "cr2", "dng", "nef", "nrw", "orf", "pef", "rw2", "srw")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +56,8 @@ class Shard:
     files: the unit of work."""
 
     name: str
-    """The `shard` column: the path relative to the input's root, unique in a plan; of row groups
-    as name_rows has it."""
+    """The `shard` column: the path relative to the input's root, unique in an input; of row
+    groups as name_rows has it."""
     uri: str
     """What to open; for loose images the root folder."""
     format: str
@@ -34,13 +65,19 @@ class Shard:
     size_bytes: int
     """Of row groups: their share of the file."""
     version: str
-    """S3: the ETag; local: size and time; loose images: a hash over all of them; "" if missing."""
+    """S3: the ETag; local: size and times; loose images: a hash over all of them; "" if missing."""
     files: tuple[str, ...] = ()
     """Loose images: paths relative to `uri`, in the order of their rows."""
+    listed: tuple[tuple[str, str], ...] = ()
+    """Loose images: path and version of each of `files`, and of the texts beside them."""
     column: str = ""
-    """Parquet: the image column found when planning; "" leaves it to the reader."""
+    """Parquet: the image column of this file; "" leaves it to the reader."""
+    inside: str = ""
+    """Parquet: the folder below which its cells may name files; "" is the file's own."""
     text: str = ""
     """Where each row's text is (see find_text); "" when none is wanted."""
+    member_suffix: str = ""
+    """Tar: the extension of the members that are the images; "" takes every image."""
     first_row_group: int = 0
     row_groups: int = 0
     """Parquet: how many row groups from `first_row_group` on; 0 is the whole file."""
@@ -66,7 +103,27 @@ class Sample(NamedTuple):
         if text is None:
             detail = f"no text {wanted!r} beside the image"
             return self._replace(image=b"", reason="no_text", detail=printable(detail))
-        return self._replace(text=printable(text))
+        text = printable(text)
+        if len(text.encode()) > CAPTION_LIMIT_BYTES:
+            detail = f"more than {CAPTION_LIMIT_BYTES:,} bytes"
+            return self._replace(image=b"", reason="text_too_long", detail=detail)
+        return self._replace(text=text)
+
+    def with_short_names(self) -> Sample:
+        """The sample, or failed with its names cut where one is longer than NAME_LIMIT_BYTES."""
+        key, member = (cut(name, NAME_LIMIT_BYTES) for name in (self.key, self.member))
+        if (key, member) == (self.key, self.member):
+            return self
+        short = self._replace(key=key, member=member)
+        if self.reason:
+            return short
+        detail = f"a name of more than {NAME_LIMIT_BYTES:,} bytes"
+        return short._replace(image=b"", text="", reason="name_too_long", detail=detail)
+
+
+def is_image(start: bytes, suffix: str = "") -> bool:
+    """Whether a file whose name does not tell is an image, by its first SNIFF_BYTES."""
+    return _MAGIC.match(start) is not None and suffix not in _RAW_SUFFIXES
 
 
 def find_text(wanted: str, extension: str, data: bytes) -> str | None:
@@ -86,7 +143,9 @@ def shard_to_row(shard: Shard) -> dict[str, Any]:
     return {
         **vars(shard),
         "uri": _to_bytes(shard.uri),
+        "inside": _to_bytes(shard.inside),
         "files": [_to_bytes(path) for path in shard.files],
+        "listed": [_to_bytes(part) for pair in shard.listed for part in pair],
     }
 
 
@@ -94,7 +153,10 @@ def shard_from_row(row: dict[str, Any]) -> Shard:
     """The shard of `shard_to_row`; columns of other names are left out."""
     values = {name: row[name] for name in Shard.__dataclass_fields__}
     values["uri"] = _from_bytes(row["uri"])
+    values["inside"] = _from_bytes(row["inside"])
     values["files"] = tuple(_from_bytes(path) for path in row["files"])
+    parts = map(_from_bytes, row["listed"])
+    values["listed"] = tuple(zip(parts, parts, strict=True))
     return Shard(**values)
 
 
@@ -108,6 +170,12 @@ def file_format(path: str) -> str:
     return "images" if name.rpartition(".")[2] in IMAGE_EXTENSIONS and "." in name else ""
 
 
+def image_key(path: str) -> str:
+    """The key of a loose image: its path without the extension, where that is an image's."""
+    before, dot, extension = path.rpartition(".")
+    return before if dot and extension.lower() in IMAGE_EXTENSIONS else path
+
+
 def printable(name: str | bytes) -> str:
     """The name as valid UTF-8: bytes that are not are escaped (`\\xff`)."""
     if isinstance(name, bytes):
@@ -119,9 +187,16 @@ def printable(name: str | bytes) -> str:
     return encoded.decode("utf-8", "backslashreplace")
 
 
+def cut(text: str, limit_bytes: int) -> str:
+    """The printable text, or as many of its characters as fit."""
+    if len(text) * 4 <= limit_bytes:
+        return text
+    return text.encode()[:limit_bytes].decode("utf-8", "ignore")
+
+
 def strip_suffix(path: str) -> str:
     """The path without its input suffix: img2dataset's shard id."""
-    return re.sub(r"\.(tar\.gz|[^./]+)$", "", path, flags=re.IGNORECASE)
+    return re.sub(r"\.(tar\.(gz|bz2|xz|zst)|[^./]+)$", "", path, flags=re.IGNORECASE)
 
 
 def name_rows(file: str, first: int, end: int, total: int) -> str:

@@ -1,277 +1,186 @@
-"""Tar shards: WebDataset samples from one forward pass, strict about every header.
-
-Python's tarfile stops without a word at a damaged header. Here the chain of headers is walked
-block by block (tarfile.TarInfo parses and checks each one), so that what cannot be read is said.
-"""
+"""Tar shards: the images of WebDataset samples, from one forward pass over the archive."""
 
 from __future__ import annotations
 
-import gzip
-import re
-import tarfile
-import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from pipeline.errors import RowError, StorageError
+from pipeline.read.archive import Member, TarStream
 from pipeline.read.shard import (
+    CAPTION_LIMIT_BYTES,
     IMAGE_EXTENSIONS,
     IMAGE_LIMIT_BYTES,
+    SNIFF_BYTES,
     TEXT_EXTENSIONS,
     TEXT_LIMIT_BYTES,
     Sample,
+    cut,
     find_text,
+    is_image,
     printable,
 )
 
-_BLOCK_BYTES = tarfile.BLOCKSIZE
-_SKIP_BYTES = 2**20
-_EXTENDED_LIMIT_BYTES = 2**20  # of a pax header or a GNU long name, which are read into memory
-_SIZE_DIGITS = 20  # int() of thousands of digits is an error of its own
-_PAX_LENGTH = re.compile(rb"(\d{1,7}) ")
-_PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
-_LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
-_NO_DATA = (*_LINKS, tarfile.DIRTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)
+# Of an image in a compressed tar, where a size costs its maker nothing.
+INFLATED_LIMIT_BYTES = 128 * 2**20
+# Images of a sample that wait for its text; a single one may be larger.
+HELD_BYTES = 32 * 2**20
+# A sample of more members goes on as another one of the same key.
+SAMPLE_MEMBERS = 1_000
 
 
-@dataclass
-class _Member:
-    name: str  # surrogates stand for bytes that are not UTF-8
-    type: bytes
-    size_bytes: int  # of the data that follows in the archive
-    sparse: bool
+class _Name(NamedTuple):
+    """The name of a member as WebDataset reads it: `d/0.left.png`."""
 
-
-@dataclass
-class _OpenSample:
     key: str
-    member: str  # name of the first member
-    extensions: dict[str, None] = field(default_factory=dict)  # an ordered set
-    image: Sample | None = None
-    texts: dict[str, str] = field(default_factory=dict)  # by extension
+    """Up to the first dot after the last slash: d/0. Empty for hidden files."""
+    extension: str
+    """The rest, in lower case: left.png."""
 
-    def close(self, wanted: str) -> Sample:
-        """The row of this sample, with the text that is wanted."""
-        if self.image is None:
-            shown = ", ".join("." + extension for extension in list(self.extensions)[:10])
-            detail = printable(f"the sample has {shown}; a key ends at the first dot")
-            found = Sample(printable(self.key), printable(self.member))
-            return found._replace(reason="no_image", detail=detail)
-        text = next((self.texts[e] for e in TEXT_EXTENSIONS if e in self.texts), None)
-        return self.image.with_text(wanted, text)
+    @property
+    def inner(self) -> str:
+        """What is between the key and the last suffix: left."""
+        return self.extension.rpartition(".")[0]
+
+    @property
+    def suffix(self) -> str:
+        """The last suffix: png."""
+        return self.extension.rpartition(".")[2]
+
+
+class _Text(NamedTuple):
+    name: _Name
+    text: str
+
+
+class _OpenSample:
+    """Consecutive members of one key, whose images wait for a text where one is wanted."""
+
+    def __init__(self, key: str, wanted: str):
+        self.key, self._wanted = key, wanted
+        self._extensions: set[str] = set()
+        self._texts: list[_Text] = []
+        self._held: list[tuple[_Name, Sample]] = []
+        self._rows = 0
+
+    def takes(self, name: _Name) -> bool:
+        """Whether a member of this name belongs to the sample."""
+        room = len(self._extensions) < SAMPLE_MEMBERS
+        return room and name.key == self.key and name.extension not in self._extensions
+
+    def add_member(self, name: _Name) -> None:
+        self._extensions.add(name.extension)
+
+    def add_text(self, name: _Name, text: str | None) -> None:
+        if text is not None:  # held so far that one too long is still told
+            self._texts.append(_Text(name, cut(printable(text), CAPTION_LIMIT_BYTES + 4)))
+
+    def make_room(self, size_bytes: int) -> Iterator[Sample]:
+        """The rows that cannot wait any longer when so much is to be held, too."""
+        if size_bytes + sum(len(sample.image) for _, sample in self._held) > HELD_BYTES:
+            late = f"the text stands behind more than {HELD_BYTES:,} bytes of the sample's images"
+            yield from self.release(late)
+
+    def add_image(self, name: _Name, sample: Sample) -> Iterator[Sample]:
+        """The row of an image, at once where no text is wanted."""
+        self._rows += 1
+        self._held.append((name, sample))
+        if not self._wanted:
+            yield from self.release()
+
+    def close(self) -> Iterator[Sample | None]:
+        """The rows that are left; None where the sample has not had any."""
+        yield from self.release()
+        if not self._rows:
+            yield None
+
+    def release(self, without: str = "") -> Iterator[Sample]:
+        """The rows that wait; `without` says why one has no text, where that is not the end."""
+        for name, sample in self._held:
+            row = sample.with_text(self._wanted, self._text_of(name))
+            yield row._replace(detail=without) if without and row.reason == "no_text" else row
+        self._held.clear()
+
+    def _text_of(self, image: _Name) -> str | None:
+        """left.txt for left.png, else the sample's own .txt, else any; .json before .txt."""
+
+        def rank(found: _Text) -> tuple[bool, bool, int]:
+            inner, suffix = found.name.inner, found.name.suffix
+            return inner != image.inner, inner != "", TEXT_EXTENSIONS.index(suffix)
+
+        return min(self._texts, key=rank).text if self._texts else None
 
 
 def read_tar(
-    file: BinaryIO, *, text: str = "", limit_bytes: int = IMAGE_LIMIT_BYTES
-) -> Iterator[Sample]:
-    """The samples of a tar, plain or gzipped, in order; one sample is in memory at a time.
+    file: BinaryIO, *, text: str = "", suffix: str = "", limit_bytes: int = IMAGE_LIMIT_BYTES
+) -> Iterator[Sample | None]:
+    """The images of a tar, plain or compressed, in order; None for each sample without any.
 
-    The key of a member is its name up to the first dot after the last slash, the rest is its
-    extension, in any case. Consecutive members of one key are one sample, until an extension
-    repeats; its image is the first member with an image's extension. Hidden files and folders are
-    passed over, and links and devices unless they are named like an image. `text`: what to look
-    for in the .json or .txt member of a sample (see find_text).
+    Keys are WebDataset's: the name up to the first dot after the last slash. Consecutive members of
+    one key are one sample, until an extension repeats. The last suffix of a name, in any case, says
+    whether the member is an image; the first bytes do where it is no suffix of an image or text.
+    `suffix`: the extension of the members to take for images instead ("left.png"). Hidden files,
+    folders, links and devices are passed over, the last two unless they are named like an image.
+    `text`: what to look for in the .json or .txt members of a sample (see find_text).
+    In memory are one image of at most `limit_bytes` (in a compressed tar INFLATED_LIMIT_BYTES),
+    HELD_BYTES of images that wait for their text, SAMPLE_MEMBERS texts of 64 KiB, and what
+    TarStream needs.
     Raises RowError (shard_empty, shard_corrupt, shard_truncated) where the archive breaks off,
-    after every sample whose image was whole.
+    after every image that was whole.
     """
-    stream = _TarStream(file)
+    stream = TarStream(file)
+    limit = min(limit_bytes, INFLATED_LIMIT_BYTES) if stream.compression else limit_bytes
     sample: _OpenSample | None = None
     try:
         while (member := stream.next_member()) is not None:
-            folder, slash, base = member.name.rpartition("/")
-            stem, _, extension = base.partition(".")
-            extension = extension.lower()
-            is_image = extension in IMAGE_EXTENSIONS
-            odd = member.type == tarfile.DIRTYPE or (member.type in _NO_DATA and not is_image)
-            if not stem or odd:
+            name = _split(member.name)
+            named = name.extension == suffix if suffix else name.suffix in IMAGE_EXTENSIONS
+            if not name.key or member.is_folder or (member.is_special and not named):
                 stream.skip(member)
                 continue
-            key = folder + slash + stem
-            if sample is None or key != sample.key or extension in sample.extensions:
+            if sample is None or not sample.takes(name):
                 if sample:
-                    yield sample.close(text)
-                sample = _OpenSample(key, member.name)
-            sample.extensions[extension] = None
-            if is_image and not sample.image:
-                sample.image = _read_image(stream, member, key, limit_bytes)
-            elif text and extension in TEXT_EXTENSIONS and _is_small(member):
-                found = find_text(text, extension, stream.read(member))
-                sample.texts |= {} if found is None else {extension: found}
+                    yield from sample.close()
+                sample = _OpenSample(name.key, text)
+            sample.add_member(name)
+            is_text = name.suffix in TEXT_EXTENSIONS and not named
+            sniffed = not (named or suffix or is_text) and member.is_plain
+            start = stream.take_start(member, SNIFF_BYTES) if sniffed else b""
+            if named or is_image(start, name.suffix):
+                yield from sample.make_room(min(member.size_bytes, limit) if text else 0)
+                # No name for the image here: it would stay while the next one is read.
+                yield from sample.add_image(
+                    name, _read_image(stream, member, name.key, start, limit)
+                )
+            elif text and is_text and member.is_plain and member.size_bytes <= TEXT_LIMIT_BYTES:
+                sample.add_text(name, find_text(text, name.suffix, stream.read(member)))
             else:
-                stream.skip(member)
+                stream.skip(member, start)
     except (RowError, StorageError):
-        if sample and sample.image:
-            yield sample.close(text)
+        if sample:
+            yield from sample.release()
         raise
     if sample:
-        yield sample.close(text)
+        yield from sample.close()
     stream.check_end()
 
 
-def _is_small(member: _Member) -> bool:
-    plain = member.type in _PLAIN and not member.sparse
-    return plain and member.size_bytes <= TEXT_LIMIT_BYTES
+def _split(name: str) -> _Name:
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return _Name(folder + slash + stem if stem else "", extension.lower())
 
 
-def _read_image(stream: _TarStream, member: _Member, key: str, limit_bytes: int) -> Sample:
+def _read_image(
+    stream: TarStream, member: Member, key: str, start: bytes, limit_bytes: int
+) -> Sample:
     found = Sample(printable(key), printable(member.name))
-    if member.sparse or member.type not in _PLAIN:
+    if not member.is_plain:
         stream.skip(member)
-        kind = "a link" if member.type in _LINKS else "not a plain file"
-        detail = "a sparse file" if member.sparse else kind
-        return found._replace(reason="member_unsupported", detail=detail)
+        return found._replace(reason="member_unsupported", detail=member.kind)
     if member.size_bytes > limit_bytes:
-        stream.skip(member)
-        detail = f"{member.size_bytes:,} bytes; at most {limit_bytes:,} are read"
+        stream.skip(member, start)
+        where = f" of a {stream.compression} stream" if stream.compression else ""
+        detail = f"{member.size_bytes:,} bytes{where}; at most {limit_bytes:,} are read"
         return found._replace(reason="member_too_large", detail=detail)
-    return found._replace(image=stream.read(member))
-
-
-class _TarStream:
-    """Headers and data of a tar in order; what is damaged or missing raises RowError."""
-
-    def __init__(self, file: BinaryIO):
-        start = file.peek(2)[:2] if hasattr(file, "peek") else b""
-        self._file = gzip.GzipFile(fileobj=file) if start == b"\x1f\x8b" else file
-        self._offset = 0  # bytes taken, after decompression
-        self._padding = 0  # bytes up to the next block; taken late, as they hold no data
-
-    def next_member(self) -> _Member | None:
-        """The next member, its extended headers applied; None at the end-of-archive marker."""
-        long_name: bytes | None = None
-        pax: dict[bytes, bytes] = {}
-        while (block := self._next_block()) is not None:
-            header = self._parse(block)
-            if header.type == tarfile.GNUTYPE_LONGNAME:
-                long_name = self._read_extended(header).partition(b"\0")[0]
-            elif header.type == tarfile.GNUTYPE_LONGLINK:
-                self._read_extended(header)
-            elif header.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
-                pax.update(self._parse_pax(self._read_extended(header)))
-            elif header.type == tarfile.XGLTYPE:
-                self._skip_bytes(header.size)
-            else:
-                return self._finish_member(header, block, long_name, pax)
-        if long_name is not None or pax:
-            raise self._damage("an extended header without a member")
-        return None
-
-    def read(self, member: _Member) -> bytes:
-        data = self._take(member.size_bytes)
-        if len(data) < member.size_bytes:
-            raise self._cut(f"inside the data of {printable(member.name)}")
-        self._padding = -member.size_bytes % _BLOCK_BYTES
-        return data
-
-    def skip(self, member: _Member) -> None:
-        self._skip_bytes(member.size_bytes, f"inside the data of {printable(member.name)}")
-
-    def check_end(self) -> None:
-        """After the marker only zeros may follow; reading on also checks a gzip stream's CRC."""
-        if self._offset <= _BLOCK_BYTES:
-            if not any(self._rest()):
-                raise RowError("read", "shard_empty", f"{self._offset:,} bytes, all zero")
-            raise self._damage("zeros where the first header should be")
-        if any(self._rest()):
-            raise self._damage("data after the end-of-archive marker (two archives in one?)")
-
-    def _rest(self) -> Iterator[bool]:
-        while chunk := self._take(_SKIP_BYTES):
-            yield chunk.count(0) != len(chunk)
-
-    def _next_block(self) -> bytes | None:
-        self._take(self._padding)
-        self._padding = 0
-        block = self._take(_BLOCK_BYTES)
-        if not block:
-            if self._offset == 0:
-                raise RowError("read", "shard_empty", "zero bytes")
-            raise self._cut("without an end-of-archive marker")
-        if len(block) < _BLOCK_BYTES and self._offset > _BLOCK_BYTES:
-            raise self._cut("inside a header")
-        return block if block.count(0) < len(block) else None
-
-    def _parse(self, block: bytes) -> tarfile.TarInfo:
-        try:
-            header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-        except tarfile.HeaderError as error:
-            if self._offset <= _BLOCK_BYTES:
-                raise RowError("read", "shard_corrupt", "not a tar archive") from error
-            raise self._damage(f"a damaged header ({error})") from error
-        if header.size < 0:
-            raise self._damage("a header with a negative size")
-        return header
-
-    def _finish_member(
-        self,
-        header: tarfile.TarInfo,
-        block: bytes,
-        long_name: bytes | None,
-        pax: dict[bytes, bytes],
-    ) -> _Member:
-        size = pax.get(b"size", b"")
-        if size and not (size.isdigit() and len(size) <= _SIZE_DIGITS):
-            raise self._damage("a pax header with a size that is no number")
-        sparse = header.type == tarfile.GNUTYPE_SPARSE
-        extended = sparse and block[482]
-        while extended:  # more of an old GNU sparse map; the member is refused unexpanded
-            block = self._take(_BLOCK_BYTES)
-            if len(block) < _BLOCK_BYTES:
-                raise self._cut("inside a sparse header")
-            extended = block[504]
-        name = pax.get(b"GNU.sparse.name") or pax.get(b"path") or long_name
-        return _Member(
-            name=header.name if name is None else name.decode("utf-8", "surrogateescape"),
-            type=header.type,
-            size_bytes=0 if header.type in _NO_DATA else int(size or header.size),
-            sparse=sparse or any(keyword.startswith(b"GNU.sparse.") for keyword in pax),
-        )
-
-    def _read_extended(self, header: tarfile.TarInfo) -> bytes:
-        if header.size > _EXTENDED_LIMIT_BYTES:
-            raise self._damage(f"an extended header of {header.size:,} bytes")
-        data = self._take(header.size)
-        if len(data) < header.size:
-            raise self._cut("inside an extended header")
-        self._padding = -header.size % _BLOCK_BYTES
-        return data
-
-    def _parse_pax(self, data: bytes) -> dict[bytes, bytes]:
-        """Records of the form `length keyword=value newline`, length counting itself."""
-        records: dict[bytes, bytes] = {}
-        position = 0
-        while position < len(data) and data[position] != 0:
-            match = _PAX_LENGTH.match(data, position)
-            end = position + int(match[1]) if match else 0
-            if not match or not match.end() < end <= len(data) or data[end - 1 : end] != b"\n":
-                raise self._damage("a damaged pax header")
-            keyword, _, value = data[match.end() : end - 1].partition(b"=")
-            records[keyword] = value
-            position = end
-        return records
-
-    def _skip_bytes(self, size: int, where: str = "inside an extended header") -> None:
-        left = size
-        while left:
-            taken = len(self._take(min(left, _SKIP_BYTES)))
-            if not taken:
-                raise self._cut(where)
-            left -= taken
-        self._padding = -size % _BLOCK_BYTES
-
-    def _take(self, size: int) -> bytes:
-        try:
-            data = self._file.read(size) if size else b""
-        except EOFError as error:
-            raise self._cut("inside the gzip stream") from error
-        except (gzip.BadGzipFile, zlib.error) as error:
-            raise self._damage(f"a damaged gzip stream ({error})") from error
-        self._offset += len(data)
-        return data
-
-    def _damage(self, what: str) -> RowError:
-        return RowError("read", "shard_corrupt", f"{what}, before byte {self._offset:,}")
-
-    def _cut(self, where: str) -> RowError:
-        return RowError("read", "shard_truncated", f"ends {where}, at byte {self._offset:,}")
+    return found._replace(image=stream.read(member, start))

@@ -69,14 +69,13 @@ def _read_name(file: Stored) -> str:
 
 def _shard(output: str, name: str, files: list[Stored]) -> Shard:
     seen = "".join(f"{file.uri}\0{file.size_bytes}\0{file.version}\n" for file in files)
-    start = len(output.rstrip("/")) + 1
     return Shard(
         name=name,
         uri=output,
         format="table",
         size_bytes=sum(file.size_bytes for file in files),
         version=hashlib.sha256(seen.encode("utf-8", "surrogateescape")).hexdigest(),
-        files=tuple(file.uri[start:] for file in files),
+        files=tuple(storage.relative(output, file.uri) for file in files),
     )
 
 

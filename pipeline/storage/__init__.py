@@ -2,6 +2,7 @@
 
 from pipeline.storage.faults import storage_errors
 from pipeline.storage.files import (
+    SPECIAL,
     delete_file,
     delete_folder,
     exists,
@@ -19,9 +20,10 @@ from pipeline.storage.files import (
     write_new,
 )
 from pipeline.storage.retry import set_storage_timeout
-from pipeline.storage.uri import Stored, check_uri, is_s3, join, parent
+from pipeline.storage.uri import Stored, check_uri, is_s3, join, parent, relative
 
 __all__ = [
+    "SPECIAL",
     "Stored",
     "check_uri",
     "delete_file",
@@ -38,6 +40,7 @@ __all__ = [
     "parent",
     "put_file",
     "read_bytes",
+    "relative",
     "replace_file",
     "set_storage_timeout",
     "stat_file",

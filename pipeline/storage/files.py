@@ -29,6 +29,7 @@ from pipeline.storage.s3_read import ObjectFile, read_object
 from pipeline.storage.s3_write import put_object, replace_object
 from pipeline.storage.uri import Stored, is_s3, join, parent
 
+SPECIAL = "special"  # the version of what is neither a file nor a folder
 _FOLDER_TRIES = 10  # to write into, or to delete, a folder that others delete or write into
 _PROBES = 3
 _TEMPORARY = re.compile(r"\..*\.[0-9a-f]{32}\.tmp", re.DOTALL)  # as _beside names them
@@ -73,33 +74,36 @@ def is_empty(folder: str) -> bool:
         return True
 
 
-def list_files(folder: str, *, recursive: bool = True) -> list[Stored]:
+def list_files(folder: str, *, recursive: bool = True, special: bool = False) -> list[Stored]:
     """The files below a folder, sorted by URI; empty when nothing is there.
 
-    One listing and no request per object. Local links are followed; pipes and devices are left out.
+    One listing and no request per object. Local links are followed. Pipes, sockets and devices are
+    left out, unless `special` asks for them, with the version SPECIAL.
     """
     with storage_errors(folder):
         if is_s3(folder):
             files = list(s3.list_objects(folder, recursive=recursive))
         elif os.path.isdir(folder):
-            files = list(_walk_local(folder, recursive, ()))
+            files = list(_walk_local(folder, recursive, (_identity(os.stat(folder)),)))
         else:
             return []
-    return sorted(files, key=lambda file: file.uri)
+    kept = [file for file in files if special or file.version != SPECIAL]
+    return sorted(kept, key=lambda file: file.uri)
 
 
-def glob_files(pattern: str) -> list[Stored]:
+def glob_files(pattern: str, *, special: bool = False) -> list[Stored]:
     """The files that a pattern matches (`*`, `?`, `[..]`; `**` crosses folders), sorted by URI.
 
     A folder that matches stands for everything below it, except where `**` has been there already.
+    `special` as for list_files.
     """
     with storage_errors(pattern):
         matched = list(s3.glob_objects(pattern) if is_s3(pattern) else _glob_local(pattern))
     found = {file.uri: file for file in matched if isinstance(file, Stored)}
     for folder in matched if "**" not in pattern else []:
         if isinstance(folder, str):
-            found.update((file.uri, file) for file in list_files(folder))
-    return [found[uri] for uri in sorted(found)]
+            found.update((file.uri, file) for file in list_files(folder, special=special))
+    return [found[uri] for uri in sorted(found) if special or found[uri].version != SPECIAL]
 
 
 def _glob_local(pattern: str) -> Iterator[Stored | str]:
@@ -109,12 +113,15 @@ def _glob_local(pattern: str) -> Iterator[Stored | str]:
             yield path.rstrip("/")
         elif os.path.isfile(path):
             yield _stored_local(path, os.stat(path))
-        elif os.path.islink(path):
-            yield Stored(uri=path, size_bytes=0, version="")
+        elif os.path.lexists(path):
+            broken = not os.path.exists(path)
+            yield Stored(uri=path, size_bytes=0, version="" if broken else SPECIAL)
 
 
-def _walk_local(folder: str, recursive: bool, above: tuple[int, ...]) -> Iterator[Stored]:
-    """`above` holds the inodes of the folders above, so that a link to one of them ends there."""
+def _walk_local(
+    folder: str, recursive: bool, above: tuple[tuple[int, int], ...]
+) -> Iterator[Stored]:
+    """`above` holds the identities of the folders above: a link to one of them ends there."""
     with os.scandir(folder) as entries:
         for entry in entries:
             try:
@@ -124,8 +131,15 @@ def _walk_local(folder: str, recursive: bool, above: tuple[int, ...]) -> Iterato
                 continue
             if stat.S_ISREG(found.st_mode):
                 yield _stored_local(entry.path, found)
-            elif stat.S_ISDIR(found.st_mode) and recursive and found.st_ino not in above:
-                yield from _walk_local(entry.path, recursive, (*above, found.st_ino))
+            elif not stat.S_ISDIR(found.st_mode):
+                yield Stored(uri=entry.path, size_bytes=0, version=SPECIAL)
+            elif recursive and _identity(found) not in above:
+                yield from _walk_local(entry.path, recursive, (*above, _identity(found)))
+
+
+def _identity(found: os.stat_result) -> tuple[int, int]:
+    """The roots of two mounts may have one inode number."""
+    return (found.st_dev, found.st_ino)
 
 
 def _stored_local(path: str, found: os.stat_result) -> Stored:
@@ -133,7 +147,20 @@ def _stored_local(path: str, found: os.stat_result) -> Stored:
 
 
 def _local_version(found: os.stat_result) -> str:
-    return f"{found.st_size}-{found.st_mtime_ns}"
+    """Size and two times: mtime can be set back by anybody, ctime by nobody.
+
+    No inode: some network file systems number their files anew.
+    """
+    return f"{found.st_size}-{found.st_mtime_ns}-{found.st_ctime_ns}"
+
+
+def _open_regular(path: str) -> io.FileIO:
+    """A regular file; for a pipe in its place nobody waits."""
+    file = io.FileIO(path, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise FileNotFoundError(path)
+    return file
 
 
 class _LocalFile(io.RawIOBase):
@@ -144,7 +171,10 @@ class _LocalFile(io.RawIOBase):
         self.version = self._version()
 
     def _version(self) -> str:
-        return _local_version(os.fstat(self._file.fileno()))
+        return _local_version(os.fstat(self.fileno()))
+
+    def fileno(self) -> int:
+        return self._file.fileno()
 
     def readable(self) -> bool:
         return True
@@ -175,22 +205,27 @@ def open_read(uri: str, *, version: str = "") -> io.BufferedReader:
     """A binary file for reading forward or at random; close it.
 
     A version that differs from the one given, and a change while it is read, is a ChangedError
-    (S3: every ranged GET asks for the ETag seen at the start; local: size and time of the file).
+    (S3: every ranged GET asks for the ETag seen at the start; local: size and times of the file).
     """
     with storage_errors(uri):
-        file = ObjectFile(uri) if is_s3(uri) else _LocalFile(uri, io.FileIO(uri))
+        file = ObjectFile(uri) if is_s3(uri) else _LocalFile(uri, _open_regular(uri))
     if version and version != file.version:
         file.close()
         raise ChangedError(f"{uri}: overwritten since the input was listed")
     return io.BufferedReader(file, buffer_size=2**18)
 
 
-def read_bytes(uri: str, *, limit_bytes: int = 5 * 2**40) -> bytes:
-    """A whole file, or its first `limit_bytes`; one request on S3, unless it is large."""
+def read_bytes(uri: str, *, limit_bytes: int = 5 * 2**40, version: str = "") -> bytes:
+    """A whole file, or its first `limit_bytes`; one request on S3, unless it is large.
+
+    With a version, another one and a change while it is read are a ChangedError, as in open_read.
+    """
     if is_s3(uri):
-        return read_object(uri, limit_bytes)
-    with storage_errors(uri), open(uri, "rb") as file:
-        return file.read(min(limit_bytes, os.fstat(file.fileno()).st_size))
+        return read_object(uri, limit_bytes, version)
+    with storage_errors(uri):
+        file = open_read(uri, version=version) if version else io.BufferedReader(_open_regular(uri))
+        with file:
+            return file.read(min(limit_bytes, os.fstat(file.fileno()).st_size))
 
 
 def write_bytes(uri: str, data: bytes) -> None:
@@ -241,20 +276,20 @@ def _locked(folder: str) -> Iterator[None]:
         os.close(handle)
 
 
-def ignores_create_only(folder: str) -> bool:
-    """Whether a server lets `write_new` overwrite: some S3 servers ignore that it must not.
+def ignores_create_only(folder: str, *, write: Callable[[str, bytes], None] = write_new) -> bool:
+    """Whether a server lets `write` overwrite: some S3 servers ignore that it must not.
 
     Tried with files of a few bytes, which are deleted afterwards: with several, since another
     process may delete one between its two writes.
     """
-    return all(_overwrites(folder) for _ in range(_PROBES))
+    return all(_overwrites(folder, write) for _ in range(_PROBES))
 
 
-def _overwrites(folder: str) -> bool:
+def _overwrites(folder: str, write: Callable[[str, bytes], None]) -> bool:
     uri = join(folder, f".create-only-{uuid.uuid4().hex}")
-    write_new(uri, b"first")
+    write(uri, b"first")
     try:
-        write_new(uri, b"second")
+        write(uri, b"second")
     except FileExistsError:
         return False
     finally:

@@ -19,15 +19,10 @@ from typing import Any
 from pipeline.errors import NotFoundError
 from pipeline.storage.faults import sort_code
 from pipeline.storage.retry import patience_s, persist
-from pipeline.storage.uri import Stored, join
+from pipeline.storage.uri import Stored, folder_of, join, prefix_of, relative, split_s3
 
 _DELETE_KEYS = 1000  # the most that one DeleteObjects request takes
 _CONNECTIONS = 64  # more than any caller has threads
-
-# The name of an access point may itself hold slashes.
-_PARTS = re.compile(
-    r"s3://(arn:[^/]*:(?:accesspoint|outpost/[^/]+/accesspoint)/[^/]+|[^/]+)/?(.*)", re.DOTALL
-)
 
 
 def client() -> _Client:
@@ -95,10 +90,10 @@ class _Body:
 
 def split(uri: str) -> tuple[str, str]:
     """Bucket and key; the key of a bucket is empty."""
-    parts = _PARTS.fullmatch(uri)
-    if parts is None:
+    bucket, key = split_s3(uri)
+    if not bucket:
         raise NotFoundError(f"{uri}: not found")
-    return parts[1], parts[2]
+    return bucket, key
 
 
 def request(
@@ -152,40 +147,47 @@ def _folder_exists(folder: str, but: tuple[str, ...]) -> bool:
 
 
 def list_objects(folder: str, *, recursive: bool = True) -> Iterator[Stored]:
-    """The objects below a folder, without the markers that stand for folders."""
+    """The objects below a folder, without the empty ones that stand for folders."""
     with contextlib.suppress(NotFoundError):
-        for found in _list_all(folder, _prefix(folder), "" if recursive else "/"):
-            if isinstance(found, Stored) and not found.uri.endswith("/"):
+        for found in _list_all(prefix_of(folder), "" if recursive else "/"):
+            if isinstance(found, Stored) and not _is_marker(found):
                 yield found
+
+
+def _is_marker(found: Stored) -> bool:
+    return found.uri.endswith("/") and not found.size_bytes
 
 
 def glob_objects(pattern: str) -> Iterator[Stored | str]:
     """What a pattern matches: objects, and the URIs of folders. One listing per folder."""
     bucket, key = split(pattern)
     with contextlib.suppress(NotFoundError):  # of a bucket that is not there
-        yield from _expand(f"s3://{bucket}", key.split("/"))
+        yield from _expand(f"s3://{bucket}/", key.split("/"))
 
 
-def _expand(folder: str, names: list[str]) -> Iterator[Stored | str]:
-    """Match the first of `names` in a folder, and the rest below."""
+def _expand(prefix: str, names: list[str]) -> Iterator[Stored | str]:
+    """Match the first of `names` below a prefix, which is a folder's, and the rest further down."""
     first, *rest = names
     magic = re.search(r"[*?\[]", first)
     if first == "**":
-        for file in list_objects(folder):
-            if _matches(file.uri[len(folder) + 1 :].split("/"), names):
+        for file in list_objects(folder_of(prefix)):
+            if _matches(relative(prefix, file.uri).split("/"), names):
                 yield file
     elif not magic and rest:
-        yield from _expand(f"{folder}/{first}", rest)
+        yield from _expand(f"{prefix}{first}/", rest)
     else:
         start = first[: magic.start()] if magic else first
-        for found in _list_all(folder, _prefix(folder) + start, "/"):
-            uri = found.uri if isinstance(found, Stored) else found
-            if not fnmatch.fnmatchcase(uri.rpartition("/")[2], first):
+        for found in _list_all(prefix + start, "/"):
+            if isinstance(found, Stored):
+                wanted = not rest and not _is_marker(found)
+                if wanted and fnmatch.fnmatchcase(found.uri[len(prefix) :], first):
+                    yield found
+            elif not fnmatch.fnmatchcase(found[len(prefix) : -1], first):
                 continue
-            if not rest:
-                yield found
-            elif isinstance(found, str):
-                yield from _expand(uri, rest)
+            elif rest:
+                yield from _expand(found, rest)
+            else:
+                yield folder_of(found)
 
 
 def _matches(names: list[str], patterns: list[str]) -> bool:
@@ -197,24 +199,24 @@ def _matches(names: list[str], patterns: list[str]) -> bool:
     return bool(names) and fnmatch.fnmatchcase(names[0], first) and _matches(names[1:], rest)
 
 
-def _list_all(folder: str, prefix: str, delimiter: str) -> Iterator[Stored | str]:
-    """Objects and, up to a delimiter, the URIs of folders whose keys begin with `prefix`."""
-    bucket, _ = split(folder)
+def _list_all(start: str, delimiter: str) -> Iterator[Stored | str]:
+    """Objects whose URIs begin with `start` and, up to a delimiter, the prefixes of folders."""
+    bucket, key = split(start)
     more: dict[str, Any] = {}
     while True:
-        page = request(folder, "list_objects_v2", Prefix=prefix, Delimiter=delimiter, **more)
+        page = request(start, "list_objects_v2", Prefix=key, Delimiter=delimiter, **more)
         for found in page.get("Contents", []):
             yield stored(f"s3://{bucket}/{found['Key']}", found["Size"], found)
         for below in page.get("CommonPrefixes", []):
-            yield f"s3://{bucket}/{below['Prefix']}".removesuffix("/")
+            yield f"s3://{bucket}/{below['Prefix']}"
         if not page.get("IsTruncated"):
             return
         more = {"ContinuationToken": page["NextContinuationToken"]}
 
 
 def _prefix(folder: str) -> str:
-    key = split(folder)[1]
-    return f"{key}/" if key else ""
+    """How the keys below a folder begin."""
+    return split(prefix_of(folder))[1]
 
 
 def stored(uri: str, size_bytes: int, found: dict[str, Any]) -> Stored:
@@ -234,7 +236,7 @@ def delete_objects(folder: str) -> None:
     """Deletes every object below a folder, which need not exist."""
     bucket, _ = split(folder)
     with contextlib.suppress(NotFoundError):
-        found = [f.uri for f in _list_all(folder, _prefix(folder), "") if isinstance(f, Stored)]
+        found = [f.uri for f in _list_all(prefix_of(folder), "") if isinstance(f, Stored)]
         keys = [split(uri)[1] for uri in found]
         for start in range(0, len(keys), _DELETE_KEYS):
             _delete_keys(folder, bucket, keys[start : start + _DELETE_KEYS])

@@ -62,10 +62,13 @@ class ObjectFile(io.RawIOBase):
         return self._position
 
 
-def read_object(uri: str, limit_bytes: int) -> bytes:
-    """A whole object, or its first `limit_bytes`; one request unless it is large."""
+def read_object(uri: str, limit_bytes: int, version: str = "") -> bytes:
+    """A whole object, or its first `limit_bytes`; one request unless it is large.
+
+    `version` as for read_range.
+    """
     pieces: list[bytes] = []
-    start, version = 0, ""
+    start = 0
     while start < limit_bytes:
         end = min(start + _WHOLE_BYTES, limit_bytes)
         piece, version = read_range(uri, start, end, version)

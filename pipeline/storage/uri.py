@@ -1,6 +1,9 @@
 """URIs as users write them, in the one form that the rest uses, and what was found under one.
 
-A URI is a local path, `file://` or `s3://`. Credentials are never part of one.
+A URI is a local path, `file://` or `s3://`. Credentials are never part of one. An S3 key is exact:
+`a//b`, `a/../b` and `/a/b` are keys of their own, and nothing here makes one of another. A folder
+is its prefix without the last slash, except where that would be another folder: the folder of
+`a//b` is `a//`, that of `a/b` is `a`.
 """
 
 from __future__ import annotations
@@ -8,13 +11,16 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
-from itertools import product
+from itertools import takewhile
 from urllib.parse import unquote
 
 from pipeline.errors import UsageError
 
 _BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}|arn:aws[A-Za-z0-9:._-]*")
-_MAX_BRACES = 1_000_000  # names that one pattern may stand for
+# The name of an access point may itself hold slashes.
+_S3 = re.compile(
+    r"s3://(arn:[^/]*:(?:accesspoint|outpost/[^/]+/accesspoint)/[^/]+|[^/]+)/?(.*)", re.DOTALL
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,24 +29,32 @@ class Stored:
 
     uri: str
     size_bytes: int
-    version: str  # S3: the ETag; local: "size-mtime_ns"; "" for a link that leads nowhere
+    version: str  # S3: the ETag; local: "size-mtime_ns-ctime_ns"; "" for a link that leads nowhere
 
 
 def check_uri(uri: str) -> str:
     """The URI in the one form used everywhere: `s3://bucket/key` or an absolute local path.
 
-    Raises UsageError for other schemes and for credentials inside a URI, without repeating them.
+    Of a list joined by `::` each part. Raises UsageError for other schemes, for commands (`pipe:`)
+    and for credentials inside a URI, without repeating them.
     """
+    parts = split_list(uri)
+    if len(parts) > 1:
+        return "::".join(check_uri(part) for part in parts)
+    if uri.startswith("pipe:"):
+        raise UsageError(
+            "pipe: sources are commands, which are not run: name a local path or an s3:// URI"
+        )
     if "://" not in uri:
         if not uri:
             raise UsageError("an empty path: name a local path or an s3:// URI")
-        return os.path.abspath(uri)
+        return _absolute(uri)
     scheme, _, rest = uri.partition("://")
     if scheme.lower() == "file":
         host, slash, path = rest.partition("/")
         if host not in ("", "localhost") or not path:
             raise UsageError("a file:// URI names an absolute path: file:///folder/file")
-        return os.path.abspath(slash + unquote(path))
+        return _absolute(slash + unquote(path))
     if scheme.lower() != "s3":
         shown = scheme if scheme.isalnum() and len(scheme) < 12 else "this"
         raise UsageError(f"{shown}:// is not supported: name a local path or an s3:// URI")
@@ -53,47 +67,78 @@ def check_uri(uri: str) -> str:
         )
     if not _BUCKET.fullmatch(bucket):
         raise UsageError("an s3:// URI begins with the name of one bucket: s3://bucket/path")
-    return f"s3://{bucket}/{key}".rstrip("/")
+    return folder_of(f"s3://{bucket}/{key}")
 
 
-def join(uri: str, *names: str) -> str:
+def _absolute(path: str) -> str:
+    """Without the two slashes at the start that POSIX lets abspath keep."""
+    return re.sub(r"^//+", "/", os.path.abspath(path))
+
+
+def split_list(uri: str) -> list[str]:
+    """The parts of a list joined by `::`, as webdataset has it; one where `uri` is no list.
+
+    A local file of that very name is no list. Of S3 URIs each begins with its scheme.
+    """
+    if "::" not in uri or (not is_s3(uri.lower()) and os.path.lexists(uri)):
+        return [uri]
+    parts = re.split(r"::(?=s3://)" if is_s3(uri.lower()) else "::", uri, flags=re.IGNORECASE)
+    if not all(parts):
+        raise UsageError("a list joined by :: has an empty part")
+    return parts
+
+
+def prefix_of(folder: str) -> str:
+    """How the URIs of all that is in a folder begin."""
+    return folder if folder.endswith("/") else f"{folder}/"
+
+
+def folder_of(prefix: str) -> str:
+    """The folder of a prefix that ends with a slash (see prefix_of); others as they are."""
+    return prefix if prefix.endswith("//") else prefix.removesuffix("/")
+
+
+def join(folder: str, *names: str) -> str:
     """The URI of something below a folder; empty names change nothing."""
-    return "/".join([uri.rstrip("/"), *(name.strip("/") for name in names if name)])
+    names = tuple(name for name in names if name)
+    return prefix_of(folder) + "/".join(names) if names else folder
+
+
+def relative(folder: str, uri: str) -> str:
+    """The name by which `join` finds something again below a folder."""
+    return uri.removeprefix(prefix_of(folder))
 
 
 def parent(uri: str) -> str:
     """The folder that holds it; of a bucket, the bucket, and of the local root, the root."""
     if not is_s3(uri):
         return os.path.dirname(uri)
-    bucket, _, key = uri[len("s3://") :].partition("/")
-    return join(f"s3://{bucket}", key.rpartition("/")[0])
+    bucket, key = split_s3(uri)
+    above, slash, _ = key.removesuffix("/").rpartition("/")
+    return folder_of(f"s3://{bucket}/{above}{slash}")
+
+
+def common_folder(folders: list[str]) -> str:
+    """The folder that holds all of these folders; `s3://` where they are of several buckets.
+
+    Raises UsageError for local folders beside S3.
+    """
+    if not any(map(is_s3, folders)):
+        return os.path.commonpath(folders)
+    if not all(map(is_s3, folders)):
+        raise UsageError("a list joined by :: names local files and S3: give each a run of its own")
+    prefixes = [prefix_of(folder) for folder in folders]
+    first, last = min(prefixes), max(prefixes)  # all others share what these do
+    same = (one == other for one, other in zip(first, last, strict=False))
+    shared = first[: sum(takewhile(bool, same))]
+    return folder_of(shared[: shared.rindex("/") + 1])
+
+
+def split_s3(uri: str) -> tuple[str, str]:
+    """Bucket and key; the key of a bucket is empty, and both are of what names no bucket."""
+    parts = _S3.fullmatch(uri)
+    return (parts[1], parts[2]) if parts else ("", "")
 
 
 def is_s3(uri: str) -> bool:
     return uri.startswith("s3://")
-
-
-def expand_braces(pattern: str) -> list[str]:
-    """Every name a pattern stands for: `{0000..0099}` (zeros kept), `{a,b}`, several in a row."""
-    pieces = re.split(r"\{([^{}]*)\}", pattern)
-    choices = [
-        [piece] if index % 2 == 0 else _brace_choices(piece) for index, piece in enumerate(pieces)
-    ]
-    count = 1
-    for choice in choices:
-        count *= len(choice)
-    if count > _MAX_BRACES:
-        raise UsageError(f"{pattern}: stands for {count:,} names; at most {_MAX_BRACES:,}")
-    return list(dict.fromkeys("".join(parts) for parts in product(*choices)))
-
-
-def _brace_choices(inner: str) -> list[str]:
-    if match := re.fullmatch(r"(\d+)\.\.(\d+)", inner):
-        first, last = match.groups()
-        width = max(map(len, match.groups())) if "0" in (first[0], last[0]) else 0
-        start, stop = int(first), int(last)
-        if abs(stop - start) >= _MAX_BRACES:
-            raise UsageError(f"{{{inner}}}: stands for more than {_MAX_BRACES:,} names")
-        step = 1 if start <= stop else -1
-        return [f"{number:0{width}d}" for number in range(start, stop + step, step)]
-    return inner.split(",") if "," in inner else [f"{{{inner}}}"]
