@@ -46,7 +46,7 @@ def segment(config: SegmentConfig, open_engine: OpenEngine = open_ray) -> None:
     tell([f"clipseg-ray segment: {note}" for note in spec.notes])
     checkpoint = spec.checkpoint
     tables = config.tables(checkpoint.dimension, checkpoint.weights_hash)
-    run = open_run(config, shards, model=checkpoint.fingerprint(), tables=tables)
+    run = open_run(config, listing.shards, model=checkpoint.fingerprint(), tables=tables)
     tell(run.notes)
     with open_engine(config.workers) as engine:
         # One pass over the shards, and one more for each time that prompts were added.
@@ -55,7 +55,7 @@ def segment(config: SegmentConfig, open_engine: OpenEngine = open_ray) -> None:
     print(summary(run, counts))
     if config.contact_sheet:
         max_pixels = config.images.max_pixels
-        write_contact_sheet(config.contact_sheet, run.output, shards, max_pixels)
+        write_contact_sheet(config.contact_sheet, run.output, listing.shards, max_pixels)
         print(f"  {config.contact_sheet}")
 
 

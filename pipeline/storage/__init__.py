@@ -2,7 +2,6 @@
 
 from pipeline.storage.faults import storage_errors
 from pipeline.storage.files import (
-    SPECIAL,
     delete_file,
     delete_folder,
     exists,
@@ -19,6 +18,7 @@ from pipeline.storage.files import (
     write_bytes,
     write_new,
 )
+from pipeline.storage.local import SPECIAL
 from pipeline.storage.retry import set_storage_timeout
 from pipeline.storage.uri import Stored, check_uri, is_s3, join, parent, relative
 

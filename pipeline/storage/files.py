@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import glob as local_glob
 import io
 import os
 import re
@@ -20,16 +19,23 @@ import stat
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from pipeline.errors import ChangedError, NotFoundError, StorageError, UsageError
 from pipeline.storage import s3
 from pipeline.storage.faults import storage_errors
+from pipeline.storage.local import (
+    SPECIAL,
+    LocalFile,
+    glob_local,
+    identity,
+    open_regular,
+    stored_local,
+    walk_local,
+)
 from pipeline.storage.s3_read import ObjectFile, read_object
 from pipeline.storage.s3_write import put_object, replace_object
 from pipeline.storage.uri import Stored, is_s3, join, parent
 
-SPECIAL = "special"  # the version of what is neither a file nor a folder
 _FOLDER_TRIES = 10  # to write into, or to delete, a folder that others delete or write into
 _PROBES = 3
 _TEMPORARY = re.compile(r"\..*\.[0-9a-f]{32}\.tmp", re.DOTALL)  # as _beside names them
@@ -43,7 +49,7 @@ def stat_file(uri: str) -> Stored:
         found = os.stat(uri)
         if not stat.S_ISREG(found.st_mode):
             raise FileNotFoundError(uri)
-        return _stored_local(uri, found)
+        return stored_local(uri, found)
 
 
 def exists(uri: str) -> bool:
@@ -84,7 +90,7 @@ def list_files(folder: str, *, recursive: bool = True, special: bool = False) ->
         if is_s3(folder):
             files = list(s3.list_objects(folder, recursive=recursive))
         elif os.path.isdir(folder):
-            files = list(_walk_local(folder, recursive, (_identity(os.stat(folder)),)))
+            files = list(walk_local(folder, recursive, (identity(os.stat(folder)),)))
         else:
             return []
     kept = [file for file in files if special or file.version != SPECIAL]
@@ -98,107 +104,12 @@ def glob_files(pattern: str, *, special: bool = False) -> list[Stored]:
     `special` as for list_files.
     """
     with storage_errors(pattern):
-        matched = list(s3.glob_objects(pattern) if is_s3(pattern) else _glob_local(pattern))
+        matched = list(s3.glob_objects(pattern) if is_s3(pattern) else glob_local(pattern))
     found = {file.uri: file for file in matched if isinstance(file, Stored)}
     for folder in matched if "**" not in pattern else []:
         if isinstance(folder, str):
             found.update((file.uri, file) for file in list_files(folder, special=special))
     return [found[uri] for uri in sorted(found) if special or found[uri].version != SPECIAL]
-
-
-def _glob_local(pattern: str) -> Iterator[Stored | str]:
-    """Files, and the paths of folders."""
-    for path in local_glob.glob(pattern, recursive=True):
-        if os.path.isdir(path):
-            yield path.rstrip("/")
-        elif os.path.isfile(path):
-            yield _stored_local(path, os.stat(path))
-        elif os.path.lexists(path):
-            broken = not os.path.exists(path)
-            yield Stored(uri=path, size_bytes=0, version="" if broken else SPECIAL)
-
-
-def _walk_local(
-    folder: str, recursive: bool, above: tuple[tuple[int, int], ...]
-) -> Iterator[Stored]:
-    """`above` holds the identities of the folders above: a link to one of them ends there."""
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            try:
-                found = entry.stat()
-            except OSError:  # gone, or a link to nowhere: it keeps its place, for reading to report
-                yield Stored(uri=entry.path, size_bytes=0, version="")
-                continue
-            if stat.S_ISREG(found.st_mode):
-                yield _stored_local(entry.path, found)
-            elif not stat.S_ISDIR(found.st_mode):
-                yield Stored(uri=entry.path, size_bytes=0, version=SPECIAL)
-            elif recursive and _identity(found) not in above:
-                yield from _walk_local(entry.path, recursive, (*above, _identity(found)))
-
-
-def _identity(found: os.stat_result) -> tuple[int, int]:
-    """The roots of two mounts may have one inode number."""
-    return (found.st_dev, found.st_ino)
-
-
-def _stored_local(path: str, found: os.stat_result) -> Stored:
-    return Stored(uri=path, size_bytes=found.st_size, version=_local_version(found))
-
-
-def _local_version(found: os.stat_result) -> str:
-    """Size and two times: mtime can be set back by anybody, ctime by nobody.
-
-    No inode: some network file systems number their files anew.
-    """
-    return f"{found.st_size}-{found.st_mtime_ns}-{found.st_ctime_ns}"
-
-
-def _open_regular(path: str) -> io.FileIO:
-    """A regular file; for a pipe in its place nobody waits."""
-    file = io.FileIO(path, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise FileNotFoundError(path)
-    return file
-
-
-class _LocalFile(io.RawIOBase):
-    """A local file whose faults are StorageErrors, and so is a change underneath."""
-
-    def __init__(self, path: str, file: io.FileIO):
-        self._path, self._file = path, file
-        self.version = self._version()
-
-    def _version(self) -> str:
-        return _local_version(os.fstat(self.fileno()))
-
-    def fileno(self) -> int:
-        return self._file.fileno()
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        with storage_errors(self._path):
-            count = self._file.readinto(buffer)
-            if self._version() != self.version:
-                raise ChangedError(f"{self._path}: overwritten while it was being read")
-        return count or 0
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def close(self) -> None:
-        if not self.closed:
-            self._file.close()
-            super().close()
 
 
 def open_read(uri: str, *, version: str = "") -> io.BufferedReader:
@@ -208,7 +119,7 @@ def open_read(uri: str, *, version: str = "") -> io.BufferedReader:
     (S3: every ranged GET asks for the ETag seen at the start; local: size and times of the file).
     """
     with storage_errors(uri):
-        file = ObjectFile(uri) if is_s3(uri) else _LocalFile(uri, _open_regular(uri))
+        file = ObjectFile(uri) if is_s3(uri) else LocalFile(uri, open_regular(uri))
     if version and version != file.version:
         file.close()
         raise ChangedError(f"{uri}: overwritten since the input was listed")
@@ -223,7 +134,7 @@ def read_bytes(uri: str, *, limit_bytes: int = 5 * 2**40, version: str = "") -> 
     if is_s3(uri):
         return read_object(uri, limit_bytes, version)
     with storage_errors(uri):
-        file = open_read(uri, version=version) if version else io.BufferedReader(_open_regular(uri))
+        file = open_read(uri, version=version) if version else io.BufferedReader(open_regular(uri))
         with file:
             return file.read(min(limit_bytes, os.fstat(file.fileno()).st_size))
 

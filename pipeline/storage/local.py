@@ -1,0 +1,111 @@
+"""Local files: walked, matched and opened; a version is size, time and change of a file."""
+
+from __future__ import annotations
+
+import glob
+import io
+import os
+import stat
+from collections.abc import Iterator
+from typing import Any
+
+from pipeline.errors import ChangedError
+from pipeline.storage.faults import storage_errors
+from pipeline.storage.uri import Stored
+
+SPECIAL = "special"  # the version of what is neither a file nor a folder
+
+
+def glob_local(pattern: str) -> Iterator[Stored | str]:
+    """Files, and the paths of folders."""
+    for path in glob.glob(pattern, recursive=True):
+        if os.path.isdir(path):
+            yield path.rstrip("/")
+        elif os.path.isfile(path):
+            yield stored_local(path, os.stat(path))
+        elif os.path.lexists(path):
+            broken = not os.path.exists(path)
+            yield Stored(uri=path, size_bytes=0, version="" if broken else SPECIAL)
+
+
+def walk_local(
+    folder: str, recursive: bool, above: tuple[tuple[int, int], ...]
+) -> Iterator[Stored]:
+    """`above` holds the identities of the folders above: a link to one of them ends there."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            try:
+                found = entry.stat()
+            except OSError:  # gone, or a link to nowhere: it keeps its place, for reading to report
+                yield Stored(uri=entry.path, size_bytes=0, version="")
+                continue
+            if stat.S_ISREG(found.st_mode):
+                yield stored_local(entry.path, found)
+            elif not stat.S_ISDIR(found.st_mode):
+                yield Stored(uri=entry.path, size_bytes=0, version=SPECIAL)
+            elif recursive and identity(found) not in above:
+                yield from walk_local(entry.path, recursive, (*above, identity(found)))
+
+
+def identity(found: os.stat_result) -> tuple[int, int]:
+    """The roots of two mounts may have one inode number."""
+    return (found.st_dev, found.st_ino)
+
+
+def stored_local(path: str, found: os.stat_result) -> Stored:
+    return Stored(uri=path, size_bytes=found.st_size, version=local_version(found))
+
+
+def local_version(found: os.stat_result) -> str:
+    """Size and two times: mtime can be set back by anybody, ctime by nobody.
+
+    No inode: some network file systems number their files anew.
+    """
+    return f"{found.st_size}-{found.st_mtime_ns}-{found.st_ctime_ns}"
+
+
+def open_regular(path: str) -> io.FileIO:
+    """A regular file; for a pipe in its place nobody waits."""
+    file = io.FileIO(path, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise FileNotFoundError(path)
+    return file
+
+
+class LocalFile(io.RawIOBase):
+    """A local file whose faults are StorageErrors, and so is a change underneath."""
+
+    def __init__(self, path: str, file: io.FileIO):
+        self._path, self._file = path, file
+        self.version = self._version()
+
+    def _version(self) -> str:
+        return local_version(os.fstat(self.fileno()))
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        with storage_errors(self._path):
+            count = self._file.readinto(buffer)
+            if self._version() != self.version:
+                raise ChangedError(f"{self._path}: overwritten while it was being read")
+        return count or 0
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+            super().close()
