@@ -25,7 +25,7 @@ from pipeline.embeddings.vectors import EmbeddingTable, check_weights
 from pipeline.errors import CheckpointError, UsageError
 from pipeline.infer.classify import Classifier, ClassifyImages, ClassifyVectors, open_classifier
 from pipeline.prepare.images import PrepareImages, fail_crashed_image
-from pipeline.read.inputs import list_shards
+from pipeline.read.inputs import Listing, list_shards
 from pipeline.read.records import end_crashed_shard, read_batches, read_one_by_one
 from pipeline.run.engine import Dataset, Engine, OpenEngine
 from pipeline.run.finished import list_finished
@@ -44,7 +44,7 @@ def classify(config: ClassifyConfig, open_engine: OpenEngine = open_ray) -> None
     table = open_embeddings(config.input)
     if table:
         classifier = open_for_table(table, config)
-        shards = list_finished(table.output, table.uri.rpartition("/")[2])
+        listing = Listing(list_finished(table.output, table.uri.rpartition("/")[2]), {})
     else:
         classifier = open_classifier(config.model or EmbedConfig.model, config)
         listing = list_shards(
@@ -53,10 +53,15 @@ def classify(config: ClassifyConfig, open_engine: OpenEngine = open_ray) -> None
             member_suffix=config.images.member_suffix,
             strict=config.run.strict,
         )
-        shards = listing.shards
     tell([f"clipseg-ray classify: {note}" for note in classifier.notes])
     tables = config.tables(classifier.facts(), classifier.top, images=table is None)
-    run = open_run(config, shards, model=classifier.fingerprint(), tables=tables)
+    run = open_run(
+        config,
+        listing.shards,
+        model=classifier.fingerprint(),
+        tables=tables,
+        left_out=listing.left_out,
+    )
     tell(run.notes)
     rows = MakeLabelRows(tables, classifier.labels)
     with open_engine(config.workers) as engine:

@@ -33,13 +33,13 @@ from pipeline.write.rows import MakeEmbeddingRows
 def embed(config: EmbedConfig, open_engine: OpenEngine = open_ray) -> None:
     """Read shards -> decode and resize -> embed -> Parquet tables."""
     set_storage_timeout(config.run.storage_timeout)
-    shards = list_shards(
+    listing = list_shards(
         config.input,
         image_column=config.images.image_column,
         text_column=config.text_column,
         member_suffix=config.images.member_suffix,
         strict=config.run.strict,
-    ).shards
+    )
     embedder = open_embedder(
         config.model,
         text=config.text_column is not None,
@@ -48,7 +48,13 @@ def embed(config: EmbedConfig, open_engine: OpenEngine = open_ray) -> None:
     )
     checkpoint = embedder.checkpoint
     tables = config.tables(checkpoint.dimension, checkpoint.weights_hash)
-    run = open_run(config, shards, model=checkpoint.fingerprint(), tables=tables)
+    run = open_run(
+        config,
+        listing.shards,
+        model=checkpoint.fingerprint(),
+        tables=tables,
+        left_out=listing.left_out,
+    )
     tell(run.notes)
     prepare = PrepareImages(checkpoint.processor, config.images.max_pixels)
     rows = MakeEmbeddingRows(tables["embeddings"].schema)

@@ -46,7 +46,13 @@ def segment(config: SegmentConfig, open_engine: OpenEngine = open_ray) -> None:
     tell([f"clipseg-ray segment: {note}" for note in spec.notes])
     checkpoint = spec.checkpoint
     tables = config.tables(checkpoint.dimension, checkpoint.weights_hash)
-    run = open_run(config, listing.shards, model=checkpoint.fingerprint(), tables=tables)
+    run = open_run(
+        config,
+        listing.shards,
+        model=checkpoint.fingerprint(),
+        tables=tables,
+        left_out=listing.left_out,
+    )
     tell(run.notes)
     with open_engine(config.workers) as engine:
         # One pass over the shards, and one more for each time that prompts were added.

@@ -94,6 +94,7 @@ ACCOUNTS = pa.schema(
         ("errors", pa.int64()),  # records that failed; a shard's own failure is not among them
         ("reason", pa.string()),  # the most frequent one among the errors; "" without any
         ("total", pa.int64()),  # records of the shard, where its end record was seen; -1 elsewhere
+        ("skipped", pa.int64()),  # samples without an image, beside `total`
         ("fragment", pa.string()),  # the name of the fragment; "" where there is none
         ("fault", pa.string()),  # what the storage did not give, and why; "" where it gave all
     ]

@@ -92,7 +92,7 @@ def finish(
             if name in ("images", "errors")
         ]
         total = sum(map(len, rows))
-    return finish_shard(ledger, shard, write(ledger, shard, *fragments), total, tables)
+    return finish_shard(ledger, shard, write(ledger, shard, *fragments), (total, 0), tables)
 
 
 def part(output: Path, table: str, shard: Shard = SHARD) -> Path:

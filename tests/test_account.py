@@ -53,6 +53,7 @@ def test_the_record_of_a_run_tells_everything(tmp_path: Path) -> None:
         "rows_in": 2,
         "rows_ok": 2,
         "rows_error": 0,
+        "samples_without_image": 0,
         "images": 2,
         "masks": 4,
     }

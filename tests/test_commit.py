@@ -76,7 +76,7 @@ def drive(
     for shard in run.first.todo:
         kept = [fragment.name for fragment in run.first.kept.get(shard.name, [])]
         made = write_fragments(ledger, shard, threshold)
-        finish_shard(ledger, shard, kept + made, 4, TABLES)
+        finish_shard(ledger, shard, kept + made, (4, 0), TABLES)
     close_run(run, 1.0)
 
 
@@ -430,7 +430,7 @@ def test_a_restart_while_another_driver_closes_leaves_no_success(
         run = open_run(config, SHARDS, model=model, tables=TABLES)
         for shard in run.first.todo:
             fragments = write_fragments(run.first.ledger, shard)
-            finish_shard(run.first.ledger, shard, fragments, 4, TABLES)
+            finish_shard(run.first.ledger, shard, fragments, (4, 0), TABLES)
         step[:] = [restart]
         with contextlib.suppress(JobError):
             close_run(run, 1.0)
@@ -455,9 +455,9 @@ def test_a_decision_whose_fragments_are_gone_is_taken_back(tmp_path: Path) -> No
     for path in tmp_path.glob("_staging/*/*.arrows"):
         path.rename(path.with_name("gone"))
     with pytest.raises(JobError, match="its fragments are gone; run it again"):
-        finish_shard(ledger, shard, fragments, 4, TABLES)
+        finish_shard(ledger, shard, fragments, (4, 0), TABLES)
     fragments = write_fragments(ledger, shard)
-    assert finish_shard(ledger, shard, fragments, 4, TABLES)["rows_in"] == 4
+    assert finish_shard(ledger, shard, fragments, (4, 0), TABLES)["rows_in"] == 4
 
 
 def test_a_damaged_decision_counts_as_gone(tmp_path: Path) -> None:
@@ -467,8 +467,8 @@ def test_a_damaged_decision_counts_as_gone(tmp_path: Path) -> None:
     for damage in (b"", b'{"fragments": [', b"[]", b'{"total": 4}', b"\xff"):
         (folder / f"{ledger.version(shard.version)}.decision").write_bytes(damage)
         with pytest.raises(JobError, match="run it again"):
-            finish_shard(ledger, shard, fragments, 4, TABLES)
-    assert finish_shard(ledger, shard, fragments, 4, TABLES)["rows_in"] == 4
+            finish_shard(ledger, shard, fragments, (4, 0), TABLES)
+    assert finish_shard(ledger, shard, fragments, (4, 0), TABLES)["rows_in"] == 4
 
 
 def test_a_damaged_fragment_costs_its_rows_and_no_more(tmp_path: Path) -> None:
@@ -489,7 +489,7 @@ def test_a_damaged_fragment_costs_its_rows_and_no_more(tmp_path: Path) -> None:
     data[len(data) // 2] ^= 1
     damaged.write_bytes(data)
     with pytest.raises(JobError, match="its fragments are gone; run it again"):
-        finish_shard(ledger, shard, made, 4, TABLES)
+        finish_shard(ledger, shard, made, (4, 0), TABLES)
     run = open_run(config, again["shards"], model=again["model"], tables=TABLES)
     assert [s.skip for s in run.first.todo] == ["2-3"]
     drive(str(tmp_path))
@@ -514,7 +514,7 @@ def test_rows_in_fragments_are_not_made_again(tmp_path: Path) -> None:
 def test_a_part_is_never_replaced_by_that_of_a_later_attempt(tmp_path: Path) -> None:
     """Its rows are those of the first decision, although the second attempt failed on a row."""
     ledger, shard = ledger_of(tmp_path), SHARDS[0]
-    finish_shard(ledger, shard, write_fragments(ledger, shard), 4, TABLES)
+    finish_shard(ledger, shard, write_fragments(ledger, shard), (4, 0), TABLES)
     before = {path: path.read_bytes() for path in tmp_path.glob("*/*.parquet")}
     receipt = finish(ledger, shard, {"errors": errors(0, 1, 2, 3)})
     assert (receipt["rows_ok"], receipt["rows_error"]) == (3, 1)

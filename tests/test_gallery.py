@@ -60,7 +60,8 @@ def write_run(output: str, source: str, **options: Any) -> Images:
     config = {"input": source, "images": images, **options}
     record = {"config": config, "fingerprint": config, "started_at": "2026-01-01T00:00:00"}
     storage.write_bytes(f"{output}/_run.json", json.dumps(record).encode())
-    content = {"rows_ok": 1, "rows_error": 0, "shard_error": None, "parts": []}
+    content = {"rows_ok": 1, "rows_error": 0, "samples_without_image": 0}
+    content |= {"shard_error": None, "parts": []}
     for shard in shards_of(source, text_column=options.get("text_column")):
         write_receipt(Ledger(output=output, run=name_run(record)), shard, content)
     return open_gallery(output, 10)

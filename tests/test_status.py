@@ -31,7 +31,7 @@ def begin(output: str) -> None:
     config = SegmentConfig(input="in", output=output, prompt=("x", "y"))
     run = open_run(config, SHARDS, model={"weights_hash": "abc"}, tables=TABLES)
     ledger, shard = run.first.ledger, SHARDS[0]
-    finish_shard(ledger, shard, write_fragments(ledger, shard), 4, TABLES)
+    finish_shard(ledger, shard, write_fragments(ledger, shard), (4, 0), TABLES)
 
 
 def test_status_of_a_run_that_stopped(folder: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -50,7 +50,7 @@ def test_a_part_holds_every_row_once_and_in_order(tmp_path: Path) -> None:
     counts = {"rows_in": 4, "rows_ok": 3, "rows_error": 1, "shard_error": "no_image"}
     assert {k: receipt[k] for k in counts} == counts
     size_bytes = sum(part["bytes"] for part in receipt["parts"])
-    name = f"{ledger.version('v1')}.3-1-{size_bytes}.cut.json"
+    name = f"{ledger.version('v1')}.3-1-0-{size_bytes}.cut.json"
     written = json.loads((tmp_path / "_receipts" / shard_id("a/b.tar") / name).read_text())
     assert written == receipt
     assert [r.name for r in receipts_of(ledger, SHARD)] == [name]

@@ -46,6 +46,7 @@ class _Account:
     images: int = 0
     outputs: int = 0
     total: int = -1
+    skipped: int = 0
     fragments: list[str] = field(default_factory=list)
 
     def add(self, *, images: int, errors: int, outputs: int, fragment: str) -> None:
@@ -93,6 +94,7 @@ class _Follower:
         account = self.accounts.setdefault(name, _Account())
         account.add(**{k: row[k] for k in ("images", "errors", "outputs", "fragment")})
         account.total = max(account.total, row["total"])
+        account.skipped = max(account.skipped, row["skipped"])
         self.progress.rows(row["images"], row["errors"])
         self.rates.add(row["images"], row["errors"], row["reason"])
         if row["fault"] and name not in self.lost:
@@ -109,7 +111,7 @@ class _Follower:
                     self.of_pass.ledger,
                     shard,
                     account.fragments,
-                    account.total,
+                    (account.total, account.skipped),
                     self.of_pass.tables,
                 )
             )

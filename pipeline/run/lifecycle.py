@@ -12,6 +12,7 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.errors import JobError, StorageError, UsageError, one_line
+from pipeline.read.recognize import LeftOut, describe_left_out
 from pipeline.read.shard import Shard
 from pipeline.run.manifest import (
     DELETING,
@@ -86,13 +87,19 @@ class Run:
 
 
 def open_run(
-    config: JobConfig, shards: list[Shard], *, model: dict[str, Any], tables: dict[str, Table]
+    config: JobConfig,
+    shards: list[Shard],
+    *,
+    model: dict[str, Any],
+    tables: dict[str, Table],
+    left_out: dict[str, LeftOut] | None = None,
 ) -> Run:
     """Start a run in the config's output, or continue the one that is there.
 
     The config and `model` decide the results and are the run's fingerprint; only that there may be
     more prompts than before. Shards are discarded here and not earlier: by now it is known that
-    they can be made again. Raises UsageError if the output holds another run, or files of no run.
+    they can be made again. `left_out`: files of the input that are no shard's. Raises UsageError if
+    the output holds another run, or files of no run.
     """
     source, output = storage.check_uri(config.input), storage.check_uri(config.output)
     if f"{output}/".startswith(f"{source}/"):
@@ -129,7 +136,8 @@ def open_run(
                 prompts=prompts[first],
             )
         )
-    notes = []
+    notes = [f"{source}: {describe_left_out(left_out)}"] if left_out else []
+    record["input"]["left_out"] = {kind: some._asdict() for kind, some in (left_out or {}).items()}
     if any(each.todo for each in passes):
         storage.delete_file(storage.join(output, SUCCESS))  # of a smaller input
         notes += _warn_of_careless_storage(output)
@@ -281,6 +289,7 @@ def _count(run: Run, found: list[Receipts]) -> dict[str, int]:
         "rows_in": ok + error,
         "rows_ok": ok,
         "rows_error": error,
+        "samples_without_image": sum(r.skipped for r in receipts),
         **{name: ok * table.rows_per_image for name, table in run.tables.items()},
     }
     for each, of_pass in zip(run.passes[1:], found[1:], strict=True):
@@ -301,6 +310,8 @@ def summary(run: Run, counts: dict[str, int]) -> str:
         f"{counts['rows_error']:,} errors, {counts['shards_failed']:,} shards not read to their end"
     ]
     lines += [f"  {storage.join(run.output, name)}/*.parquet" for name in (*run.tables, ERRORS)]
+    if skipped := counts["samples_without_image"]:
+        lines.insert(1, f"  {skipped:,} samples had no image, and are in no table")
     if later := counts.get("rows_error_later"):
         lines.insert(
             1, f"  {later:,} images failed when prompts were added, and have no masks of these"

@@ -40,31 +40,35 @@ def finish_shard(
     ledger: Ledger,
     shard: Shard,
     fragments: list[str],
-    total: int,
+    read: tuple[int, int],
     tables: dict[str, schema.Table],
 ) -> dict[str, Any]:
     """Make a shard's fragments its parts, and write its receipt, which is returned.
 
-    Memory is bounded by a row group of each table and a few fragments, whatever the shard. Raises
-    JobError if the fragments do not hold records 0..total-1 exactly once each, as images or as
-    errors, and every image's rows of the other tables; then nothing is decided or written.
+    `read`: the numbers of records in the shard, and of samples without an image. Memory is bounded
+    by a row group of each table and a few fragments, whatever the shard. Raises JobError if the
+    fragments do not hold every record exactly once, as an image or as an error, and every image's
+    rows of the other tables; then nothing is decided or written.
     """
     decision = _decision_of(ledger, shard)
-    ours = {"attempt": uuid.uuid4().hex, "fragments": fragments, "total": total}
+    total, skipped = read
+    ours: dict[str, Any] = {"fragments": fragments, "total": total, "skipped": skipped}
+    ours["attempt"] = uuid.uuid4().hex
     made_of = _checked(shard, ours, tables)
     try:
         storage.write_new(decision, json.dumps(ours).encode())
     except FileExistsError:  # another attempt was first, and may be through
         try:
-            made_of = _checked(shard, _read_decision(decision), tables)
-            return _write(ledger, shard, made_of, tables)
+            ours = _read_decision(decision)
+            made_of = _checked(shard, ours, tables)
+            return _write(ledger, shard, made_of, ours["skipped"], tables)
         except NotFoundError:
             return _receipt_there(ledger, shard)
     if receipts_of(ledger, shard):
         _empty_staging(ledger, shard)
         return _receipt_there(ledger, shard)
     try:
-        return _write(ledger, shard, made_of, tables)
+        return _write(ledger, shard, made_of, skipped, tables)
     except NotFoundError:
         return _receipt_there(ledger, shard)
 
@@ -78,7 +82,7 @@ def _read_decision(uri: str) -> dict[str, Any]:
     """The content of a decision; a damaged one counts as gone. Raises NotFoundError."""
     try:
         content = json.loads(storage.read_bytes(uri))
-        return {name: content[name] for name in ("fragments", "total")}
+        return {name: content[name] for name in ("fragments", "total", "skipped")}
     except (ValueError, KeyError, TypeError) as error:
         raise NotFoundError(f"{uri}: was damaged") from error
 
@@ -106,7 +110,11 @@ def outputs_per_image(tables: dict[str, schema.Table]) -> int:
 
 
 def _write(
-    ledger: Ledger, shard: Shard, fragments: Sequence[Fragment], tables: dict[str, schema.Table]
+    ledger: Ledger,
+    shard: Shard,
+    fragments: Sequence[Fragment],
+    skipped: int,
+    tables: dict[str, schema.Table],
 ) -> dict[str, Any]:
     """The parts, then the receipt; the same bytes whoever does it."""
     id_ = shard_id(shard.name)
@@ -124,6 +132,7 @@ def _write(
         "rows_in": images + errors,
         "rows_ok": images,
         "rows_error": errors,
+        "samples_without_image": skipped,
         "shard_error": next((reason for row, reason in failed if row is None), None),
         "parts": parts,
     }

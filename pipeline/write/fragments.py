@@ -103,6 +103,7 @@ class WriteFragments:
             "errors": fragment.errors,
             "reason": _most_frequent(failed["reason"]),
             "total": first["total"] if not fault else -1,
+            "skipped": first.get("skipped", 0),
             "fragment": fragment.name if data else "",
             "fault": fault,
         }

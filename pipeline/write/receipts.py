@@ -1,9 +1,10 @@
 """Receipts: each finished shard leaves one, whose name closes its account.
 
-A receipt's name, `<version>.<ok>-<error>-<bytes>[.cut].json`, tells which content and run of the
-shard it is of, how many rows came out well and how many failed (`.cut` where damage in the shard
-ended it early), and how many bytes its parts have together. So listings alone close the account of
-a million shards, and show where a part is gone or of another attempt.
+A receipt's name, `<version>.<ok>-<error>-<skipped>-<bytes>[.cut].json`, tells which content and run
+of the shard it is of, how many rows came out well and how many failed (`.cut` where damage in the
+shard ended it early), how many samples had no image, and how many bytes its parts have together.
+So listings alone close the account of a million shards, and show where a part is gone or of another
+attempt.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pipeline.read.shard import Shard, file_of
 from pipeline.write.layout import ERRORS, Ledger, shard_id
 
 _AT_ONCE = 32  # receipts that are read
-_NAME = re.compile(r"([0-9a-f]{8})\.(\d+)-(\d+)-(\d+)(\.cut)?\.json")
+_NAME = re.compile(r"([0-9a-f]{8})\.(\d+)-(\d+)-(\d+)-(\d+)(\.cut)?\.json")
 
 
 class Receipt(NamedTuple):
@@ -30,6 +31,8 @@ class Receipt(NamedTuple):
     """As Ledger.version gives it."""
     ok: int
     error: int
+    skipped: int
+    """Samples without an image."""
     size_bytes: int
     """Of its parts in all tables."""
     cut: bool
@@ -38,7 +41,7 @@ class Receipt(NamedTuple):
     @property
     def name(self) -> str:
         """The file name."""
-        counts = f"{self.ok}-{self.error}-{self.size_bytes}"
+        counts = f"{self.ok}-{self.error}-{self.skipped}-{self.size_bytes}"
         return f"{self.version}.{counts}{'.cut' if self.cut else ''}.json"
 
 
@@ -122,6 +125,7 @@ def write_receipt(ledger: Ledger, shard: Shard, content: dict[str, Any]) -> None
         ledger.version(shard.version),
         content["rows_ok"],
         content["rows_error"],
+        content["samples_without_image"],
         sum(part["bytes"] for part in content["parts"]),
         content["shard_error"] is not None,
     )
@@ -135,5 +139,6 @@ def _parse(name: str) -> Receipt | None:
     match = _NAME.fullmatch(name)
     if not match:
         return None
-    version, ok, error, size_bytes, cut = match.groups()
-    return Receipt(version, int(ok), int(error), int(size_bytes), bool(cut))
+    version, *numbers, cut = match.groups()
+    ok, error, skipped, size_bytes = map(int, numbers)
+    return Receipt(version, ok, error, skipped, size_bytes, bool(cut))
