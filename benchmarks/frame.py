@@ -19,18 +19,20 @@ from pathlib import Path
 
 from benchmarks.shards import small_images, write_tars
 from jobs.segment import segment
+from pipeline.config.options import WorkerOptions
 from pipeline.config.segment import SegmentConfig
 from pipeline.demo import MODEL
-from pipeline.run.local import open_local
 
 
 def plain_loop(source: Path, output: Path) -> float:
     """Seconds of the same job in this process, without Ray."""
     start = time.perf_counter()
-    config = SegmentConfig(
-        input=str(source), output=str(output), prompt=("star",), model=str(MODEL)
+    here = WorkerOptions(local=True, quiet=True)
+    segment(
+        SegmentConfig(
+            input=str(source), output=str(output), prompt=("star",), model=str(MODEL), workers=here
+        )
     )
-    segment(config, open_local)
     return time.perf_counter() - start
 
 

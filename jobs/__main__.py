@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
+import os
 import sys
 
 from pipeline import __version__
@@ -25,7 +27,9 @@ def main() -> int:
     arguments = sys.argv[1:]
     if arguments and arguments[0] in COMMANDS:
         job = importlib.import_module(f"jobs.{arguments[0].replace('-', '_')}")
-        return job.main(arguments[1:])
+        del sys.argv[1]
+        code: int = job.main()
+        return code
     if arguments == ["--version"]:
         print(f"clipseg-ray {__version__}")
         return 0
@@ -35,10 +39,19 @@ def main() -> int:
     if arguments in ([], ["-h"], ["--help"]):
         print(usage)
         return 0 if arguments else 2
-    known = ", ".join(COMMANDS)
-    print(f"clipseg-ray: error: no command {arguments[0]!r}; known: {known}", file=sys.stderr)
+    near = difflib.get_close_matches(arguments[0], COMMANDS, 1)
+    hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(COMMANDS)}"
+    print(f"clipseg-ray: error: no command {arguments[0]!r}; {hint}", file=sys.stderr)
     return 2
 
 
+def run() -> None:
+    """Run the command, and end the process without the second that tearing it down takes."""
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -17,36 +17,41 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from pipeline import infer
 from pipeline.config.classify import ClassifyConfig
 from pipeline.config.command import run_command
 from pipeline.config.embed import EmbedConfig
 from pipeline.embeddings.source import ReadEmbeddings, open_embeddings
 from pipeline.embeddings.vectors import EmbeddingTable, check_weights
 from pipeline.errors import CheckpointError, UsageError
-from pipeline.infer.classify import Classifier, ClassifyImages, ClassifyVectors, open_classifier
 from pipeline.prepare.images import PrepareImages, fail_crashed_image
 from pipeline.read.inputs import Listing, list_shards
 from pipeline.read.records import end_crashed_shard, read_batches, read_one_by_one
-from pipeline.run.engine import Dataset, Engine, OpenEngine
+from pipeline.run.engine import Dataset, Engine
 from pipeline.run.finished import list_finished
 from pipeline.run.follow import follow_run
+from pipeline.run.launch import load_beside
 from pipeline.run.lifecycle import Run, open_run, summary
 from pipeline.run.progress import tell
-from pipeline.run.session import open_ray
 from pipeline.storage import set_storage_timeout
 from pipeline.write.fragments import WriteFragments
 from pipeline.write.rows import MakeLabelRows
 
 
-def classify(config: ClassifyConfig, open_engine: OpenEngine = open_ray) -> None:
+def classify(config: ClassifyConfig) -> None:
     """Images or vectors -> the best labels of each -> Parquet tables."""
     set_storage_timeout(config.run.storage_timeout)
     table = open_embeddings(config.input)
     if table:
-        classifier = open_for_table(table, config)
+        classifier = load_beside(
+            config.workers, config.output, lambda: open_for_table(table, config)
+        )
         listing = Listing(list_finished(table.output, table.uri.rpartition("/")[2]), {})
     else:
-        classifier = open_classifier(config.model or EmbedConfig.model, config)
+        model = config.model or EmbedConfig.model
+        classifier = load_beside(
+            config.workers, config.output, lambda: infer.open_classifier(model, config)
+        )
         listing = list_shards(
             config.input,
             image_column=config.images.image_column,
@@ -64,18 +69,23 @@ def classify(config: ClassifyConfig, open_engine: OpenEngine = open_ray) -> None
     )
     tell(run.notes)
     rows = MakeLabelRows(tables, classifier.labels)
-    with open_engine(config.workers) as engine:
+
+    def stream(engine: Engine) -> Dataset:
         if table:
             ranked = classify_vectors(run, engine, table, classifier)
         else:
             ranked = classify_images(run, engine, config.images.max_pixels, classifier)
         write = WriteFragments(run.first.ledger, rows)
-        stream = ranked.map_batches(engine.guard(write), **engine.task)
-        counts = follow_run(run, [stream], engine, quiet=config.workers.quiet)
+        return ranked.map_batches(engine.guard(write), **engine.task)
+
+    counts = follow_run(run, lambda engine: [stream(engine)], config.workers)
+    tell(run.notes)
     print(summary(run, counts))
 
 
-def classify_images(run: Run, engine: Engine, max_pixels: int, classifier: Classifier) -> Dataset:
+def classify_images(
+    run: Run, engine: Engine, max_pixels: int, classifier: infer.Classifier
+) -> Dataset:
     """Read shards -> decode and resize -> classify: schema.RANKED."""
     prepare = PrepareImages(classifier.checkpoint.processor, max_pixels)
     return (
@@ -83,7 +93,7 @@ def classify_images(run: Run, engine: Engine, max_pixels: int, classifier: Class
         .map_batches(engine.guard(read_batches, end_crashed_shard, read_one_by_one), **engine.read)
         .map_batches(engine.guard(prepare, fail_crashed_image), **engine.task)
         .map_batches(
-            ClassifyImages,
+            infer.ClassifyImages,
             fn_constructor_args=(classifier, engine.device, engine.threads),
             **engine.actor,
         )
@@ -91,24 +101,24 @@ def classify_images(run: Run, engine: Engine, max_pixels: int, classifier: Class
 
 
 def classify_vectors(
-    run: Run, engine: Engine, table: EmbeddingTable, classifier: Classifier
+    run: Run, engine: Engine, table: EmbeddingTable, classifier: infer.Classifier
 ) -> Dataset:
     """Read the table -> classify: schema.RANKED, without a model on any worker."""
     return (
         engine.dataset(run.first.todo)
         .map_batches(engine.guard(ReadEmbeddings(table)), **engine.read)
-        .map_batches(engine.guard(ClassifyVectors(classifier)), **engine.task)
+        .map_batches(engine.guard(infer.ClassifyVectors(classifier)), **engine.task)
     )
 
 
-def open_for_table(table: EmbeddingTable, config: ClassifyConfig) -> Classifier:
+def open_for_table(table: EmbeddingTable, config: ClassifyConfig) -> infer.Classifier:
     """The classifier of a table's own model, found under --model if given.
 
     Says in one line where the table is not finished. Raises UsageError where the vectors are not
     for this model, or it cannot be loaded.
     """
     try:
-        classifier = open_classifier(config.model or table.model, config)
+        classifier = infer.open_classifier(config.model or table.model, config)
     except CheckpointError as error:
         hint = "" if config.model else "; --model says where the model of this table is"
         raise UsageError(f"{error}{hint}") from error

@@ -14,23 +14,23 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from pipeline import infer
 from pipeline.config.command import run_command
 from pipeline.config.embed import EmbedConfig
-from pipeline.infer.embed import EmbedImages, open_embedder
 from pipeline.prepare.images import PrepareImages, fail_crashed_image
 from pipeline.read.inputs import list_shards
 from pipeline.read.records import end_crashed_shard, read_batches, read_one_by_one
-from pipeline.run.engine import OpenEngine
+from pipeline.run.engine import Dataset, Engine
 from pipeline.run.follow import follow_run
+from pipeline.run.launch import load_beside
 from pipeline.run.lifecycle import open_run, summary
 from pipeline.run.progress import tell
-from pipeline.run.session import open_ray
 from pipeline.storage import set_storage_timeout
 from pipeline.write.fragments import WriteFragments
 from pipeline.write.rows import MakeEmbeddingRows
 
 
-def embed(config: EmbedConfig, open_engine: OpenEngine = open_ray) -> None:
+def embed(config: EmbedConfig) -> None:
     """Read shards -> decode and resize -> embed -> Parquet tables."""
     set_storage_timeout(config.run.storage_timeout)
     listing = list_shards(
@@ -40,13 +40,17 @@ def embed(config: EmbedConfig, open_engine: OpenEngine = open_ray) -> None:
         member_suffix=config.images.member_suffix,
         strict=config.run.strict,
     )
-    embedder = open_embedder(
-        config.model,
-        text=config.text_column is not None,
-        normalize=config.normalize,
-        dtype=config.dtype,
+    spec = load_beside(
+        config.workers,
+        config.output,
+        lambda: infer.open_embedder(
+            config.model,
+            text=config.text_column is not None,
+            normalize=config.normalize,
+            dtype=config.dtype,
+        ),
     )
-    checkpoint = embedder.checkpoint
+    checkpoint = spec.checkpoint
     tables = config.tables(checkpoint.dimension, checkpoint.weights_hash)
     run = open_run(
         config,
@@ -58,21 +62,23 @@ def embed(config: EmbedConfig, open_engine: OpenEngine = open_ray) -> None:
     tell(run.notes)
     prepare = PrepareImages(checkpoint.processor, config.images.max_pixels)
     rows = MakeEmbeddingRows(tables["embeddings"].schema)
-    with open_engine(config.workers) as engine:
-        stream = (
+
+    def stream(engine: Engine) -> Dataset:
+        read = engine.guard(read_batches, end_crashed_shard, read_one_by_one)
+        return (
             engine.dataset(run.first.todo)
-            .map_batches(
-                engine.guard(read_batches, end_crashed_shard, read_one_by_one), **engine.read
-            )
+            .map_batches(read, **engine.read)
             .map_batches(engine.guard(prepare, fail_crashed_image), **engine.task)
             .map_batches(
-                EmbedImages,
-                fn_constructor_args=(embedder, engine.device, engine.threads),
+                infer.EmbedImages,
+                fn_constructor_args=(spec, engine.device, engine.threads),
                 **engine.actor,
             )
             .map_batches(engine.guard(WriteFragments(run.first.ledger, rows)), **engine.task)
         )
-        counts = follow_run(run, [stream], engine, quiet=config.workers.quiet)
+
+    counts = follow_run(run, lambda engine: [stream(engine)], config.workers)
+    tell(run.notes)
     print(summary(run, counts))
 
 

@@ -15,24 +15,24 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from pipeline import infer
 from pipeline.annotations.contact_sheet import write_contact_sheet
 from pipeline.config.command import run_command
 from pipeline.config.segment import SegmentConfig
-from pipeline.infer.segment import SegmentImages, SegmentSpec, open_segmenter
 from pipeline.prepare.images import PrepareImages, fail_crashed_image
 from pipeline.read.inputs import list_shards
 from pipeline.read.records import end_crashed_shard, read_batches, read_one_by_one
-from pipeline.run.engine import Dataset, Engine, OpenEngine
+from pipeline.run.engine import Dataset, Engine
 from pipeline.run.follow import follow_run
+from pipeline.run.launch import load_beside
 from pipeline.run.lifecycle import Pass, open_run, summary
 from pipeline.run.progress import tell
-from pipeline.run.session import open_ray
 from pipeline.storage import set_storage_timeout
 from pipeline.write.fragments import WriteFragments
 from pipeline.write.rows import MakeMaskRows
 
 
-def segment(config: SegmentConfig, open_engine: OpenEngine = open_ray) -> None:
+def segment(config: SegmentConfig) -> None:
     """Read shards -> decode and resize -> segment -> masks at image size -> Parquet tables."""
     set_storage_timeout(config.run.storage_timeout)
     config = config.resolve()
@@ -42,7 +42,11 @@ def segment(config: SegmentConfig, open_engine: OpenEngine = open_ray) -> None:
         member_suffix=config.images.member_suffix,
         strict=config.run.strict,
     )
-    spec = open_segmenter(config.model, list(config.prompt), embed=config.embed)
+    spec = load_beside(
+        config.workers,
+        config.output,
+        lambda: infer.open_segmenter(config.model, list(config.prompt), embed=config.embed),
+    )
     tell([f"clipseg-ray segment: {note}" for note in spec.notes])
     checkpoint = spec.checkpoint
     tables = config.tables(checkpoint.dimension, checkpoint.weights_hash)
@@ -54,10 +58,13 @@ def segment(config: SegmentConfig, open_engine: OpenEngine = open_ray) -> None:
         left_out=listing.left_out,
     )
     tell(run.notes)
-    with open_engine(config.workers) as engine:
-        # One pass over the shards, and one more for each time that prompts were added.
-        streams = [stream(config, spec, each, engine) for each in run.passes]
-        counts = follow_run(run, streams, engine, quiet=config.workers.quiet)
+    # One pass over the shards, and one more for each time that prompts were added.
+    counts = follow_run(
+        run,
+        lambda engine: [stream(config, spec, each, engine) for each in run.passes],
+        config.workers,
+    )
+    tell(run.notes)
     print(summary(run, counts))
     if config.contact_sheet:
         max_pixels = config.images.max_pixels
@@ -65,7 +72,9 @@ def segment(config: SegmentConfig, open_engine: OpenEngine = open_ray) -> None:
         print(f"  {config.contact_sheet}")
 
 
-def stream(config: SegmentConfig, spec: SegmentSpec, of_pass: Pass, engine: Engine) -> Dataset:
+def stream(
+    config: SegmentConfig, spec: infer.SegmentSpec, of_pass: Pass, engine: Engine
+) -> Dataset:
     """The chain of one pass, with its prompts, over the shards that it has left."""
     asked = spec.only(of_pass.prompts, embed="embeddings" in of_pass.tables)
     prepare = PrepareImages(spec.checkpoint.processor, config.images.max_pixels)
@@ -75,7 +84,7 @@ def stream(config: SegmentConfig, spec: SegmentSpec, of_pass: Pass, engine: Engi
         .map_batches(engine.guard(read_batches, end_crashed_shard, read_one_by_one), **engine.read)
         .map_batches(engine.guard(prepare, fail_crashed_image), **engine.task)
         .map_batches(
-            SegmentImages,
+            infer.SegmentImages,
             fn_constructor_args=(asked, engine.device, engine.threads),
             **engine.actor,
         )

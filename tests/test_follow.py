@@ -15,7 +15,6 @@ from pipeline.errors import JobError
 from pipeline.read.shard import Shard
 from pipeline.run.follow import follow_run
 from pipeline.run.lifecycle import open_run
-from pipeline.run.local import open_local
 from pipeline.run.manifest import read_run
 from tests.outputs import SHARD, TABLES, images, masks, write
 
@@ -39,8 +38,7 @@ def follow(output: Path, rows: list[dict[str, Any]], shards: list[Shard] = SHARD
         input="in", output=str(output), prompt=("x", "y"), run=RunOptions(max_error_rate=0.1)
     )
     run = open_run(config, shards, model={"weights_hash": "abc"}, tables=TABLES)
-    with open_local(WorkerOptions()) as engine:
-        follow_run(run, [Accounts(rows)], engine, quiet=True)  # type: ignore[list-item]
+    follow_run(run, lambda _: [Accounts(rows)], WorkerOptions(local=True, quiet=True))
 
 
 def made(output: Path, shard: Shard, rows: int) -> list[dict[str, Any]]:

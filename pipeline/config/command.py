@@ -1,7 +1,7 @@
 """The command line of every job: read the arguments, run, and end with one clear line.
 
 Exit codes: 0 all rows are accounted for, 1 the job failed, 2 it was asked for something that
-cannot be done, 130 it was interrupted.
+cannot be done, 130 it was interrupted (Ctrl-C), 143 it was told to end (SIGTERM).
 """
 
 from __future__ import annotations
@@ -11,17 +11,27 @@ import io
 import itertools
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import tyro
 
 from pipeline.errors import PipelineError, UsageError, one_line
 
+# Set where a decoder has ended the process of a local job: see run.local.
+ISOLATE = "CLIPSEG_RAY_ISOLATE"
+
 _SAID_CHARACTERS = 4000
+_CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
 
 Config = TypeVar("Config")
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: from a spot machine that is taken back, Kubernetes, SLURM, timeout."""
 
 
 def run_command(
@@ -34,22 +44,67 @@ def run_command(
 ) -> int:
     """Build `config` from `argv` (default: the process's own), run `job`, return the exit code.
 
-    `resumes` says that a job which was interrupted is continued where it was, not begun anew.
+    `resumes`: a job that was interrupted is continued where it was, not begun anew.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     try:
-        job(_parse(config, prog, arguments))
+        with _terminated_by_signal():
+            asked = _parse(config, prog, arguments)
+            if argv is None and getattr(getattr(asked, "workers", None), "local", False):
+                _fork_until_it_survives(prog)
+            job(asked)
     except UsageError as error:
         return _say(prog, error, 2)
     except PipelineError as error:
         return _say(prog, error, 1)
     except BrokenPipeError:  # who read our output, `head` for one, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         how = "without --restart" if "--restart" in arguments else "again"
         hint = f"; the same command {how} completes the run" if resumes else ""
-        return _say(prog, f"interrupted{hint}", 130)
+        ended, code = (
+            ("terminated", 143) if isinstance(interrupt, Terminated) else ("interrupted", 130)
+        )
+        return _say(prog, f"{ended}{hint}", code)
     return 0
+
+
+@contextlib.contextmanager
+def _terminated_by_signal() -> Iterator[None]:
+    """Raise Terminated on SIGTERM in this block."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*_: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _fork_until_it_survives(prog: str) -> None:
+    """Return in a child process, and leave this one when the child ends.
+
+    Where a decoder ends the child, another one takes the run up, with each image in a process of
+    its own. Called before threads exist.
+    """
+    while True:
+        child = os.fork()
+        if child == 0:
+            return
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the child gets it from the terminal, too
+        signal.signal(signal.SIGTERM, lambda *_, child=child: os.kill(child, signal.SIGTERM))
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if -code not in _CRASHES or ISOLATE in os.environ:
+            os._exit(code if code >= 0 else 128 - code)
+        name = signal.Signals(-code).name
+        print(f"{prog}: ended by {name}; going on with each image apart", file=sys.stderr)
+        os.environ[ISOLATE] = "1"
 
 
 def _parse(config: type[Config], prog: str, arguments: list[str]) -> Config:

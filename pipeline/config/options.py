@@ -53,11 +53,18 @@ class WorkerOptions:
     batch_size: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Images the model takes at once: by default 64 on a GPU, 16 on a CPU."""
 
+    local: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Run in this process, without Ray: for a few hundred images. The rows are the same."""
+
     quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """No progress display, only the last line."""
 
     def __post_init__(self) -> None:
         check_positive(self, "actors", "batch_size")
+        if self.local and self.device == "cuda":
+            raise UsageError("--local: runs on the CPU; leave out --device cuda")
+        if self.local and self.actors:
+            raise UsageError("--local: has no workers; leave out --actors")
 
 
 @dataclass(frozen=True, kw_only=True)

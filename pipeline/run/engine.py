@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from pipeline.config.options import WorkerOptions
 from pipeline.read.shard import Shard
 from pipeline.run.guard import Stage
 
@@ -49,6 +47,3 @@ class Engine:
     """Wrap a stage that runs as tasks: guard(stage, on_crash=None, alone=None); see run.guard."""
     submit: Callable[..., Future[Any]]
     """Call a function outside the stream: submit(function, *arguments)."""
-
-
-OpenEngine = Callable[[WorkerOptions], AbstractContextManager[Engine]]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.config.options import WorkerOptions
 from pipeline.errors import JobError
 from pipeline.run.engine import Dataset, Engine
+from pipeline.run.launch import open_engine
 from pipeline.run.lifecycle import Pass, Run, close_run
 from pipeline.run.progress import ProgressDisplay
 from pipeline.write.commit import finish_shard, outputs_per_image
@@ -22,17 +25,27 @@ ERROR_RATE_ROWS = 1_000
 LOST_SHARDS = 10
 
 
-def follow_run(run: Run, streams: list[Dataset], engine: Engine, *, quiet: bool) -> dict[str, int]:
+def follow_run(
+    run: Run, streams: Callable[[Engine], list[Dataset]], options: WorkerOptions
+) -> dict[str, int]:
     """Run the stream of each of the run's passes to its end, and close the run.
 
-    Returns the counts over all shards. Raises JobError when a shard or a row is missing.
+    `streams` makes the stream of every pass; it is not called where nothing is left to do, and no
+    engine started. Returns the counts over all shards. Raises JobError when a shard or a row is
+    missing.
     """
     started = time.monotonic()
     todo = [shard for each in run.passes for shard in each.todo]
     size_bytes = sum(shard.size_bytes for shard in todo)
     lost: dict[str, str] = {}
-    with ProgressDisplay(size_bytes, len(todo), quiet=quiet) as progress:
-        for each, stream in zip(run.passes, streams, strict=True):
+    if not todo:
+        run.notes.append("nothing was left to do")
+        return close_run(run, time.monotonic() - started)
+    with (
+        open_engine(options) as engine,
+        ProgressDisplay(size_bytes, len(todo), quiet=options.quiet) as progress,
+    ):
+        for each, stream in zip(run.passes, streams(engine), strict=True):
             if each.todo and not lost:  # an addition needs the whole of the first pass
                 lost = _Follower(run, each, engine, progress).follow(stream)
     return close_run(run, time.monotonic() - started, lost)

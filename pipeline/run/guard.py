@@ -14,7 +14,6 @@ import pyarrow as pa
 
 from pipeline.errors import JobError
 from pipeline.run.isolate import ProcessDiedError, run_apart
-from pipeline.run.private import attempts_before
 
 # Worker crashes over one batch before the job fails.
 MAX_CRASHES = 8
@@ -47,6 +46,8 @@ def guarded(
     name = getattr(stage, "__name__", type(stage).__name__)
 
     def checked(batch: pa.Table) -> Iterator[pa.Table]:
+        from pipeline.run.private import attempts_before  # Ray, which runs it
+
         crashes = attempts_before()
         if crashes >= max_crashes:
             column = "shard" if "shard" in batch.column_names else "name"

@@ -259,10 +259,13 @@ def _refuse_unfinished(run: Run, missing: set[str], lost: dict[str, str]) -> Non
     raise JobError(f"{what}{share}: {some}{more}; the same command takes them up again")
 
 
-def is_unfinished(output: str) -> bool:
-    """Whether the folder holds a run that has not closed: rows of its tables may be missing."""
-    record = read_run(output)
-    return record is not None and not is_complete(output, record)
+def is_unfinished(output: str, *, new: bool = False) -> bool:
+    """Whether the folder holds a run that has not closed: rows of its tables may be missing.
+
+    `new`: the answer where there is no run.
+    """
+    record = read_run(storage.check_uri(output))
+    return new if record is None else not is_complete(output, record)
 
 
 def _refuse_more_prompts(run: Run) -> None:

@@ -5,6 +5,7 @@ For a few hundred images and for tests: no scheduler, and no options of its own.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -12,11 +13,11 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipeline.config.command import ISOLATE
 from pipeline.config.options import WorkerOptions
-from pipeline.errors import UsageError
 from pipeline.read.shard import Shard, shard_to_row
 from pipeline.run.engine import Engine
-from pipeline.run.guard import OnCrash, Stage, run_stage
+from pipeline.run.guard import OnCrash, Stage, isolate_rows, run_stage
 
 BATCH_SIZE = 16
 
@@ -68,9 +69,11 @@ def _batches(blocks: Iterator[pa.Table], size: int | None) -> Iterator[pa.Table]
 
 @contextmanager
 def open_local(options: WorkerOptions) -> Iterator[Engine]:
-    """The engine for a job in this process. Raises UsageError for a GPU."""
-    if options.device == "cuda":
-        raise UsageError("--device cuda: a job in this process runs on the CPU")
+    """The engine for a job in this process; see engine.open_engine.
+
+    With $CLIPSEG_RAY_ISOLATE, which config.command sets after a crash, stages that decode run row
+    by row in processes of their own.
+    """
     task = {"batch_size": None}
     yield Engine(
         device="cpu",
@@ -79,7 +82,7 @@ def open_local(options: WorkerOptions) -> Iterator[Engine]:
         task=task,
         actor={"batch_size": options.batch_size or BATCH_SIZE},
         dataset=_dataset_of,
-        guard=_unguarded,
+        guard=_isolated if os.environ.get(ISOLATE) else _unguarded,
         submit=_submit,
     )
 
@@ -91,6 +94,12 @@ def _dataset_of(shards: list[Shard]) -> LocalDataset:
 
 def _unguarded(stage: Stage, on_crash: OnCrash | None = None, alone: Stage | None = None) -> Stage:
     return stage
+
+
+def _isolated(stage: Stage, on_crash: OnCrash | None = None, alone: Stage | None = None) -> Stage:
+    if on_crash is None:
+        return stage
+    return lambda batch: isolate_rows(alone or stage, batch, on_crash)
 
 
 def _submit(function: Callable[..., Any], *arguments: Any) -> Future[Any]:

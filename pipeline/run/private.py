@@ -5,7 +5,12 @@ A version without one of them is told in one line. Checked with Ray 2.60.
 
 from __future__ import annotations
 
-from typing import Any
+import io
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
 
 import ray
 
@@ -21,6 +26,42 @@ def attempts_before() -> int:
 def reload_auth_mode() -> None:
     """Make Ray read RAY_AUTH_MODE again, which it did when it was imported."""
     _find(ray, "_raylet.Config.initialize")("")
+
+
+@contextmanager
+def fewer_processes() -> Iterator[None]:
+    """Let ray.init start no autoscaler monitor, log monitor and API server in this block.
+
+    A Ray on one machine, for one job, needs none of them; together they take seconds of CPU. A
+    version of Ray without these names starts them.
+    """
+    node = getattr(getattr(getattr(ray, "_private", None), "node", None), "Node", None)
+    names = ("start_monitor", "start_log_monitor", "start_api_server")
+    known = {name: getattr(node, name) for name in names if hasattr(node, name)}
+    for name in known:
+        setattr(node, name, lambda self, *args, **options: None)
+    try:
+        yield
+    finally:
+        for name, method in known.items():
+            setattr(node, name, method)
+
+
+def mute_native_stderr() -> None:
+    """Keep lines that Ray's C++ writes past Python, on no fault of anybody's, off the terminal.
+
+    sys.stderr stays. Does nothing where that is not the process's own, as in tests.
+    """
+    stderr: TextIO | None = sys.stderr
+    if stderr is not sys.__stderr__ or stderr is None or stderr.fileno() != 2:
+        return
+    stderr.flush()
+    sys.stderr = io.TextIOWrapper(
+        os.fdopen(os.dup(2), "wb"), "utf-8", "backslashreplace", line_buffering=True
+    )
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
 
 
 def _find(owner: Any, path: str) -> Any:

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 LOG_INTERVAL_S = 30.0
+SHORT_PHASE_S = 1.0  # below which a phase is not worth a line
 
 
 class ProgressDisplay:
@@ -85,6 +88,19 @@ class ProgressDisplay:
         elif time.monotonic() - self.logged >= LOG_INTERVAL_S:
             self.logged = time.monotonic()
             print(self.line(), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def phase(what: str, quiet: bool = False) -> Iterator[None]:
+    """Say on stderr what is being waited for, and how long it took, unless that is no time."""
+    started = time.monotonic()
+    console = Console(stderr=True)
+    shown = console.is_terminal and not quiet
+    with console.status(what) if shown else nullcontext():
+        yield
+    seconds = time.monotonic() - started
+    if seconds > SHORT_PHASE_S and not quiet:
+        print(f"{what}: {seconds:.1f} s", file=sys.stderr, flush=True)
 
 
 def tell(notes: list[str]) -> None:

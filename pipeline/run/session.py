@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
 import secrets
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -20,26 +21,29 @@ from pipeline.config.options import WorkerOptions
 from pipeline.errors import JobError, PipelineError, StorageError, UsageError
 from pipeline.run.engine import Engine
 from pipeline.run.guard import guarded
-from pipeline.run.private import reload_auth_mode
+from pipeline.run.private import fewer_processes, mute_native_stderr, reload_auth_mode
+from pipeline.run.progress import phase
 from pipeline.run.resources import share_cluster
 from pipeline.run.source import dataset_of
 from pipeline.storage.retry import DEFAULT_TIMEOUT_S, TIMEOUT_VARIABLE, storage_timeout
 
+FINISHING_THREADS = 4  # shards of a local job that are put together at the same time
+
 
 @contextmanager
 def open_ray(options: WorkerOptions) -> Iterator[Engine]:
-    """The engine for a job: the Ray that RAY_ADDRESS names, or one started on this machine.
-
-    Errors of stages come out as the PipelineError they were, or as a JobError. Raises UsageError
-    for GPUs that the cluster does not have.
-    """
+    """Ray as the engine of a job; see engine.open_engine."""
     with ray_session():
-        yield Engine(
-            **share_cluster(options),
-            dataset=dataset_of,  # type: ignore[arg-type]  # more of the same methods
-            guard=guarded,
-            submit=_submit,
-        )
+        on_cluster = bool(os.environ.get("RAY_ADDRESS"))
+        with ThreadPoolExecutor(FINISHING_THREADS) as threads:
+            yield Engine(
+                **share_cluster(options),
+                dataset=dataset_of,  # type: ignore[arg-type]  # more of the same methods
+                guard=guarded,
+                # On one machine a thread saves the start of a worker; on a cluster the bytes of
+                # all shards would pass through the driver.
+                submit=_submit_task if on_cluster else threads.submit,
+            )
 
 
 @cache
@@ -47,7 +51,7 @@ def _task(function: Any) -> Any:
     return ray.remote(num_cpus=0, max_retries=3)(function)
 
 
-def _submit(function: Any, *arguments: Any) -> Future[Any]:
+def _submit_task(function: Any, *arguments: Any) -> Future[Any]:
     """Call a function in a Ray task."""
     future: Future[Any] = _task(function).remote(*arguments).future()
     return future
@@ -55,37 +59,55 @@ def _submit(function: Any, *arguments: Any) -> Future[Any]:
 
 @contextmanager
 def ray_session() -> Iterator[None]:
-    """Attach to the cluster that RAY_ADDRESS names, or start Ray on this machine.
+    """Ray, started or joined if need be.
 
     Errors of tasks come out as the PipelineError they were, or as a JobError.
     """
+    start_ray()
+    try:
+        yield
+    except ray.exceptions.RayError as error:
+        raise _as_pipeline_error(error) from error
+
+
+def start_ray() -> None:
+    """Attach to the cluster that RAY_ADDRESS names, or start Ray on this machine.
+
+    Called in the main thread. Raises JobError, one line, where that fails.
+    """
     if not ray.is_initialized():
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-        if storage_timeout() != DEFAULT_TIMEOUT_S:  # the workers' default, too
-            told = {TIMEOUT_VARIABLE: str(storage_timeout())}
-            options["runtime_env"] = {"env_vars": told}
-        if not os.environ.get("RAY_ADDRESS"):
-            _require_token()
-            # Ray ends a task's process that was idle for 1 s: the next pays for its imports again.
-            os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
-            # Not any cluster that /tmp says is running on this machine: it may be another user's.
-            options |= {"address": "local", "include_dashboard": False}
-        try:
-            ray.init(**options)
-        # A node that is slow to start raises a plain Exception.
-        except Exception as error:
-            said = next(iter(str(error).splitlines()), type(error).__name__)
-            raise JobError(f"Ray cannot be reached or started: {said}") from error
+        with phase("starting Ray"):
+            _start()
     # What Ray would log of an error comes out as one line of ours.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+
+
+def _start() -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if storage_timeout() != DEFAULT_TIMEOUT_S:  # the workers' default, too
+        told = {TIMEOUT_VARIABLE: str(storage_timeout())}
+        options["runtime_env"] = {"env_vars": told}
+    mute_native_stderr()
+    alone = not os.environ.get("RAY_ADDRESS")
+    if alone:
+        _require_token()
+        # Ray ends a task's process that was idle for 1 s: the next pays for its imports again.
+        os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
+        # Workers run at nice 15 otherwise, behind everything else on this machine.
+        os.environ.setdefault("RAY_worker_niceness", "0")
+        # Not any cluster that /tmp says is running on this machine: it may be another user's.
+        options |= {"address": "local", "include_dashboard": False}
     try:
-        yield
-    except ray.exceptions.RayError as error:
-        raise _as_pipeline_error(error) from error
+        with fewer_processes() if alone else contextlib.nullcontext():
+            ray.init(**options)
+    # A node that is slow to start raises a plain Exception.
+    except Exception as error:
+        said = next(iter(str(error).splitlines()), type(error).__name__)
+        raise JobError(f"Ray cannot be reached or started: {said}") from error
 
 
 def _require_token() -> None:

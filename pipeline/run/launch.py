@@ -1,0 +1,46 @@
+"""The engine that a job asks for, started beside the loading of its model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+from pipeline.config.options import WorkerOptions
+from pipeline.run.engine import Engine
+from pipeline.run.lifecycle import is_unfinished
+from pipeline.run.progress import phase
+
+T = TypeVar("T")
+
+
+@contextmanager
+def open_engine(options: WorkerOptions) -> Iterator[Engine]:
+    """The engine that the options ask for: Ray, or with `local` this process.
+
+    Errors of stages come out as the PipelineError they were, or as a JobError. Raises UsageError
+    for GPUs that are not there.
+    """
+    if options.local:
+        from pipeline.run.local import open_local as open_it
+    else:
+        from pipeline.run.session import open_ray as open_it  # Ray: 2 s that not all can do with
+    with open_it(options) as engine:
+        yield engine
+
+
+def load_beside(options: WorkerOptions, output: str, load: Callable[[], T]) -> T:
+    """The result of `load`, called in a thread while Ray starts in this one.
+
+    Ray, which must start in the main thread, is left alone with `local`, and where the run in
+    `output` is complete: then there may be nothing to do.
+    """
+    with ThreadPoolExecutor(1) as beside:
+        loading = beside.submit(load)
+        if not options.local and is_unfinished(output, new=True):
+            from pipeline.run.session import start_ray
+
+            start_ray()
+        with phase("loading the model"):
+            return loading.result()
