@@ -15,11 +15,14 @@ import pyarrow.parquet as pq
 from PIL import Image
 from pycocotools import mask as coco
 
+from jobs import export
 from pipeline import schema, storage
 from pipeline.read.inputs import plan_shards
 from pipeline.run.manifest import name_run
 from pipeline.write.receipts import stem, write_receipt
 
+FORMATS = ("coco", "yolo", "voc", "labelme", "labelstudio", "cvat", "png", "hf", "sam")
+SMALL = (48, 64)
 CLASSES = [("cat", "#e20074"), ("traffic light", None), ("Straßenbahn & <co>", "#0a64c8")]
 
 Found = tuple[int, np.ndarray]
@@ -133,3 +136,21 @@ def write_labels(
     for shard in plan_shards(source) if source else ():
         write_receipt(labels, replace(shard, run=name_run(content)), receipt)
     return labels
+
+
+def small_labels(folder: str, keys: list[str], shard: str = "a.tar", **options: Any) -> str:
+    """Labels of small images with two masks each, without the images."""
+    images = [
+        (image_row(shard, row, key, SMALL), random_blobs(row, SMALL))
+        for row, key in enumerate(keys)
+    ]
+    return write_labels(folder, images, **options)
+
+
+def export_labels(labels: str, dest: str, form: str = "coco", *options: str) -> int:
+    """The exit code of an export without images."""
+    return export.main([labels, dest, "--format", form, "--images", "none", *options])
+
+
+def read_json(uri: str) -> Any:
+    return json.loads(storage.read_bytes(uri))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.__main__ import COMMANDS
 from pipeline.config.command import run_command
 from pipeline.config.segment import SegmentConfig
 from pipeline.errors import JobError
@@ -129,7 +130,7 @@ def test_the_entry_point_names_its_commands() -> None:
     assert clipseg_ray("--version").stdout.startswith("clipseg-ray ")
     wrong = clipseg_ray("segmnt")
     assert wrong.returncode == 2
-    known = "segment, embed, classify, status, retry-failed, index, search, duplicates"
+    known = ", ".join(COMMANDS)
     assert wrong.stderr == f"clipseg-ray: error: no command 'segmnt'; known: {known}\n"
 
 

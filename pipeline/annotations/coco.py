@@ -31,7 +31,9 @@ class WriteCoco:
         self._annotations = {split: JsonEntries(dest.stream(_rest(split))) for split in splits}
         self._count = 0
         for entries in self._images.values():
-            entries.stream.write(f'{{"categories": {json.dumps(categories)},\n"images": [')
+            entries.stream.write(
+                f'{{"info": {{}}, "licenses": [],\n"categories": {json.dumps(categories)},\n"images": ['
+            )
 
     def add(self, item: Item) -> None:
         """An image is listed whether it has annotations or not."""

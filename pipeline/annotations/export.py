@@ -24,7 +24,7 @@ from pipeline.annotations.labelled import (
 )
 from pipeline.annotations.labelme import WriteLabelme
 from pipeline.annotations.labelstudio import WriteLabelStudio
-from pipeline.annotations.pictures import Pictures, name_file
+from pipeline.annotations.pictures import HINT, Pictures, name_file
 from pipeline.annotations.png import WritePng
 from pipeline.annotations.row_files import RowFiles
 from pipeline.annotations.sam import WriteSam
@@ -102,6 +102,8 @@ def export_labels(
         raise UsageError(f"{dest}: lies inside LABELS; choose another folder")
     splits = Splits(shares, config.group)
     pictures = None if config.images == "none" else Pictures(labels, config.images)
+    if pictures and f"{dest}/".startswith(f"{pictures.source.source}/"):
+        raise UsageError(f"{dest}: lies inside the images' folder, which would hold them twice")
     account = Account(of_class=[0] * len(classes), of_split=dict.fromkeys(shares, 0))
     total = int(record.get("counts", {}).get("rows_ok", 0))
     with Destination(dest, _asked(config, labels, record)) as files:
@@ -152,7 +154,10 @@ def _with_data(
             samples = pictures.read(image.shard, read_rows_of(labels, part))
         row, sample = next(samples, (-1, None))
         if sample is None or row != image.row:
-            raise JobError(f"{image.shard}: row {image.row} is not in its shard any more")
+            raise JobError(
+                f"{image.shard}: row {image.row} could not be read again; run the same command "
+                f"again, or {HINT}"
+            )
         yield image, pictures.encode(image, sample)
 
 

@@ -153,6 +153,8 @@ def _instance(row: dict[str, Any], image: dict[str, Any], classes: int, uri: str
     if not 0 <= row["class_id"] < classes:
         raise JobError(f"{uri}: row {row['row']} is of class {row['class_id']} of {classes}")
     x, y, width, height = (round(value) for value in row["bbox"])
+    if row["area"] < 1 or width < 1 or height < 1:
+        raise JobError(f"{uri}: row {row['row']} has an empty mask")
     values = {name: value for name, value in row.items() if name not in ("row", "class")}
     return Instance(**{**values, "class_name": row["class"], "bbox": (x, y, width, height)})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -52,7 +53,8 @@ def encode_png(pixels: np.ndarray, palette: Sequence[int] = ()) -> bytes:
     return file.getvalue()
 
 
-def voc_palette() -> list[int]:
+@cache
+def voc_palette() -> tuple[int, ...]:
     """The 256 colours of the PASCAL VOC devkit, as 768 numbers 0..255.
 
     The three lowest bits of the index are the highest bit of red, green and blue, and so on.
@@ -62,11 +64,10 @@ def voc_palette() -> list[int]:
         for channel in range(3):
             bits = [(index >> (3 * k + channel)) & 1 for k in range(3)]
             colours.append(sum(bit << (7 - k) for k, bit in enumerate(bits)))
-    return colours
+    return tuple(colours)
 
 
 def color_of(classes: Sequence[Class], class_id: int) -> str:
     """The colour of a class as #rrggbb: the ontology's, else one of VOC's palette."""
     at = 3 * (1 + class_id % 254)
-    color = classes[class_id].color or "#{:02x}{:02x}{:02x}".format(*voc_palette()[at : at + 3])
-    return color
+    return classes[class_id].color or "#{:02x}{:02x}{:02x}".format(*voc_palette()[at : at + 3])

@@ -16,7 +16,7 @@ from pipeline.run.images import Images, find_images, find_shards, is_unchanged
 _ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
 _ENDINGS |= {"TIFF": "tif", "AVIF": "avif"}
 _QUALITY = 95
-_HINT = "--images none exports the labels without images"
+HINT = "--images none exports the labels without images"
 
 
 def name_file(name: str, image: LabelledImage, images: str) -> str:
@@ -36,31 +36,31 @@ class Pictures:
     """The encoded images of a finished run, shard by shard."""
 
     def __init__(self, labels: str, images: str):
-        """`images`: copy or upright. Raises UsageError, StorageError as find_shards."""
+        """`images`: copy or upright; `source` tells where they are. Raises UsageError, StorageError as find_shards."""
         self._images = images
-        self._source: Images = find_images(labels)
-        self._shards = find_shards(self._source)
+        self.source: Images = find_images(labels)
+        self._shards = find_shards(self.source)
 
     def read(self, shard: str, rows: Sequence[int]) -> Iterator[tuple[int, Sample]]:
         """The wanted rows in order. Raises JobError where the shard is gone or has changed."""
         if shard not in self._shards:
-            raise JobError(f"{shard}: not in {self._source.source} any more; {_HINT}")
+            raise JobError(f"{shard}: not in {self.source.source} any more; {HINT}")
         found: Shard = self._shards[shard]
-        if not is_unchanged(self._source, found):
-            raise JobError(f"{found.uri}: {shard} has changed since it was labelled; {_HINT}")
+        if not is_unchanged(self.source, found):
+            raise JobError(f"{found.uri}: {shard} has changed since it was labelled; {HINT}")
         yield from read_rows(found, rows)
 
     def encode(self, image: LabelledImage, sample: Sample) -> bytes:
         """The bytes of an image's file. Raises JobError for one that cannot be read any more."""
         where = f"{image.shard}: row {image.row}"
         if sample.reason:
-            raise JobError(f"{where}: {sample.reason}: {sample.detail}; {_HINT}")
+            raise JobError(f"{where}: {sample.reason}: {sample.detail}; {HINT}")
         if not is_turned(image, self._images):
             return sample.image
         try:
-            upright = decode_image(sample.image, max_pixels=self._source.max_pixels).image
+            upright = decode_image(sample.image, max_pixels=self.source.max_pixels).image
         except RowError as error:
-            raise JobError(f"{where}: {error}; {_HINT}") from error
+            raise JobError(f"{where}: {error}; {HINT}") from error
         file = io.BytesIO()
         if _ENDINGS.get(image.format) == "jpg":
             upright.save(file, "JPEG", quality=_QUALITY, subsampling=0)

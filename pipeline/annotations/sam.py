@@ -44,7 +44,7 @@ PROMPTS = pa.schema(
 
 
 class WriteSam:
-    """A table a split; an image without annotations has no row, but is in _images.parquet."""
+    """A table a split; an image without annotations has no row, but is in _images-00000.parquet."""
 
     def __init__(self, dest: Destination, classes: list[Class], splits: list[str]):
         """Raises UsageError where OpenCV is not installed."""
@@ -88,7 +88,7 @@ def _prompts(instance: Instance) -> dict[str, Any]:
 def find_points(crop: np.ndarray) -> tuple[np.ndarray, list[int]]:
     """The pixel deepest inside a mask, (h, w), and that of its box farthest from it, if any.
 
-    Returns their centres, (1 or 2, 2) float64 of x, y, and labels, 1 and 0.
+    Returns (1 or 2, 2) x and y, and labels, 1 and 0. SAM itself adds the half of a pixel.
     """
     cv2 = load_cv2()
     points, labels = [], []
@@ -99,7 +99,7 @@ def find_points(crop: np.ndarray) -> tuple[np.ndarray, list[int]]:
         around = np.pad(inside, 1, mode="constant" if label else "edge").astype(np.uint8)
         depth = cv2.distanceTransform(around, cv2.DIST_L2, _DISTANCE_MASK)[1:-1, 1:-1]
         row, column = np.unravel_index(int(depth.argmax()), depth.shape)
-        points.append([column + 0.5, row + 0.5])
+        points.append([column, row])
         labels.append(label)
     return np.array(points), labels
 
