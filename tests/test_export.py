@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ from pycocotools import mask as coco
 
 from pipeline.annotations.coco import run_lengths
 from pipeline.annotations.polygons import trace_polygons
+
+DOCS = (Path(__file__).parent.parent / "docs" / "exports.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -167,50 +171,72 @@ def test_the_palette_is_that_of_the_devkit() -> None:
     assert palette[255] == [224, 224, 192]
 
 
-def test_sam_takes_the_prompts(exported: Path) -> None:
+# The documents
+
+
+def blocks(form: str, language: str) -> list[str]:
+    """The blocks of code in a section of docs/exports.md."""
+    section = DOCS.split(f"\n## {form}\n")[1].split("\n## ")[0] if form else DOCS
+    return re.findall(rf"^```{language}\n(.*?)^```", section, re.DOTALL | re.MULTILINE)
+
+
+def run_code(code: str, dest: Path, **names: str) -> dict[str, Any]:
+    for name, value in {**names, "DEST": str(dest)}.items():
+        code = code.replace(name, value)
+    found: dict[str, Any] = {}
+    exec(code, found)
+    return found
+
+
+def test_code_in_the_documents_opens_the_exports(exported: Path, truth: Truth) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
+        (code,) = blocks("coco", "python")
+        mask = run_code(code, exported / "coco")["mask"]
+    assert any(np.array_equal(mask, m) for found in truth.values() for _, m in found)
+    (code,) = blocks("voc", "python")
+    name = next(iter(truth))
+    assert run_code(code, exported / "voc", NAME=name)["classes"].shape == mask.shape
+
+
+def test_sam_takes_the_prompts_as_the_documents_have_it(exported: Path, tmp_path: Path) -> None:
     import torch
-    from transformers import SamConfig, SamModel
+    from transformers import SamConfig, SamModel, SamProcessor
     from transformers.models.sam.configuration_sam import (
         SamMaskDecoderConfig,
         SamPromptEncoderConfig,
         SamVisionConfig,
     )
+    from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 
     torch.manual_seed(0)
+    small = {"hidden_size": 8, "mlp_dim": 8}
     vision = SamVisionConfig(
-        hidden_size=8,
+        **small,
         output_channels=8,
         num_hidden_layers=1,
         num_attention_heads=1,
-        mlp_dim=8,
         num_pos_feats=4,
+        global_attn_indexes=[],
     )
     decoder = SamMaskDecoderConfig(
-        hidden_size=8, mlp_dim=8, num_hidden_layers=1, num_attention_heads=1,
-        iou_head_hidden_dim=8, attention_downsample_rate=1,
-    )  # fmt: skip
+        **small, num_attention_heads=1, iou_head_hidden_dim=8, attention_downsample_rate=1
+    )
     prompts = SamPromptEncoderConfig(hidden_size=8, mask_input_channels=4)
-    model = SamModel(
-        SamConfig(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder)
-    ).eval()
-    side = model.config.vision_config.image_size
-    image = torch.randn(1, 8, 64, 64)
-    table = pq.read_table(exported / "sam/prompts/train-00000.parquet")
-    assert len(table) == 50
-    for row in table.slice(0, 4).to_pylist():
-        scale = side / max(row["height"], row["width"])
-        wanted = {
-            "input_boxes": torch.tensor([[row["box"]]]) * scale,
-            "input_points": torch.tensor([[row["points"]]]) * scale,
-            "input_labels": torch.tensor([[row["point_labels"]]]),
-            "input_masks": torch.tensor(row["mask_logits"]).reshape(1, 1, 256, 256),
-        }
-        with torch.no_grad():
-            found = model(image_embeddings=image, multimask_output=False, **wanted)
-            bare = model(image_embeddings=image, multimask_output=False,
-                         input_boxes=wanted["input_boxes"])  # fmt: skip
-        assert found.pred_masks.shape == (1, 1, 1, 256, 256)
-        assert not torch.equal(found.pred_masks, bare.pred_masks)
+    config = SamConfig(
+        vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder
+    )
+    model, processor = SamModel(config).eval(), SamProcessor(SamImageProcessorPil())
+    (code,) = blocks("sam", "python")
+    code = re.sub(r"^(model|processor) = .*\n", "", code, flags=re.MULTILINE)
+    code = re.sub(r"^( +)for row in .*", r"\1for row in batch.to_pylist()[:1]:", code, flags=re.M)
+    code = code.replace("iter_batches(16):", "iter_batches(49):").replace("DEST", f"{exported}/sam")
+    seen: dict[str, Any] = {"model": model, "processor": processor}
+    exec(code, seen)
+    assert seen["mask"].shape == (1, 1, 240, 320)
+    with torch.no_grad():
+        bare = model(**seen["inputs"], multimask_output=False)
+    assert not torch.equal(seen["found"].pred_masks, bare.pred_masks)
 
 
 def test_sam_prompts_lie_where_the_masks_are(exported: Path, truth: Truth) -> None:

@@ -27,13 +27,12 @@ class WriteCoco:
         categories = [
             {"id": i, "name": c.name, "supercategory": ""} for i, c in enumerate(classes, 1)
         ]
+        listed = f'"categories": {json.dumps(categories)}'
         self._images = {split: JsonEntries(dest.stream(_file(split))) for split in splits}
         self._annotations = {split: JsonEntries(dest.stream(_rest(split))) for split in splits}
         self._count = 0
         for entries in self._images.values():
-            entries.stream.write(
-                f'{{"info": {{}}, "licenses": [],\n"categories": {json.dumps(categories)},\n"images": ['
-            )
+            entries.stream.write(f'{{"info": {{}},\n"licenses": [],\n{listed},\n"images": [')
 
     def add(self, item: Item) -> None:
         """An image is listed whether it has annotations or not."""

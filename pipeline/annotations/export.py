@@ -28,7 +28,7 @@ from pipeline.annotations.pictures import HINT, Pictures, name_file
 from pipeline.annotations.png import WritePng
 from pipeline.annotations.row_files import RowFiles
 from pipeline.annotations.sam import WriteSam
-from pipeline.annotations.splits import Splits, name_image
+from pipeline.annotations.splits import GROUP_COLUMNS, Splits, name_image
 from pipeline.annotations.voc import WriteVoc
 from pipeline.annotations.yolo import WriteYolo
 from pipeline.config.export import ExportConfig
@@ -127,7 +127,9 @@ def export_labels(
 def _asked(config: ExportConfig, labels: str, record: dict[str, Any]) -> dict[str, Any]:
     """What decides the files of an export."""
     options = {name: getattr(config, name) for name in ("format", "images", "split", "counts")}
-    group = config.group and storage.check_uri(config.group)
+    group = config.group
+    if group and group not in GROUP_COLUMNS:
+        group = storage.check_uri(group)
     return {"labels": labels, "run": name_run(record), "group": group, **options}
 
 

@@ -36,7 +36,7 @@ class Pictures:
     """The encoded images of a finished run, shard by shard."""
 
     def __init__(self, labels: str, images: str):
-        """`images`: copy or upright; `source` tells where they are. Raises UsageError, StorageError as find_shards."""
+        """`images`: copy or upright. Raises UsageError, StorageError as find_shards."""
         self._images = images
         self.source: Images = find_images(labels)
         self._shards = find_shards(self.source)

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipeline import storage
 from pipeline.annotations.labelled import LabelledImage
-from pipeline.errors import UsageError
+from pipeline.errors import NotFoundError, UsageError
 from pipeline.write.parts import open_part
 
 GROUP_COLUMNS = ("shard", "key", "member")
@@ -41,7 +42,7 @@ class Splits:
         self.names = list(shares)
         self._ends = np.cumsum(list(shares.values()))
         self._column = group if group in GROUP_COLUMNS else None
-        self._groups = Groups(group) if group and not self._column else None
+        self._groups = _read_groups(group) if group and not self._column else None
 
     def find(self, image: LabelledImage) -> str:
         """The split of an image."""
@@ -89,6 +90,14 @@ class Groups:
         rows, groups = self._of_shard[shard]
         i = int(np.searchsorted(rows, row))
         return int(groups[i]) if i < len(rows) and rows[i] == row else None
+
+
+def _read_groups(file: str) -> Groups:
+    try:
+        return Groups(storage.check_uri(file))
+    except NotFoundError as error:
+        columns = ", ".join(GROUP_COLUMNS)
+        raise UsageError(f"--group {file}: no such file, and none of {columns}") from error
 
 
 def _integers(column: pa.Array, uri: str) -> np.ndarray:
