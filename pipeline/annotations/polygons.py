@@ -57,9 +57,8 @@ def trace_polygons(mask: np.ndarray) -> tuple[list[np.ndarray], int]:
 
 def without_straight(ring: np.ndarray) -> np.ndarray:
     """The ring (N, 2) without the points between two equal steps."""
-    before = ring - np.roll(ring, 1, axis=0)
-    after = np.roll(ring, -1, axis=0) - ring
-    return ring[(before != after).any(axis=1)]
+    steps = np.diff(ring, axis=0, prepend=ring[-1:], append=ring[:1])
+    return ring[(steps[:-1] != steps[1:]).any(axis=1)]
 
 
 def _join(ring: np.ndarray, holes: list[np.ndarray]) -> np.ndarray:
@@ -79,10 +78,11 @@ def _join(ring: np.ndarray, holes: list[np.ndarray]) -> np.ndarray:
 def _nearest(ring: np.ndarray, hole: np.ndarray) -> tuple[float, np.ndarray, int]:
     """The smallest squared distance, the ring's point and the index of the hole's."""
     best: tuple[float, np.ndarray, int] = (np.inf, ring[0], 0)
+    points = ring.astype(np.float64)
     for first in range(0, len(hole), 256):  # bounds the memory of a long hole
-        some = hole[first : first + 256]
-        difference = ring[:, None, :] - some[None, :, :]
-        squares = np.einsum("rhd,rhd->rh", difference, difference)
+        some = hole[first : first + 256].astype(np.float64)
+        # (a - b)^2, exact: coordinates are whole and small.
+        squares = (points**2).sum(1)[:, None] + (some**2).sum(1) - 2 * points @ some.T
         r, h = np.unravel_index(int(squares.argmin()), squares.shape)
         if squares[r, h] < best[0]:
             best = (float(squares[r, h]), ring[r], first + int(h))

@@ -44,7 +44,9 @@ class RowFiles:
     def _flush(self) -> None:
         if self._writer is None:
             self._path = self._dest.local_path(self._stem.replace("/", "-"))
-            self._writer = pq.ParquetWriter(self._path, self._schema, compression="zstd")
+            self._writer = pq.ParquetWriter(
+                self._path, self._schema, compression="zstd", use_dictionary=False
+            )
         self._writer.write_table(pa.Table.from_pylist(self._rows, schema=self._schema))
         self._file_bytes += self._held_bytes
         self._rows, self._held_bytes = [], 0

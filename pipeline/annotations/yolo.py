@@ -71,4 +71,5 @@ class WriteYolo:
 
 def yolo_line(class_id: int, points: np.ndarray) -> str:
     """The class and (N, 2) vertices, 0..1, to a hundred-millionth."""
-    return " ".join([str(class_id), *(f"{value:.8f}" for value in points.reshape(-1))])
+    values = points.reshape(-1).tolist()
+    return str(class_id) + " %.8f" * len(values) % tuple(values)
