@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import cv2
@@ -19,7 +18,8 @@ from jobs import export
 from pipeline import schema, storage
 from pipeline.read.inputs import plan_shards
 from pipeline.run.manifest import name_run
-from pipeline.write.receipts import stem, write_receipt
+from pipeline.write.layout import Ledger, shard_id
+from pipeline.write.receipts import write_receipt
 
 FORMATS = ("coco", "yolo", "voc", "labelme", "labelstudio", "cvat", "png", "hf", "sam")
 SMALL = (48, 64)
@@ -103,7 +103,7 @@ def write_part(labels: str, table: str, rows: list[dict[str, Any]], columns: pa.
     if rows:
         sink = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(rows, schema=columns), sink, row_group_size=100)
-        name = stem(rows[0]["shard"])
+        name = shard_id(rows[0]["shard"])
         storage.write_bytes(f"{labels}/{table}/{name}.parquet", sink.getvalue())
 
 
@@ -134,7 +134,7 @@ def write_labels(
     storage.write_bytes(f"{labels}/_SUCCESS", b"")
     receipt = {"rows_ok": 1, "rows_error": 0, "shard_error": None, "parts": []}
     for shard in plan_shards(source) if source else ():
-        write_receipt(labels, replace(shard, run=name_run(content)), receipt)
+        write_receipt(Ledger(output=labels, run=name_run(content)), shard, receipt)
     return labels
 
 

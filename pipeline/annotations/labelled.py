@@ -18,7 +18,7 @@ from pipeline import storage
 from pipeline.errors import JobError, UsageError
 from pipeline.run.lifecycle import is_unfinished
 from pipeline.run.manifest import read_run
-from pipeline.write.fragments import EMPTY_PART
+from pipeline.write.layout import EMPTY_PART
 from pipeline.write.parts import open_part, read_part
 
 _AT_ONCE = 64  # rows that are held: an RLE may have 100 KB

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from pipeline import storage
 from pipeline.config.options import ImageOptions
 from pipeline.errors import NotFoundError, UsageError
-from pipeline.read.records import plan_shards
+from pipeline.read.inputs import plan_shards
 from pipeline.read.shard import Shard
-from pipeline.run.manifest import RUN, name_run
+from pipeline.run.manifest import name_run
+from pipeline.write.layout import RUN, Ledger
 from pipeline.write.receipts import receipts_of
 
 _DEEPEST = 8  # runs made from runs
@@ -66,9 +67,9 @@ def find_shards(images: Images) -> dict[str, Shard]:
     """The shards that are there now, by name. Raises UsageError, StorageError as plan_shards."""
     columns = {"image_column": images.image_column, "text_column": images.text_column}
     plan = plan_shards(images.source, **columns)
-    return {shard.name: replace(shard, text="", run=images.run) for shard in plan}
+    return {shard.name: replace(shard, text="") for shard in plan}
 
 
 def is_unchanged(images: Images, shard: Shard) -> bool:
     """Whether the shard is what the run read: then its receipt has this name."""
-    return bool(receipts_of(images.output, shard))
+    return bool(receipts_of(Ledger(output=images.output, run=images.run), shard))
