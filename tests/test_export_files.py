@@ -6,6 +6,7 @@ import io
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,11 @@ from shards import hugging_face_column, make_parquet, make_tar
 from jobs import export
 from pipeline import schema, storage
 from pipeline.annotations.labelled import LabelledImage, read_labels
+from pipeline.annotations.pictures import name_file
 from pipeline.annotations.splits import Splits, name_image
 from pipeline.config.export import ExportConfig
 from pipeline.errors import JobError, UsageError
+from pipeline.prepare.images import _formats
 
 
 def labelled(shard: str, row: int, key: str) -> LabelledImage:
@@ -195,6 +198,12 @@ def test_images_are_copied_as_they_are(form: str, folder: str) -> None:
         path = f"{folder}/dest/images/train/{image['file_name']}"
         assert storage.read_bytes(path) == before
         assert path.endswith(".png" if image["row"] == 2 else ".jpg")
+
+
+def test_every_format_that_is_decoded_has_an_ending() -> None:
+    for form in (*_formats(), "MPO"):
+        image = replace(labelled("a", 0, "k"), format=form)
+        assert name_file("x", image, "copy") != "x.img", form
 
 
 def test_upright_turns_only_what_is_turned(
