@@ -26,6 +26,7 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from pipeline import schema
+from pipeline.run.manifest import name_run
 
 SIZE = (240, 320)
 PER_IMAGE = 10
@@ -71,7 +72,7 @@ def write_labels(folder: Path, annotations: int) -> None:
     classes = [{"name": "one", "color": None}, {"name": "two", "color": None}]
     record = {"fingerprint": {"ontology": {"classes": classes}}, "config": {"input": ""}}
     (folder / "_run.json").write_text(json.dumps(record))
-    (folder / "_SUCCESS").touch()
+    (folder / "_SUCCESS").write_text(name_run(record))
 
 
 def _facts(i: int) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def write_labels(
         **record,
     }
     storage.write_bytes(f"{labels}/_run.json", json.dumps(content).encode())
-    storage.write_bytes(f"{labels}/_SUCCESS", b"")
+    storage.write_bytes(f"{labels}/_SUCCESS", name_run(content).encode())
     receipt = {"rows_ok": 1, "rows_error": 0, "shard_error": None, "parts": []}
     for shard in plan_shards(source) if source else ():
         write_receipt(Ledger(output=labels, run=name_run(content)), shard, receipt)

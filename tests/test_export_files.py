@@ -356,12 +356,13 @@ def test_wrong_usage_is_one_line(
 
 def test_labels_that_cannot_be_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     labels = small_labels(f"{tmp_path}/labels", ["a", "b"])
+    success = storage.read_bytes(f"{labels}/_SUCCESS")
     storage.delete_file(f"{labels}/_SUCCESS")
     assert export_labels(labels, f"{tmp_path}/d") == 2
     assert "not finished" in capsys.readouterr().err
     assert export_labels(f"{tmp_path}/nothing", f"{tmp_path}/d") == 2
     assert "not the output of clipseg-ray label" in capsys.readouterr().err
-    storage.write_bytes(f"{labels}/_SUCCESS", b"")
+    storage.write_bytes(f"{labels}/_SUCCESS", success)
     storage.write_bytes(f"{labels}/annotations/zz.parquet", b"PAR1")
     assert export_labels(labels, f"{tmp_path}/d") == 1
     assert "annotations/zz.parquet has no images/zz.parquet" in capsys.readouterr().err
