@@ -256,11 +256,12 @@ def labelstudio_told(dest: Path) -> Read:
 
 
 def labelstudio_sdk(dest: Path) -> Read:
-    """Its decoder; its validator on every prediction first."""
+    """Its decoder; its validators on the config and on every prediction first."""
     from label_studio_sdk.converter import brush
     from label_studio_sdk.label_interface import LabelInterface
 
     interface = LabelInterface((dest / "config.xml").read_text(encoding="utf-8"))
+    interface.validate()
     for path in sorted((dest / "tasks").glob("*.json")):
         for task in json.loads(path.read_text()):
             for prediction in task["predictions"]:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from pipeline.annotations.destination import Destination
 
 GROUP_BYTES = 16 * 2**20  # of rows that are held
-GROUP_ROWS = 1000
+GROUP_ROWS = 256
 FILE_BYTES = 500 * 2**20
 
 
