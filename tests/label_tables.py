@@ -13,10 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 from pycocotools import mask as coco
+from shards import shards_of
 
 from jobs import export
 from pipeline import schema, storage
-from pipeline.read.inputs import plan_shards
 from pipeline.run.manifest import name_run
 from pipeline.write.layout import Ledger, shard_id
 from pipeline.write.receipts import write_receipt
@@ -133,7 +133,8 @@ def write_labels(
     storage.write_bytes(f"{labels}/_run.json", json.dumps(content).encode())
     storage.write_bytes(f"{labels}/_SUCCESS", name_run(content).encode())
     receipt = {"rows_ok": 1, "rows_error": 0, "shard_error": None, "parts": []}
-    for shard in plan_shards(source) if source else ():
+    receipt["samples_without_image"] = 0
+    for shard in shards_of(source) if source else ():
         write_receipt(Ledger(output=labels, run=name_run(content)), shard, receipt)
     return labels
 

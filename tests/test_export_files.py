@@ -200,6 +200,17 @@ def test_images_are_copied_as_they_are(form: str, folder: str) -> None:
         assert path.endswith(".png" if image["row"] == 2 else ".jpg")
 
 
+def test_images_of_several_inputs(tmp_path: Path) -> None:
+    for name in ("x", "y"):
+        photos(f"{tmp_path}/{name}", "tar")
+    rows = [(image_row(f"{n}/in/a.tar", 0, "0", (40, 60)), []) for n in ("x", "y")]
+    source = f"{tmp_path}/x/in::{tmp_path}/y/in"
+    labels = write_labels(f"{tmp_path}/labels", rows, source=source)
+    assert export.main([labels, f"{tmp_path}/y/in/d", "--format", "coco"]) == 2
+    assert export.main([labels, f"{tmp_path}/dest", "--format", "coco"]) == 0
+    assert len(list(Path(tmp_path, "dest/images/train").iterdir())) == 2
+
+
 def test_every_format_that_is_decoded_has_an_ending() -> None:
     for form in (*_formats(), "MPO"):
         image = replace(labelled("a", 0, "k"), format=form)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from shards import make_parquet, make_tar
+from shards import make_parquet, make_tar, shards_of
 
 from pipeline import storage
-from pipeline.read.inputs import plan_shards
 from pipeline.read.shard import Shard
 from pipeline.read.wanted import read_rows
 
@@ -29,7 +28,7 @@ def write_files(folder: str) -> None:
 
 
 def only_shard(folder: str) -> Shard:
-    (shard,) = plan_shards(folder)
+    (shard,) = shards_of(folder)
     return shard
 
 
@@ -47,9 +46,9 @@ def test_nothing_behind_the_last_wanted_row_is_read(tmp_path) -> None:
     folder = str(tmp_path)
     write_files(folder)
     storage.write_bytes(f"{folder}/t/a.tar", make_tar([("0.jpg", b"x")])[:1024] + b"damage" * 99)
-    tar = next(shard for shard in plan_shards(folder) if shard.format == "tar")
+    tar = next(shard for shard in shards_of(folder) if shard.format == "tar")
     assert [row for row, _ in read_rows(tar, [0])] == [0]
-    loose = next(shard for shard in plan_shards(folder) if shard.format == "images")
+    loose = next(shard for shard in shards_of(folder) if shard.format == "images")
     storage.delete_file(f"{folder}/3.jpg")
     (found,) = read_rows(loose, [2])
     assert found[1].image == b"two"

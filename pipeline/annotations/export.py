@@ -34,6 +34,7 @@ from pipeline.annotations.yolo import WriteYolo
 from pipeline.config.export import ExportConfig
 from pipeline.errors import JobError, UsageError
 from pipeline.run.manifest import name_run
+from pipeline.storage.uri import split_list
 
 _WRITERS: dict[str, Callable[[Destination, list[Class], list[str]], Writer]] = {
     "yolo": WriteYolo,
@@ -102,7 +103,8 @@ def export_labels(
         raise UsageError(f"{dest}: lies inside LABELS; choose another folder")
     splits = Splits(shares, config.group)
     pictures = None if config.images == "none" else Pictures(labels, config.images)
-    if pictures and f"{dest}/".startswith(f"{pictures.source.source}/"):
+    sources = split_list(pictures.source.source) if pictures else []
+    if any(f"{dest}/".startswith(f"{source}/") for source in sources):
         raise UsageError(f"{dest}: lies inside the images' folder, which would hold them twice")
     account = Account(of_class=[0] * len(classes), of_split=dict.fromkeys(shares, 0))
     total = int(record.get("counts", {}).get("rows_ok", 0))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pipeline import storage
 from pipeline.config.options import ImageOptions
 from pipeline.errors import NotFoundError, UsageError
-from pipeline.read.inputs import plan_shards
+from pipeline.read.inputs import list_shards
 from pipeline.read.shard import Shard
 from pipeline.run.manifest import name_run
 from pipeline.write.layout import RUN, Ledger
@@ -30,6 +30,7 @@ class Images:
     image_column: str | None
     text_column: str | None
     """Of a run that read texts, too: they belong to the versions of its shards."""
+    member_suffix: str | None
     max_pixels: int
 
 
@@ -50,6 +51,7 @@ def find_images(output: str) -> Images:
                 source=options["input"],
                 image_column=options.get("image_column"),
                 text_column=options.get("text_column"),
+                member_suffix=options.get("member_suffix"),
                 max_pixels=options.get("max_pixels", ImageOptions.max_pixels),
             )
             from_run = storage.exists(storage.join(found.source, RUN))
@@ -64,10 +66,14 @@ def find_images(output: str) -> Images:
 
 
 def find_shards(images: Images) -> dict[str, Shard]:
-    """The shards that are there now, by name. Raises UsageError, StorageError as plan_shards."""
-    columns = {"image_column": images.image_column, "text_column": images.text_column}
-    plan = plan_shards(images.source, **columns)
-    return {shard.name: replace(shard, text="") for shard in plan}
+    """The shards that are there now, by name. Raises UsageError, StorageError as list_shards."""
+    listed = list_shards(
+        images.source,
+        image_column=images.image_column,
+        text_column=images.text_column,
+        member_suffix=images.member_suffix,
+    )
+    return {shard.name: replace(shard, text="") for shard in listed.shards}
 
 
 def is_unchanged(images: Images, shard: Shard) -> bool:
