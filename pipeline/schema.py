@@ -136,6 +136,22 @@ PROBABILITIES = _table(
     ("map", pa.binary()),  # row-major uint8, round(255 * probability)
 )
 
+ANNOTATIONS = _table(
+    *_ID,
+    ("instance", pa.int32()),  # from 0 in the image
+    ("class_id", pa.int32()),  # from 0, in the ontology's order
+    ("class", pa.string()),
+    ("prompt_id", pa.int32()),  # the prompt of the run that won most of its pixels
+    ("score", pa.float32()),  # mean probability inside
+    ("presence", pa.float32()),  # largest probability of the class in the image
+    ("rle", RLE),
+    ("bbox", pa.list_(pa.float32(), 4)),  # x, y, width, height
+    ("area", pa.int64()),  # pixels
+    ("height", pa.int32()),
+    ("width", pa.int32()),
+    ("threshold", pa.float32()),
+)
+
 ERRORS = _table(
     ("shard", pa.string()),
     pa.field("row", pa.int64()),  # null when the shard itself failed

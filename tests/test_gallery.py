@@ -20,7 +20,6 @@ from shards import link, make_parquet, make_tar
 
 from pipeline import storage
 from pipeline.embeddings.gallery import (
-    Images,
     draw_gallery,
     open_gallery,
     read_thumbnails,
@@ -29,6 +28,7 @@ from pipeline.embeddings.gallery import (
 from pipeline.embeddings.search import Hit
 from pipeline.errors import UsageError
 from pipeline.read import divide
+from pipeline.run.images import Images
 from pipeline.run.manifest import name_run
 from pipeline.write.layout import Ledger
 from pipeline.write.receipts import write_receipt

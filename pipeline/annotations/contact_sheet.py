@@ -25,8 +25,8 @@ from pycocotools import mask as coco
 from pipeline import storage
 from pipeline.errors import RowError
 from pipeline.prepare.images import decode_image
-from pipeline.read.records import read_shard
 from pipeline.read.shard import Shard
+from pipeline.read.wanted import read_rows
 from pipeline.write.layout import shard_id
 from pipeline.write.parts import open_part
 
@@ -167,17 +167,14 @@ def _thumbnails(
 ) -> Iterator[tuple[int, Image.Image | None]]:
     """Each wanted row with its image at the cell's size, or None; reads no further than needed."""
     missing = set(rows)
-    for record in read_shard(shard) if rows else ():
-        if record["row"] in missing:
-            missing.remove(record["row"])
-            try:
-                image = decode_image(record["image"], max_pixels=max_pixels).image
-            except RowError:
-                yield record["row"], None
-            else:
-                yield record["row"], image.resize(_fit(image.height, image.width)[::-1])
-        if not missing:
-            return
+    for row, sample in read_rows(shard, rows):
+        missing.remove(row)
+        try:
+            image = decode_image(sample.image, max_pixels=max_pixels).image
+        except RowError:
+            yield row, None
+        else:
+            yield row, image.resize(_fit(image.height, image.width)[::-1])
     yield from ((row, None) for row in sorted(missing))
 
 

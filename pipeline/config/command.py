@@ -121,8 +121,9 @@ def _parse(config: type[Config], prog: str, arguments: list[str]) -> Config:
     except SystemExit as end:
         if not end.code:
             raise
-    # The first paragraph of the box, without its frame and without help texts (8 blanks deep).
-    lines = [line[2:-1].rstrip() for line in said.getvalue().splitlines()[1:]]
+    # The first paragraph of the box, without its frame and without help texts (8 blanks deep). A
+    # terminal without UTF-8 has no frame: there the last character of a full line is the message's.
+    lines = [line[2:].rstrip(" │╯") for line in said.getvalue().splitlines()[1:]]
     while lines and _is_rule(lines[0]):  # of a terminal without UTF-8, below the title
         del lines[0]
     first = itertools.takewhile(lambda line: line and not _is_rule(line), lines)

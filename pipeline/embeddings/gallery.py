@@ -11,31 +11,18 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import Any
 
 from PIL import Image
 
 from pipeline import storage
 from pipeline.embeddings.search import Hit
-from pipeline.errors import (
-    CredentialsError,
-    NotFoundError,
-    PipelineError,
-    RowError,
-    UsageError,
-    one_line,
-)
+from pipeline.errors import CredentialsError, PipelineError, RowError, UsageError, one_line
 from pipeline.prepare.images import decode_image
-from pipeline.read.inputs import list_shards
-from pipeline.read.records import read_shard
-from pipeline.read.shard import Shard
-from pipeline.run.manifest import name_run
-from pipeline.write.layout import RUN, Ledger
-from pipeline.write.receipts import receipts_of
+from pipeline.read.shard import Sample
+from pipeline.read.wanted import read_rows
+from pipeline.run.images import Images, find_images, find_shards, is_unchanged
 
 THUMBNAIL_PX = 320  # the longer side
 MOST_THUMBNAILS = 5000  # of a page: about 100 MB
@@ -83,23 +70,6 @@ li {{ min-width: 0 }}
 """
 
 
-@dataclass(frozen=True, kw_only=True)
-class Images:
-    """Where the images of a table come from."""
-
-    output: str
-    """The folder of the run."""
-    run: str
-    """As record.name_run gives it."""
-    source: str
-    """Its input."""
-    image_column: str | None
-    text_column: str | None
-    """Of a run that embedded texts, too: they belong to the versions of its shards."""
-    member_suffix: str | None
-    max_pixels: int
-
-
 def open_gallery(output: str, thumbnails: int) -> Images:
     """Find the images of the run in the folder `output`, for a page of so many thumbnails.
 
@@ -110,24 +80,10 @@ def open_gallery(output: str, thumbnails: int) -> Images:
             f"--gallery: {thumbnails:,} images are too many for a page, at most {MOST_THUMBNAILS:,}"
             ": lower --top, or give fewer queries"
         )
-    uri = storage.join(output, RUN)
     try:
-        record = json.loads(storage.read_bytes(uri))
-        config = record["config"]
-        options = {**config, **config.get("images", {})}
-        return Images(
-            output=output,
-            run=name_run(record),
-            source=options["input"],
-            image_column=options["image_column"],
-            text_column=options.get("text_column"),
-            member_suffix=options.get("member_suffix"),
-            max_pixels=options["max_pixels"],
-        )
-    except NotFoundError as error:
-        raise UsageError(f"--gallery: {uri} is gone, which says where the images are") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"--gallery: {uri} does not say where the images are") from error
+        return find_images(output)
+    except UsageError as error:
+        raise UsageError(f"--gallery: {error}") from error
 
 
 def write_gallery(
@@ -162,17 +118,11 @@ def read_thumbnails(
     Raises CredentialsError: that is no fault of an image.
     """
     try:
-        listed = list_shards(
-            images.source,
-            image_column=images.image_column,
-            text_column=images.text_column,
-            member_suffix=images.member_suffix,
-        ).shards
+        shards = find_shards(images)
     except CredentialsError:
         raise
     except PipelineError:
         return dict.fromkeys(wanted, "the input is not there any more")
-    shards = {shard.name: replace(shard, text="") for shard in listed}
     rows: dict[str, set[int]] = {}
     for shard, row in wanted:
         rows.setdefault(shard, set()).add(row)
@@ -181,44 +131,23 @@ def read_thumbnails(
         found: dict[int, bytes | str] = dict.fromkeys(rows[name], "not in its shard any more")
         if name not in shards:
             found = dict.fromkeys(rows[name], "the shard is not there any more")
-        elif not _is_unchanged(images, shards[name]):
+        elif not is_unchanged(images, shards[name]):
             found = dict.fromkeys(rows[name], "the shard has changed since")
         else:
-            for row, record in _read_records(shards[name], rows[name]):
-                found[row] = _thumbnail(record, images.max_pixels)
+            for row, sample in read_rows(shards[name], rows[name]):
+                found[row] = _thumbnail(sample, images.max_pixels)
         return {(name, row): thumbnail for row, thumbnail in found.items()}
 
     with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
         return {k: v for found in pool.map(read, sorted(rows)) for k, v in found.items()}
 
 
-def _is_unchanged(images: Images, shard: Shard) -> bool:
-    """Whether the shard is what the run read: then its receipt has this name."""
-    return bool(receipts_of(Ledger(output=images.output, run=images.run), shard))
-
-
-def _read_records(shard: Shard, rows: set[int]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The wanted rows that the shard has, each with its record; reads no further than needed."""
-    order = sorted(rows)
-    if shard.format == "images":  # loose files: the others need not be read at all
-        order = [row for row in order if row < len(shard.files)]
-        shard = replace(shard, files=tuple(shard.files[row] for row in order))
-        # The end record, which comes last, is left over.
-        yield from zip(order, read_shard(shard), strict=False)
-        return
-    for record in read_shard(shard):
-        if record["row"] in rows:
-            yield record["row"], record
-        if record["row"] == order[-1]:
-            return
-
-
-def _thumbnail(record: dict[str, Any], max_pixels: int) -> bytes | str:
+def _thumbnail(sample: Sample, max_pixels: int) -> bytes | str:
     """A JPEG, or why there is none."""
-    if record["reason"]:
+    if sample.reason:
         return "the image cannot be read any more"
     try:
-        image = decode_image(record["image"], max_pixels=max_pixels).image
+        image = decode_image(sample.image, max_pixels=max_pixels).image
     except RowError:
         return "the image cannot be decoded"
     image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.LANCZOS)
