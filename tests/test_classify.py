@@ -38,6 +38,7 @@ from pipeline.model.weights import hash_weights
 from pipeline.prepare.processor import ImageProcessor
 from pipeline.read.shard import Shard, shard_to_row
 from pipeline.run.finished import list_finished
+from pipeline.run.manifest import name_run
 
 LABELS = ["cat", "red star", "{}", "猫", "a dog's 12"]
 TEMPLATES = ["a photo of a {}.", "the {}", "{} !! circle"]
@@ -101,7 +102,7 @@ def labels(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(source: Path, output: Path, *options: object) -> int:
-    return classify.main([str(source), str(output), "--quiet", *map(str, options)])
+    return classify.main([str(source), str(output), "--quiet", "--local", *map(str, options)])
 
 
 def templates(*some: str) -> list[str]:
@@ -167,7 +168,6 @@ def assert_ranked(frame: Any, logits: np.ndarray, names: list[str], top: int) ->
 # ------------------------------------------------------------------------------ the job
 
 
-@pytest.mark.usefixtures("local_ray")
 def test_images_and_their_embeddings_give_what_the_reference_does(
     tmp_path: Path, shards: Path, clip: Path, labels: Path
 ) -> None:
@@ -183,7 +183,7 @@ def test_images_and_their_embeddings_give_what_the_reference_does(
 
     # Un-normalised vectors, and read by the folder of the parts.
     table = tmp_path / "vectors"
-    raw = ["--model", str(clip), "--no-normalize", "--quiet"]
+    raw = ["--model", str(clip), "--no-normalize", "--quiet", "--local"]
     assert embed.main([str(shards), str(table), *raw]) == 0
     assert run(table / "embeddings", tmp_path / "out", *asked) == 0
     again = read(tmp_path / "out")
@@ -201,7 +201,6 @@ def test_images_and_their_embeddings_give_what_the_reference_does(
             assert metadata[b"clipseg_ray.weights_hash"].decode() == hash_weights(clip)
 
 
-@pytest.mark.usefixtures("local_ray")
 def test_a_clipseg_checkpoint_and_the_template_of_its_own(
     tmp_path: Path, shards: Path, clipseg: Path, labels: Path
 ) -> None:
@@ -209,7 +208,6 @@ def test_a_clipseg_checkpoint_and_the_template_of_its_own(
     assert_ranked(read(tmp_path), reference(clipseg, ["a photo of a {}."]), LABELS, len(LABELS))
 
 
-@pytest.mark.usefixtures("local_ray")
 def test_a_head_has_labels_of_its_own(tmp_path: Path, shards: Path, head: Path) -> None:
     assert run(shards, tmp_path, "--model", head) == 0
     oracle = transformers.CLIPForImageClassification.from_pretrained(head).eval()
@@ -218,7 +216,6 @@ def test_a_head_has_labels_of_its_own(tmp_path: Path, shards: Path, head: Path) 
     assert_ranked(read(tmp_path), logits, [f"class {i}" for i in range(7)], 5)
 
 
-@pytest.mark.usefixtures("local_ray")
 def test_a_table_that_grows_is_completed_later(
     tmp_path: Path, clip: Path, labels: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -234,7 +231,7 @@ def test_a_table_that_grows_is_completed_later(
     assert said.count("\n") == 1
     first = read(output)
     write_part(str(table), embedding_part(vectors[5:], "a/1.tar"), **facts)
-    (table / "_SUCCESS").touch()
+    (table / "_SUCCESS").write_text(name_run({}))
     assert run(table, output, "--labels", labels, "--top", 2) == 0
     assert capsys.readouterr().err == ""
     both = read(output)

@@ -24,8 +24,6 @@ from jobs import embed, segment
 from pipeline import schema
 from pipeline.infer.embed import EmbedImages, open_embedder
 
-pytestmark = pytest.mark.usefixtures("local_ray")
-
 DIMENSION = checkpoints.PROJECTION
 CLIP_ALWAYS = ["clip", pytest.param("clipseg", marks=pytest.mark.soak)]
 
@@ -54,7 +52,12 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(shards: Path, output: Path, model: Path, *options: str) -> None:
-    assert embed.main([str(shards), str(output), "--model", str(model), "--quiet", *options]) == 0
+    assert (
+        embed.main(
+            [str(shards), str(output), "--model", str(model), "--quiet", "--local", *options]
+        )
+        == 0
+    )
 
 
 def read(output: Path) -> Any:
@@ -125,7 +128,16 @@ def test_one_pass_gives_masks_and_embeddings(
     checkpoints.save(checkpoints.small_clipseg(), folder)
     checkpoints.write_vocabulary(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(PIXELS))
-    common = ["--model", str(folder), "--prompt", "a cat", "--prompt", "a dog", "--quiet"]
+    common = [
+        "--model",
+        str(folder),
+        "--prompt",
+        "a cat",
+        "--prompt",
+        "a dog",
+        "--quiet",
+        "--local",
+    ]
     assert segment.main([str(shards), str(tmp_path / "both"), *common, "--embed"]) == 0
     assert segment.main([str(shards), str(tmp_path / "masks"), *common]) == 0
     run(shards, tmp_path / "vectors", folder)
@@ -308,7 +320,7 @@ def test_a_text_column_that_is_not_there(tmp_path: Path, model: Path, capsys) ->
 
 @pytest.fixture(scope="session")
 def table(
-    tmp_path_factory: pytest.TempPathFactory, shards: Path, local_ray: None
+    tmp_path_factory: pytest.TempPathFactory, shards: Path
 ) -> tuple[Path, np.ndarray, list[str]]:
     """A finished output, its vectors and its keys in the order of the rows."""
     output, folder = tmp_path_factory.mktemp("table"), tmp_path_factory.mktemp("model")

@@ -143,7 +143,6 @@ def test_a_config_comes_back_from_its_record() -> None:
         config_from_record(SegmentConfig, {"prompt": ["x"]})
 
 
-@pytest.mark.usefixtures("local_ray")
 def test_failed_shards_are_made_anew_and_others_are_not(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -154,7 +153,16 @@ def test_failed_shards_are_made_anew_and_others_are_not(
     Image.new("RGB", (40, 30), (0, 0, 255)).save(picture, "PNG")
     for name in ("a.tar", "b.tar"):
         (source / name).write_bytes(make_tar([("0.png", picture.getvalue())]))
-    arguments = [str(source), str(output), "--model", str(MODEL), "--prompt", "blue", "--quiet"]
+    arguments = [
+        str(source),
+        str(output),
+        "--model",
+        str(MODEL),
+        "--prompt",
+        "blue",
+        "--quiet",
+        "--local",
+    ]
     assert segment.main(arguments) == 0
     wanted = {path.name: path.read_bytes() for path in output.glob("masks/a-*.parquet")}
     others = {path: path.stat().st_mtime_ns for path in output.glob("*/b-*.parquet")}
@@ -162,7 +170,7 @@ def test_failed_shards_are_made_anew_and_others_are_not(
     (tmp_path / "prompts.txt").unlink(missing_ok=True)
     assert status.main([str(output)]) == 0
     assert f"1 may work another time: clipseg-ray retry-failed {output}" in capsys.readouterr().out
-    assert retry_failed.main([str(output), "--quiet"]) == 0
+    assert retry_failed.main([str(output), "--quiet", "--local"]) == 0
     assert "1 shards have such rows" in capsys.readouterr().out
     assert {p.name: p.read_bytes() for p in output.glob("masks/a-*.parquet")} == wanted
     assert {path: path.stat().st_mtime_ns for path in output.glob("*/b-*.parquet")} == others

@@ -132,7 +132,9 @@ def _masked_columns(
         wide = cols[i : i + length].lerp(tall)
         inside = np.greater(wide, level, out=window[i : i + length])
         probabilities = torch.from_numpy(wide[inside]).sigmoid_()
-        area, total = area + len(probabilities), total + float(probabilities.sum())
+        # numpy's sum: torch's last bits depend on the number of its threads.
+        total += float(probabilities.numpy().sum(dtype=np.float64))
+        area += len(probabilities)
     return mask, cols.start, total / area if area else None
 
 
