@@ -13,15 +13,13 @@ from hypothesis import strategies as st
 from jobs.ontology import main
 from pipeline.config.ontology import (
     OVERLAPS,
-    VISUAL_MODES,
-    Example,
     Ontology,
     OntologyClass,
-    Prompt,
     parse_ontology,
     read_ontology,
 )
 from pipeline.config.ontology_from import convert_to_ontology, to_yaml
+from pipeline.config.prompt import VISUAL_MODES, Example, Prompt, parse_image_prompts
 from pipeline.config.yaml_file import parse_yaml
 from pipeline.errors import UsageError
 
@@ -257,3 +255,26 @@ def test_other_files_are_refused(name: str, text: str, says: str, tmp_path: Path
         convert_to_ontology(str(tmp_path / name))
     with pytest.raises(UsageError, match="cannot be read"):
         convert_to_ontology(str(tmp_path / "none.txt"))
+
+
+@pytest.mark.parametrize(
+    ("value", "file", "mask"),
+    [
+        ("red star=a.jpg", "a.jpg", ""),
+        ("x=a.png", "a.png", ""),
+        ("x=a.jpg:m.PNG", "a.jpg", "m.PNG"),
+        ("x=s3://b/a.png", "s3://b/a.png", ""),
+        ("x=s3://b/a.png:s3://b/m.png", "s3://b/a.png", "s3://b/m.png"),
+        ("x=a=b.jpg:s3://b/m.png", "a=b.jpg", "s3://b/m.png"),
+    ],
+)
+def test_image_prompts_of_the_command_line(value: str, file: str, mask: str) -> None:
+    (found,) = parse_image_prompts([value, value])
+    assert found.name == value.partition("=")[0]
+    assert found.examples == (Example(file=file, mask=mask),) * 2
+
+
+@pytest.mark.parametrize("value", ["a.jpg", "=a.jpg", " =a.jpg", "x="])
+def test_image_prompts_without_name_or_image_are_refused(value: str) -> None:
+    with pytest.raises(UsageError, match="must be NAME=IMAGE"):
+        parse_image_prompts([value])

@@ -18,46 +18,14 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Literal
 
 from pipeline import storage
+from pipeline.config.prompt import VISUAL_MODES, Example, Prompt
 from pipeline.config.yaml_file import Field, open_yaml
 from pipeline.errors import UsageError
 
 Overlap = Literal["argmax", "priority", "multilabel"]
 OVERLAPS = ("argmax", "priority", "multilabel")
-VISUAL_MODES = ("crop_blur_highlight", "crop", "blur_highlight", "blur", "highlight", "image")
 _LIMIT_CLASSES = 10_000
 _LIMIT_PROMPTS = 100  # of one class
-
-
-@dataclass(frozen=True, kw_only=True)
-class Example:
-    """An image that shows a class, or its embedding from a file."""
-
-    file: str = ""
-    """Image with the example; a path beside the ontology, or an s3:// URI."""
-    mask: str = ""
-    """PNG of the image's size, not 0 on the example; by default the box, or the whole image."""
-    box: tuple[float, float, float, float] | None = None
-    """x, y, width, height in pixels of the upright image."""
-    mode: str = "crop_blur_highlight"
-    """One of VISUAL_MODES."""
-    embedding: str = ""
-    """.npy or .safetensors file with embeddings, (E,) or (N, E), instead of `file`."""
-    weight: float = 1.0
-    """Its share in the mean, where the class's text counts 1."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prompt:
-    """One probability map of a run: a phrase, or a mean of texts and examples."""
-
-    name: str
-    texts: tuple[str, ...] = ()
-    examples: tuple[Example, ...] = ()
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the prompt is its name."""
-        return not self.examples and self.texts == (self.name,)
 
 
 @dataclass(frozen=True, kw_only=True)

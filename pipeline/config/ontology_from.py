@@ -14,8 +14,9 @@ from typing import Annotated, Any
 import tyro
 
 from pipeline import storage
-from pipeline.config.ontology import Example, Ontology, OntologyClass, is_default, parse_ontology
+from pipeline.config.ontology import Ontology, OntologyClass, is_default, parse_ontology
 from pipeline.config.options import check_file
+from pipeline.config.prompt import Example
 from pipeline.config.yaml_file import LIMIT_BYTES, Field, open_yaml, parse_yaml
 from pipeline.errors import StorageError, UsageError
 
