@@ -132,7 +132,7 @@ def open_example(example: Example, max_pixels: int) -> tuple[Image.Image, np.nda
     fit the image, and one without a pixel.
     """
     image = _decode(example.file, max_pixels)
-    inside = np.ones((image.height, image.width), np.bool_)
+    inside: np.ndarray = np.ones((image.height, image.width), np.bool_)
     if example.mask:
         mask = _decode(example.mask, max_pixels)
         if mask.size != image.size:
