@@ -93,8 +93,7 @@ def presence_of(each: Asked, maps: Mapping[int, np.ndarray]) -> float:
 
 def _find(each: Asked, maps: Mapping[int, np.ndarray], size: tuple[int, int]) -> _Found | None:
     """Where the class is, or None where it is nowhere."""
-    presence = presence_of(each, maps)
-    if presence < each.of.presence or presence == 0:
+    if presence_of(each, maps) < each.of.presence:
         return None
     level = _logit(each.of.threshold)
     grids = [_to_logits(maps[i]) for i in each.prompt_ids]
@@ -165,16 +164,17 @@ def _annotations(
         inside = fill_holes(inside, each.of.fill_holes, free)
     labels = label_parts(inside) if instances else inside.astype(np.int32)
     areas = np.bincount(labels.ravel())
-    kept = [k for k in range(1, len(areas)) if areas[k] >= each.of.min_area]
-    if not kept:
-        return
+    large = areas >= each.of.min_area
+    large[0] = False
     flat = labels.ravel()
     probability = 1 / (1 + np.exp(-one.logits.ravel()))
     scores = np.bincount(flat, probability) / np.maximum(areas, 1)
     prompts = len(each.prompt_ids)
     wins = np.bincount(flat * prompts + one.winner.ravel(), minlength=len(areas) * prompts)
     winners = wins.reshape(len(areas), prompts).argmax(1)
-    rles = split_runs(labels, size, (one.window[0].start, one.window[1].start))
+    rles = split_runs(
+        np.where(large[labels], labels, 0), size, (one.window[0].start, one.window[1].start)
+    )
     facts = {
         "class_id": class_id,
         "class": each.of.name,
@@ -183,7 +183,7 @@ def _annotations(
         "width": size[1],
         "threshold": each.of.threshold,
     }
-    for k in kept:
+    for k in np.flatnonzero(large).tolist():
         yield facts | {
             "prompt_id": each.prompt_ids[winners[k]],
             "score": float(scores[k]),

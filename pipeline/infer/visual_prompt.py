@@ -140,7 +140,7 @@ def open_example(example: Example, max_pixels: int) -> tuple[Image.Image, np.nda
                 f"{example.mask}: {mask.height} x {mask.width} pixels, but the upright image "
                 f"{example.file} has {image.height} x {image.width}"
             )
-        inside = np.asarray(mask).any(2)
+        inside = np.asarray(mask).max(axis=2) > 0
         if not inside.any():
             raise UsageError(f"{example.mask}: the mask is black everywhere; mark the example")
     elif example.box:
