@@ -36,9 +36,8 @@ def bundled_images(count: int) -> list[Image.Image]:
     """The first images of the bundled shards."""
     found: list[Image.Image] = []
     for shard in plan_shards(str(SHARDS)):
-        for batch in read_shard(shard):
-            data = [d for d in batch["image"].to_pylist() if d]
-            found += [decode_image(d, max_pixels=10**7).image for d in data]
+        data = [record["image"] for record in read_shard(shard) if record["image"]]
+        found += [decode_image(each, max_pixels=10**7).image for each in data]
     return found[:count]
 
 

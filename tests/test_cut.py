@@ -75,7 +75,7 @@ def plain_recipe(
 
 
 def holes_filled(mask: np.ndarray, largest: int) -> np.ndarray:
-    """The mask and its holes of at most so many pixels; a frame of background, as edges cut holes."""
+    """The mask and its holes of at most so many pixels; an edge opens a hole."""
     outside = skimage_label(np.pad(~mask, 1, constant_values=True), connectivity=1)
     closed = ~(outside == outside[0, 0])[1:-1, 1:-1]  # the mask and all its holes
     return remove_small_holes(mask | ~closed, max_size=largest, connectivity=1) & closed

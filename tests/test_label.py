@@ -1,0 +1,205 @@
+"""Annotations from the kept maps of a run: rows, what is refused, and the whole job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from pipeline import schema
+from pipeline.annotations.kept_maps import KeptMaps, plan_kept_maps, read_kept_maps
+from pipeline.annotations.label import CutAnnotations, describe_classes, refuse_missing_prompts
+from pipeline.config.label import LabelConfig
+from pipeline.config.ontology import Ontology, OntologyClass
+from pipeline.config.ontology_from import to_yaml
+from pipeline.config.prompt import Example, recipes
+from pipeline.errors import UsageError
+from pipeline.read.shard import Shard
+
+EMPTY = {
+    f.name: "" if pa.types.is_string(f.type) else b"" if pa.types.is_large_binary(f.type) else 0
+    for f in schema.KEPT_MAPS
+}
+
+
+def record(row: int, maps: np.ndarray | None, reason: str = "") -> dict[str, Any]:
+    height, width = (0, 0) if maps is None else maps.shape[1:]
+    return EMPTY | {
+        "shard": "s",
+        "row": row,
+        "key": f"k{row}",
+        "height": 20,
+        "width": 30,
+        "reason": reason,
+        "retryable": False,
+        "map_height": height,
+        "map_width": width,
+        "maps": b"" if maps is None else maps.tobytes(),
+    }
+
+
+def test_every_image_is_a_row_of_images_whatever_is_in_it() -> None:
+    ontology = Ontology(classes=(OntologyClass(name="x", phrases=("b",), negatives=("a",)),))
+    cut = CutAnnotations(ontology, {"c": 0, "a": 1, "b": 2})
+    assert cut.wanted == [1, 2]
+    maps = np.zeros((2, 4, 4), np.uint8)
+    maps[1, 1:3, 1:3] = 255  # of "b"
+    batch = [record(0, maps), record(1, np.zeros_like(maps)), record(2, None, "no_image")]
+    tables = cut(pa.Table.from_pylist([*batch, record(-1, None)], schema=schema.KEPT_MAPS))
+    assert tables["images"]["row"].to_pylist() == [0, 1]
+    assert tables["images"].schema == schema.IMAGES
+    (row,) = tables["annotations"].to_pylist()
+    assert tables["annotations"].schema == schema.ANNOTATIONS
+    ids = ("row", "key", "instance", "class_id", "class", "prompt_id", "presence")
+    assert [row[name] for name in ids] == [0, "k0", 0, 0, "x", 2, 1.0]
+    assert row["rle"]["size"] == [20, 30]
+
+
+def refusal(each: OntologyClass, names: list[str], made: dict[str, Any]) -> str:
+    with pytest.raises(UsageError) as caught:
+        refuse_missing_prompts(Ontology(classes=(each,), file="o.yaml"), "RUN", names, made)
+    return str(caught.value)
+
+
+def test_fields_that_need_the_model_are_refused_by_name(tmp_path: Path) -> None:
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    shown = (Example(file=f"{tmp_path}/a.png"),)
+    of = {"name": "star", "phrases": ("star", "sun"), "line": 7}
+    there = ["star", "sun"]
+    refuse_missing_prompts(Ontology(classes=(OntologyClass(**of),)), "RUN", there, {})
+    for changed, field in [
+        ({"phrases": ("star", "moon")}, "phrases"),
+        ({"templates": ("{}", "a {}")}, "templates"),
+        ({"negatives": ("moon",)}, "negatives"),
+        ({"combine": "mean"}, "combine: mean"),
+        ({"image_prompts": shown}, "image_prompts"),
+    ]:
+        each = OntologyClass(**(of | changed))
+        says = refusal(each, there, {})
+        assert f"o.yaml:7: class 'star': {field} needs the model, and RUN has no map of" in says
+        names = [prompt.name for prompt in each.prompts] + list(each.negatives)
+        made = recipes(each.prompts)
+        refuse_missing_prompts(Ontology(classes=(each,)), "RUN", names, made)
+    # A map of that name, of other phrases.
+    mean = OntologyClass(**of, combine="mean")
+    other = recipes(OntologyClass(**(of | {"phrases": ("a", "b")}), combine="mean").prompts)
+    assert "is of other phrases or examples" in refusal(mean, ["star (mean)"], other)
+    assert "is of other phrases or examples" in refusal(mean, ["star (mean)"], {})
+    # Another image under the same name is another prompt.
+    each = OntologyClass(**of, image_prompts=shown)
+    names, made = [prompt.name for prompt in each.prompts], recipes(each.prompts)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    assert "image_prompts needs the model" in refusal(each, names, made)
+
+
+def test_a_class_that_nothing_passes_is_told() -> None:
+    classes = (OntologyClass(name="a"), OntologyClass(name="b", threshold=0.9, min_area=50))
+    lines = describe_classes({0: 1234}, Ontology(classes=classes))
+    assert lines == [
+        "  a: 1,234 annotations",
+        "  b: 0 annotations (warning: nothing passes threshold 0.9, min_area 50)",
+    ]
+
+
+def test_the_fingerprint_says_what_decides_the_annotations(tmp_path: Path) -> None:
+    file = tmp_path / "o.yaml"
+
+    def fingerprint(**changes: Any) -> dict[str, Any]:
+        each = OntologyClass(**({"name": "a", "phrases": ("a",), "color": "#00ff00"} | changes))
+        file.write_text(to_yaml(Ontology(classes=(each, OntologyClass(name="b")))))
+        return LabelConfig(input="run", output="out", ontology=str(file)).fingerprint()["ontology"]
+
+    first = fingerprint()
+    assert [(c["name"], c["color"]) for c in first["classes"]] == [("a", "#00ff00"), ("b", None)]
+    assert first != fingerprint(threshold=0.4) != fingerprint(min_area=2)
+    file.write_text("# a comment\n\n" + file.read_text())
+    again = LabelConfig(input="run", output="out", ontology=str(file)).fingerprint()["ontology"]
+    assert again == fingerprint(min_area=2)
+
+
+def write_run(folder: Path, *, images: int = 5) -> tuple[Shard, np.ndarray]:
+    """The parts of one shard: `images` with two prompts each, one added; row 1 failed."""
+    rng = np.random.default_rng(0)
+    maps = rng.integers(0, 255, (images, 3, 4, 6), dtype=np.uint8)
+    ids = [{"shard": "a.tar", "row": row, "key": f"k{row}"} for row in range(images) if row != 1]
+    decoded = {"height": 40, "width": 60, "format": "PNG", "mode": "RGB", "orientation": 1}
+    rows = [each | decoded | {"member": "m", "size_bytes": 9} for each in ids]
+    why = {"stage": "decode", "reason": "image_empty", "detail": "d", "retryable": False}
+    tables = {
+        "images/a": (rows, schema.IMAGES),
+        "errors/a": ([why | {"shard": "a.tar", "row": 1, "key": "k1"}], schema.ERRORS),
+    }
+    for name, prompts in (("a", (0, 1)), ("a.from-2", (2,))):
+        found = [
+            each
+            | {"prompt_id": i, "prompt": "p", "size": [4, 6], "map": maps[each["row"], i].tobytes()}
+            for each in ids
+            for i in prompts
+        ]
+        tables[f"probabilities/{name}"] = (found, schema.PROBABILITIES)
+    for name, (some, columns) in tables.items():
+        file = folder / f"{name}.parquet"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(some, schema=columns), file)
+    kept = KeptMaps(
+        output=str(folder), prompts=["x", "y", "z"], recipes={}, fingerprint={}, unfinished=False
+    )
+    (shard,) = plan_kept_maps(kept)
+    assert shard.name == "a.tar"
+    return shard, maps
+
+
+def read(shard: Shard, wanted: list[int], **options: int) -> list[dict[str, Any]]:
+    tables = list(read_kept_maps(shard, wanted, **options))
+    assert all(table.schema == schema.KEPT_MAPS for table in tables)
+    rows = [row for table in tables for row in table.to_pylist()]
+    assert rows[-1]["row"] == -1
+    assert sorted(row["row"] for row in rows[:-1]) == list(range(rows[-1]["total"]))
+    return rows
+
+
+@pytest.mark.parametrize("batch_bytes", [1, 60, 2**20])
+@pytest.mark.parametrize("wanted", [[0], [0, 1], [1, 2], [2]])
+def test_maps_of_all_passes_come_image_by_image(
+    wanted: list[int], batch_bytes: int, tmp_path: Path
+) -> None:
+    shard, maps = write_run(tmp_path)
+    rows = {row["row"]: row for row in read(shard, wanted, batch_bytes=batch_bytes)}
+    for i in (0, 2, 3, 4):
+        assert rows[i]["maps"] == maps[i, wanted].tobytes()
+        known = ("key", "height", "map_height", "map_width", "reason")
+        assert [rows[i][name] for name in known] == [f"k{i}", 40, 4, 6, ""]
+    assert [rows[1][name] for name in ("key", "reason", "maps")] == ["k1", "image_empty", b""]
+    assert (rows[-1]["total"], rows[-1]["reason"]) == (5, "")
+
+
+def test_an_image_without_a_map_is_an_error(tmp_path: Path) -> None:
+    shard, _ = write_run(tmp_path)
+    file = tmp_path / "probabilities" / "a.from-2.parquet"
+    table = pq.read_table(file)
+    bad = table.to_pylist()
+    bad[1]["size"] = [4, 7]  # row 2: a size that its bytes do not have
+    pq.write_table(pa.Table.from_pylist(bad[:3], schema=schema.PROBABILITIES), file)
+    rows = {row["row"]: row["reason"] for row in read(shard, [0, 2])}
+    assert rows == {0: "", 1: "image_empty", 2: "no_map", 3: "", 4: "no_map", -1: ""}
+    # What is wrong with prompts that are not asked for is nothing to the labels.
+    assert {row["reason"] for row in read(shard, [0, 1])} == {"", "image_empty"}
+
+
+@pytest.mark.parametrize("table", ["images", "probabilities", "errors"])
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_damage_is_a_reason_of_the_shard(table: str, damage: str, tmp_path: Path) -> None:
+    shard, _ = write_run(tmp_path)
+    file = tmp_path / table / "a.parquet"
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-20])
+    else:
+        file.unlink()
+    rows = read(shard, [0, 1])
+    assert rows[-1]["reason"] == ("shard_corrupt" if damage == "cut" else "shard_missing")
+    assert all(row["reason"] for row in rows)
