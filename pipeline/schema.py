@@ -214,5 +214,6 @@ class Table(NamedTuple):
 
     schema: pa.Schema
     rows_per_image: int
+    """0: any number."""
     per_prompt: bool = False
     """Whether an image has a row for each prompt."""

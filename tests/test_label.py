@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -203,3 +205,8 @@ def test_damage_is_a_reason_of_the_shard(table: str, damage: str, tmp_path: Path
     rows = read(shard, [0, 1])
     assert rows[-1]["reason"] == ("shard_corrupt" if damage == "cut" else "shard_missing")
     assert all(row["reason"] for row in rows)
+
+
+def test_the_job_needs_no_torch() -> None:
+    code = "import sys, jobs.label; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

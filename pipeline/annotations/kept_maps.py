@@ -56,6 +56,11 @@ class KeptMaps:
         """By the prompt's name."""
         return {name: i for i, name in enumerate(self.prompts)}
 
+    def facts(self) -> dict[str, Any]:
+        """What of the run decides the labels, beside its parts."""
+        names = ("weights_hash", "keep_probabilities")
+        return {"maps": {name: self.fingerprint.get(name) for name in names}}
+
 
 def open_kept_maps(source: str) -> KeptMaps:
     """The run in a folder. Raises UsageError where there is none, or it kept no maps."""

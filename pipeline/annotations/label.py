@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import schema
+from pipeline import schema, storage
 from pipeline.annotations.cut import ask, cut_image
 from pipeline.config.ontology import Ontology, OntologyClass
 from pipeline.config.prompt import Prompt
 from pipeline.errors import UsageError
+from pipeline.storage import Stored
+from pipeline.write.parts import open_part
+
+_AT_ONCE = 32  # parts that are read
 
 
 class CutAnnotations:
@@ -87,6 +93,23 @@ def _field(each: OntologyClass, prompt: Prompt) -> str:
     if not prompt.is_plain:
         return "combine: mean"
     return "phrases" if prompt.name in each.phrases else "templates"
+
+
+def count_annotations(output: str) -> Counter[int]:
+    """The number of annotations of each class_id, over all parts."""
+    counts: Counter[int] = Counter()
+    files = storage.list_files(storage.join(output, "annotations"), recursive=False)
+    parts = [file for file in files if file.uri.endswith(".parquet")]
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        for found in pool.map(_count_part, parts):
+            counts.update(found)
+    return counts
+
+
+def _count_part(file: Stored) -> dict[int, int]:
+    with open_part(file.uri) as parquet:
+        ids = parquet.read(columns=["class_id"], use_threads=False)["class_id"]
+    return {row["values"]: row["counts"] for row in pc.value_counts(ids).to_pylist()}
 
 
 def describe_classes(counts: Mapping[int, int], ontology: Ontology) -> list[str]:

@@ -17,8 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.demo import MODEL
-from pipeline.demo.evaluate import KINDS, PHRASES, SEED, kind_of, load_model, plain_phrase
+from pipeline.demo.evaluate import KINDS, PHRASES, SEED, kind_of, load_model
 from pipeline.demo.scenes import Pair, draw_scene
+from pipeline.demo.scenes import phrase as plain_phrase
 from pipeline.infer.visual_prompt import prepare_example
 from pipeline.model.clipseg import CLIPSeg
 from pipeline.model.tokenizer import Tokenizer
