@@ -9,13 +9,10 @@ where RUN is the OUTPUT of `clipseg-ray segment` with --ontology, or with --keep
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Sequence
 
-import ray.data
-
-from pipeline.annotations.kept_maps import KeptMaps, ReadKeptMaps, open_kept_maps, plan_kept_maps
+from pipeline.annotations.kept_maps import KeptMaps, ReadKeptMaps, open_kept_maps
 from pipeline.annotations.label import (
     CutAnnotations,
     count_annotations,
@@ -24,42 +21,37 @@ from pipeline.annotations.label import (
 )
 from pipeline.config.command import run_command
 from pipeline.config.label import LabelConfig
-from pipeline.run.follow import finish
-from pipeline.run.guard import bounded
-from pipeline.run.lifecycle import Run, open_run, summary
-from pipeline.run.resources import Shares, share_cluster
-from pipeline.run.session import ray_session
-from pipeline.run.source import dataset_of
+from pipeline.run.engine import OpenEngine
+from pipeline.run.finished import list_finished
+from pipeline.run.follow import follow_run
+from pipeline.run.lifecycle import open_run, summary
+from pipeline.run.progress import tell
+from pipeline.run.session import open_ray
 from pipeline.storage import set_storage_timeout
 from pipeline.write.fragments import WriteFragments
-from pipeline.write.rows import make_fragments
 
 
-def label(config: LabelConfig) -> None:
+def label(config: LabelConfig, open_engine: OpenEngine = open_ray) -> None:
     """Read the kept maps of each shard -> cut annotations -> Parquet tables."""
     set_storage_timeout(config.run.storage_timeout)
     ontology = config.read_ontology()
     kept = open_kept_maps(config.input)
     refuse_missing_prompts(ontology, kept.output, kept.prompts, kept.recipes)
     tell_unfinished(kept)
-    run = open_run(config, plan_kept_maps(kept), model=kept.facts(), tables=config.tables())
+    shards = list_finished(kept.output, "probabilities")
+    run = open_run(config, shards, model=kept.facts(), tables=config.tables())
+    tell(run.notes)
     cut = CutAnnotations(ontology, kept.prompt_ids)
-    with ray_session():
-        streams = [stream(cut, run, share_cluster(config.workers))]
-        counts = finish(run, streams, quiet=config.workers.quiet)
+    write = WriteFragments(run.first.ledger, cut)
+    with open_engine(config.workers) as engine:
+        stream = (
+            engine.dataset(run.first.todo)
+            .map_batches(engine.guard(ReadKeptMaps(cut.wanted)), **engine.read)
+            .map_batches(engine.guard(write), **engine.task)
+        )
+        counts = follow_run(run, [stream], engine, quiet=config.workers.quiet)
     print(summary(run, counts))
     print("\n".join(describe_classes(count_annotations(run.output), ontology)))
-
-
-def stream(cut: CutAnnotations, run: Run, shares: Shares) -> ray.data.Dataset:
-    """The chain over the shards that are left to do."""
-    rows = functools.partial(make_fragments, tables_of=cut)
-    return (
-        dataset_of(run.todo)
-        .map_batches(bounded(ReadKeptMaps(cut.wanted)), **shares.read)
-        .map_batches(bounded(rows), **shares.task)
-        .map_batches(bounded(WriteFragments(run.output)), **shares.task)
-    )
 
 
 def tell_unfinished(kept: KeptMaps) -> None:

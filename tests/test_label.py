@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from pipeline import schema
-from pipeline.annotations.kept_maps import KeptMaps, plan_kept_maps, read_kept_maps
+from pipeline.annotations.kept_maps import read_kept_maps
 from pipeline.annotations.label import CutAnnotations, describe_classes, refuse_missing_prompts
 from pipeline.config.label import LabelConfig
 from pipeline.config.ontology import Ontology, OntologyClass
@@ -22,6 +22,7 @@ from pipeline.config.ontology_from import to_yaml
 from pipeline.config.prompt import Example, recipes
 from pipeline.errors import UsageError
 from pipeline.read.shard import Shard
+from pipeline.run.finished import list_finished
 
 EMPTY = {
     f.name: "" if pa.types.is_string(f.type) else b"" if pa.types.is_large_binary(f.type) else 0
@@ -148,10 +149,7 @@ def write_run(folder: Path, *, images: int = 5) -> tuple[Shard, np.ndarray]:
         file = folder / f"{name}.parquet"
         file.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.Table.from_pylist(some, schema=columns), file)
-    kept = KeptMaps(
-        output=str(folder), prompts=["x", "y", "z"], recipes={}, fingerprint={}, unfinished=False
-    )
-    (shard,) = plan_kept_maps(kept)
+    (shard,) = list_finished(str(folder), "probabilities")
     assert shard.name == "a.tar"
     return shard, maps
 

@@ -1,42 +1,31 @@
 """The probability maps that a run of `segment` kept, as an input: shards, and records of images.
 
-A shard is one that the run was made of: its parts of `images`, of `probabilities` and of `errors`,
-those of prompts that were added later among them. Together they account for every row, so labels
-have the rows, and the errors, that the images have.
+A shard is one that the run was made of (see run.finished): its parts of `images`, of
+`probabilities`, those of prompts that were added later among them, and of `errors`. So labels have
+the rows, and the errors, that the images have.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
 from pipeline import storage
-from pipeline.errors import CredentialsError, JobError, RowError, StorageError, UsageError
-from pipeline.read.records import shard_failure
-from pipeline.read.shard import Shard, printable, shard_from_row
+from pipeline.errors import UsageError
+from pipeline.read.shard import Shard, shard_from_row
+from pipeline.run.finished import empty_record, read_finished
 from pipeline.run.lifecycle import is_unfinished
 from pipeline.run.manifest import read_run
 from pipeline.schema import IMAGES, KEPT_MAPS
-from pipeline.storage import Stored
 from pipeline.write.parts import open_part, read_part
 from pipeline.write.passes import read_added
 
 BATCH_BYTES = 2**26  # of maps in a batch
-TABLES = ("images", "probabilities", "errors")
-_AT_ONCE = 32  # parts whose shard is looked up
 _ROWS_AT_ONCE = 64  # of a part: 8 MB of maps of 352 x 352
-_WHY = ("stage", "reason", "detail", "retryable")
-NO_MAP = RowError("read", "no_map")
-_EMPTY: dict[str, Any] = {
-    f.name: "" if pa.types.is_string(f.type) else b"" if pa.types.is_large_binary(f.type) else 0
-    for f in KEPT_MAPS
-} | {"total": -1, "retryable": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,49 +77,6 @@ def open_kept_maps(source: str) -> KeptMaps:
     )
 
 
-def plan_kept_maps(kept: KeptMaps) -> list[Shard]:
-    """The shards of a run, sorted by name, each with its parts.
-
-    Reads the first row of a part of each. Raises JobError for a damaged part, UsageError where
-    there are none.
-    """
-    parts: dict[str, list[Stored]] = {}
-    for table in TABLES:
-        for file in storage.list_files(storage.join(kept.output, table), recursive=False):
-            name = file.uri.rpartition("/")[2]
-            if name.endswith(".parquet") and name[0] not in "_.":
-                stem = name.removesuffix(".parquet").partition(".from-")[0]
-                parts.setdefault(stem, []).append(file)
-    if not parts:
-        raise UsageError(f"{kept.output}: no images in it yet")
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        names = pool.map(_read_name, [files[0] for files in parts.values()])
-        shards = [_shard(kept, *pair) for pair in zip(names, parts.values(), strict=True)]
-    return sorted(shards, key=lambda shard: shard.name)
-
-
-def _read_name(file: Stored) -> str:
-    """The shard that a part is of, as its first row says."""
-    with open_part(file.uri, file.version) as parquet:
-        first = next(parquet.iter_batches(1, columns=["shard"]), None)
-        if first is None:
-            raise JobError(f"{file.uri}: a part without rows")
-        return str(first["shard"][0])
-
-
-def _shard(kept: KeptMaps, name: str, files: list[Stored]) -> Shard:
-    seen = "".join(f"{file.uri}\0{file.size_bytes}\0{file.version}\n" for file in files)
-    start = len(kept.output.rstrip("/")) + 1
-    return Shard(
-        name=name,
-        uri=kept.output,
-        format="probabilities",
-        size_bytes=sum(file.size_bytes for file in files),
-        version=hashlib.sha256(seen.encode("utf-8", "surrogateescape")).hexdigest(),
-        files=tuple(file.uri[start:] for file in files),
-    )
-
-
 class ReadKeptMaps:
     """The read stage: rows of shard_to_row -> schema.KEPT_MAPS, with the maps of `wanted` prompts
     in that order."""
@@ -148,59 +94,38 @@ def read_kept_maps(
 ) -> Iterator[pa.Table]:
     """The images of a shard with their maps, then those that failed, then the end record.
 
-    An image without a map of every wanted prompt fails: as the errors say, or as no_map. Damage and
-    failures of storage become a reason of the shard. Raises CredentialsError.
+    An image without a map of every wanted prompt fails as no_map; otherwise as read_finished has
+    it. Raises CredentialsError.
     """
-    common = {**_EMPTY, "shard": shard.name, "version": shard.version}
-    failed: dict[int | None, dict[str, Any]] = {}
-    seen: set[int] = set()
-    batch: list[dict[str, Any]] = []
-    size_bytes = 0
-    try:
-        for record in _records(shard, wanted, failed):
-            seen.add(record["row"])
-            batch.append(common | record)
-            size_bytes += len(record.get("maps", b""))
+
+    def read(parts: list[str]) -> Iterator[pa.Table]:
+        batch: list[dict[str, Any]] = []
+        size_bytes = 0
+        for record in _records(parts, wanted):
+            batch.append(empty | record)
+            size_bytes += len(record["maps"])
             if size_bytes >= batch_bytes:
                 yield pa.Table.from_pylist(batch, schema=KEPT_MAPS)
                 batch, size_bytes = [], 0
-    except CredentialsError:
-        raise
-    except StorageError as error:
-        failed[None] = _why(shard_failure(error))
-    except JobError as error:
-        failed[None] = _why(RowError("read", "shard_corrupt", printable(str(error))))
-    end = {"row": -1, **_only_why(failed.pop(None, {}))}
-    total = max([-1, *seen, *(row for row in failed if row is not None)]) + 1
-    lost = {row: {"row": row, **_why(NO_MAP)} for row in range(total)} | failed
-    rest = [record for row, record in lost.items() if row not in seen]
-    batch += [common | record for record in [*rest, end | {"total": total}]]
-    yield pa.Table.from_pylist(batch, schema=KEPT_MAPS)
+        yield pa.Table.from_pylist(batch, schema=KEPT_MAPS)
+
+    empty = empty_record(KEPT_MAPS)
+    yield from read_finished(shard, read, KEPT_MAPS, lost="no_map")
 
 
-def _records(
-    shard: Shard, wanted: list[int], failed: dict[int | None, dict[str, Any]]
-) -> Iterator[dict[str, Any]]:
-    """The images of a shard, in order; into `failed`, by row, what the errors say of others.
+def _records(parts: list[str], wanted: list[int]) -> Iterator[dict[str, Any]]:
+    """The images of a shard that have all wanted maps, in order, of its parts of probabilities.
 
-    None stands for the shard itself. Raises JobError and StorageError where a part is damaged.
+    Raises JobError and StorageError where a part is damaged or gone.
     """
-    uris: dict[str, list[str]] = {table: [] for table in TABLES}
-    for path in shard.files:
-        uris[path.partition("/")[0]].append(storage.join(shard.uri, path))
-    for uri in sorted(uris["errors"], reverse=True):  # the first pass has the last word
-        for error in read_part(uri, ["row", "key", *_WHY]).to_pylist():
-            if error["row"] is not None or ".from-" not in uri:
-                failed[error["row"]] = error
-    images = [
-        row
-        for uri in uris["images"]
-        for row in read_part(uri, IMAGES.names).sort_by("row").to_pylist()
-    ]
-    for image, found in _with_maps(images, uris["probabilities"], wanted):
+    if not parts:
+        return
+    folder, _, name = min(parts, key=len).rpartition("/")  # of the first pass
+    images = read_part(storage.join(storage.parent(folder), "images", name), IMAGES.names)
+    for image, found in _with_maps(images.sort_by("row").to_pylist(), parts, wanted):
         maps = _join(found, wanted)
-        error = _only_why(failed.get(image["row"], {})) or _why(NO_MAP)
-        yield image | (error if maps is None else maps)
+        if maps is not None:
+            yield image | maps
 
 
 def _with_maps(
@@ -241,11 +166,3 @@ def _join(found: dict[int, dict[str, Any]], wanted: list[int]) -> dict[str, Any]
         return None
     maps = b"".join(row["map"] for row in rows)
     return {"map_height": height, "map_width": width, "maps": maps}
-
-
-def _why(error: RowError) -> dict[str, Any]:
-    return {name: getattr(error, name) for name in _WHY}
-
-
-def _only_why(error: dict[str, Any]) -> dict[str, Any]:
-    return {name: error[name] for name in _WHY if name in error}
