@@ -25,7 +25,8 @@ from pipeline.infer.masks import mask_from_logits, mask_from_probabilities, prob
 from pipeline.infer.segment import encode_prompts
 from pipeline.model.clipseg import CLIPSeg
 from pipeline.prepare.images import decode_image
-from pipeline.read.records import plan_shards, read_shard
+from pipeline.read.inputs import plan_shards
+from pipeline.read.records import read_shard
 
 SIDES = (88, 176, 352)
 THRESHOLDS = (0.3, 0.5, 0.7)

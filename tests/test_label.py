@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from jobs.label import label
+from jobs.segment import segment
 from pipeline import schema
-from pipeline.annotations.kept_maps import read_kept_maps
+from pipeline.annotations.kept_maps import open_kept_maps, read_kept_maps
 from pipeline.annotations.label import CutAnnotations, describe_classes, refuse_missing_prompts
 from pipeline.config.label import LabelConfig
 from pipeline.config.ontology import Ontology, OntologyClass
 from pipeline.config.ontology_from import to_yaml
+from pipeline.config.options import RunOptions, WorkerOptions
 from pipeline.config.prompt import Example, recipes
+from pipeline.config.segment import SegmentConfig
+from pipeline.demo import MODEL, SHARDS
+from pipeline.demo.scenes import Scene, draw_scene
 from pipeline.errors import UsageError
 from pipeline.read.shard import Shard
 from pipeline.run.finished import list_finished
+from pipeline.run.local import open_local
 
 EMPTY = {
     f.name: "" if pa.types.is_string(f.type) else b"" if pa.types.is_large_binary(f.type) else 0
@@ -160,6 +172,7 @@ def read(shard: Shard, wanted: list[int], **options: int) -> list[dict[str, Any]
     rows = [row for table in tables for row in table.to_pylist()]
     assert rows[-1]["row"] == -1
     assert sorted(row["row"] for row in rows[:-1]) == list(range(rows[-1]["total"]))
+    assert all(bool(row["maps"]) == (not row["reason"]) for row in rows[:-1])
     return rows
 
 
@@ -208,3 +221,95 @@ def test_damage_is_a_reason_of_the_shard(table: str, damage: str, tmp_path: Path
 def test_the_job_needs_no_torch() -> None:
     code = "import sys, jobs.label; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+OF_THE_DEMO = """\
+classes:
+  - name: star
+    phrases: [star, red star]
+    negatives: [moon]
+    threshold: 0.4
+    min_area: 20
+    fill_holes: 30
+    color: "#e20074"
+  - {name: round, phrases: [circle, ring], combine: mean}
+  - name: heart
+    image_prompts: [{file: heart.png, mask: heart-mask.png}]
+  - {name: zebra, phrases: [black], min_area: 100000}
+"""
+
+
+def run_job(main: Callable[..., None], config: Any, capsys: pytest.CaptureFixture[str]) -> str:
+    main(config, open_local)
+    return capsys.readouterr().out
+
+
+def table_of(output: Path, name: str) -> pa.Table:
+    parts = sorted((output / name).glob("*.parquet"))
+    return pa.concat_tables([pq.read_table(part) for part in parts])
+
+
+def test_photos_become_labels_and_other_labels_without_the_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scene = next(s for s in map(scene_of, range(99)) if s.mask("red", "heart").sum() > 300)
+    Image.fromarray(scene.image).save(tmp_path / "heart.png")
+    Image.fromarray(scene.mask("red", "heart")).save(tmp_path / "heart-mask.png")
+    file = tmp_path / "o.yaml"
+    file.write_text(OF_THE_DEMO)
+    run = SegmentConfig(
+        input=str(SHARDS / "scenes-000001.parquet"),
+        output=f"{tmp_path}/run",
+        model=str(MODEL),
+        ontology=str(file),
+        run=RunOptions(),
+        workers=WorkerOptions(quiet=True),
+    )
+    run_job(segment, run, capsys)
+    first = LabelConfig(
+        input=run.output, output=f"{tmp_path}/labels", ontology=str(file), workers=run.workers
+    )
+    said = run_job(label, first, capsys)
+    assert "zebra: 0 annotations (warning: nothing passes threshold 0.5, min_area 100000)" in said
+    images, rows = (table_of(tmp_path / "labels", name) for name in ("images", "annotations"))
+    assert images.num_rows == table_of(tmp_path / "run", "images").num_rows > 0
+    counts = Counter(rows["class"].to_pylist())
+    assert set(counts) == {"star", "round", "heart"}
+    assert f"star: {counts['star']:,} annotations" in said
+    ids = [(row["shard"], row["row"], row["instance"]) for row in rows.to_pylist()]
+    assert ids == sorted(ids)
+    record = json.loads((tmp_path / "labels" / "_run.json").read_text())
+    classes = record["fingerprint"]["ontology"]["classes"]
+    assert [(c["name"], c["color"]) for c in classes][:2] == [("star", "#e20074"), ("round", None)]
+    # The same command again changes nothing; another threshold is another run.
+    before = {p: p.read_bytes() for p in (tmp_path / "labels").glob("annotations/*")}
+    run_job(label, first, capsys)
+    assert before == {p: p.read_bytes() for p in (tmp_path / "labels").glob("annotations/*")}
+    file.write_text(OF_THE_DEMO.replace("threshold: 0.4", "threshold: 0.1"))
+    with pytest.raises(UsageError, match="holds another run"):
+        run_job(label, first, capsys)
+    wider = replace(first, output=f"{tmp_path}/wider")
+    run_job(label, wider, capsys)
+    area = {
+        n: pc.sum(table_of(tmp_path / n, "annotations")["area"]).as_py()
+        for n in ("labels", "wider")
+    }
+    assert area["wider"] > area["labels"]
+    file.write_text(OF_THE_DEMO.replace("combine: mean", "combine: max"))
+    with pytest.raises(UsageError, match="class 'round': phrases needs the model"):
+        run_job(label, replace(first, output=f"{tmp_path}/other"), capsys)
+    with pytest.raises(UsageError, match="of the job 'label'; labels are cut from segment's"):
+        run_job(label, replace(first, input=first.output, output=f"{tmp_path}/other"), capsys)
+
+
+def scene_of(number: int) -> Scene:
+    return draw_scene(np.random.default_rng((99, number)))
+
+
+def test_a_run_without_maps_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"it has no _run\.json"):
+        open_kept_maps(str(tmp_path))
+    record = {"fingerprint": {"job": "segment", "keep_probabilities": "none"}}
+    (tmp_path / "_run.json").write_text(json.dumps(record))
+    with pytest.raises(UsageError, match="kept no probability maps"):
+        open_kept_maps(str(tmp_path))

@@ -114,7 +114,7 @@ def read_kept_maps(
 
 
 def _records(parts: list[str], wanted: list[int]) -> Iterator[dict[str, Any]]:
-    """The images of a shard that have all wanted maps, in order, of its parts of probabilities.
+    """The images of a shard, in order, of its parts of probabilities; without maps if one lacks.
 
     Raises JobError and StorageError where a part is damaged or gone.
     """
@@ -123,9 +123,7 @@ def _records(parts: list[str], wanted: list[int]) -> Iterator[dict[str, Any]]:
     folder, _, name = min(parts, key=len).rpartition("/")  # of the first pass
     images = read_part(storage.join(storage.parent(folder), "images", name), IMAGES.names)
     for image, found in _with_maps(images.sort_by("row").to_pylist(), parts, wanted):
-        maps = _join(found, wanted)
-        if maps is not None:
-            yield image | maps
+        yield image | (_join(found, wanted) or {"maps": b"", "stage": "read", "reason": "no_map"})
 
 
 def _with_maps(

@@ -64,12 +64,8 @@ def new_record(
     versions = {"schema_version": SCHEMA_VERSION, "results_version": RESULTS_VERSION}
     decides = {**config.fingerprint(), "input": source, **model, **versions}
     asked = asdict(config) | {"input": source, "output": output}
-    for name in (
-        "model",
-        "labels",
-        "ontology",
-        "contact_sheet",
-    ):  # retry-failed may run in another folder
+    # retry-failed may run in another folder
+    for name in ("model", "labels", "ontology", "contact_sheet"):
         if isinstance(path := asked.get(name), str) and os.path.exists(path):
             asked[name] = os.path.abspath(path)
     return {
