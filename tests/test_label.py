@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 
 from jobs.label import label
+from jobs.retry_failed import with_all_phrases
 from jobs.segment import segment
 from pipeline import schema
 from pipeline.annotations.kept_maps import open_kept_maps, read_kept_maps
@@ -313,3 +314,27 @@ def test_a_run_without_maps_is_refused(tmp_path: Path) -> None:
     (tmp_path / "_run.json").write_text(json.dumps(record))
     with pytest.raises(UsageError, match="kept no probability maps"):
         open_kept_maps(str(tmp_path))
+
+
+def test_a_retry_asks_for_the_prompts_of_the_run(tmp_path: Path) -> None:
+    Image.new("RGB", (9, 9)).save(tmp_path / "heart.png")
+    Image.new("L", (9, 9), 255).save(tmp_path / "heart-mask.png")
+    (tmp_path / "o.yaml").write_text(OF_THE_DEMO)
+    shown = f"moon={tmp_path}/heart.png"
+    (tmp_path / "more.txt").write_text("cross\n")
+    asked = SegmentConfig(
+        input="in",
+        output="out",
+        prompts=f"{tmp_path}/more.txt",
+        image_prompt=(shown.replace("moon", "shown"),),
+        ontology=f"{tmp_path}/o.yaml",
+    )
+    first = asked.resolve().fingerprint()
+    assert first["prompts"][:2] == ["cross", "shown"]
+    assert set(first["recipes"]) == {"shown", "round (mean)", "heart (examples)"}
+    again = with_all_phrases(asked, first, ["square"]).resolve().fingerprint()
+    assert set(again["prompts"]) == {*first["prompts"], "square"}
+    assert len(again["prompts"]) == len(first["prompts"]) + 1
+    assert again["recipes"] == first["recipes"]
+    with pytest.raises(UsageError, match="'moon' is given twice"):  # a phrase of the ontology, too
+        replace(asked, image_prompt=(shown,)).resolve()

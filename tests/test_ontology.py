@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -278,3 +280,12 @@ def test_image_prompts_of_the_command_line(value: str, file: str, mask: str) -> 
 def test_image_prompts_without_name_or_image_are_refused(value: str) -> None:
     with pytest.raises(UsageError, match="must be NAME=IMAGE"):
         parse_image_prompts([value])
+
+
+def test_the_documented_ontology_is_one_and_every_field_is_documented() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "labels.md").read_text(encoding="utf-8")
+    example = page.split("```yaml\n")[1].split("```")[0]
+    assert len(parse(example).classes) == 4
+    rows = set(re.findall(r"^\| (\w+) \|", page, re.MULTILINE))
+    fields = {f.name for f in dataclasses.fields(OntologyClass)} - {"name", "line"}
+    assert fields | {"overlap", "instances"} <= rows

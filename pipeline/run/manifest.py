@@ -167,6 +167,6 @@ def now() -> str:
 
 
 def _versions() -> dict[str, str]:
-    names = ("ray", "torch", "pyarrow", "pillow", "numpy", "tokenizers", "pycocotools")
+    names = ("ray", "torch", "pyarrow", "pillow", "numpy", "scipy", "tokenizers", "pycocotools")
     found = {name: version(name) for name in names}
     return {"clipseg_ray": __version__, "python": platform.python_version(), **found}
