@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -259,7 +260,7 @@ def test_photos_become_labels_and_other_labels_without_the_model(
     file = tmp_path / "o.yaml"
     file.write_text(OF_THE_DEMO)
     run = SegmentConfig(
-        input=str(SHARDS / "scenes-000001.parquet"),
+        input=str(SHARDS),
         output=f"{tmp_path}/run",
         model=str(MODEL),
         ontology=str(file),
@@ -282,10 +283,17 @@ def test_photos_become_labels_and_other_labels_without_the_model(
     record = json.loads((tmp_path / "labels" / "_run.json").read_text())
     classes = record["fingerprint"]["ontology"]["classes"]
     assert [(c["name"], c["color"]) for c in classes][:2] == [("star", "#e20074"), ("round", None)]
-    # The same command again changes nothing; another threshold is another run.
-    before = {p: p.read_bytes() for p in (tmp_path / "labels").glob("annotations/*")}
+    # What a stop left undone is done by the same command, and nothing else is.
+    before = files_of(tmp_path / "labels")
+    (done, other) = sorted((tmp_path / "labels" / "_receipts").iterdir())
+    shutil.rmtree(done)
+    (tmp_path / "labels" / "annotations" / f"{done.name}.parquet").unlink()
+    (tmp_path / "labels" / "_SUCCESS").unlink()
+    kept = next(other.iterdir()).stat().st_mtime_ns
     run_job(label, first, capsys)
-    assert before == {p: p.read_bytes() for p in (tmp_path / "labels").glob("annotations/*")}
+    assert files_of(tmp_path / "labels") == before
+    assert next(other.iterdir()).stat().st_mtime_ns == kept
+    # Another threshold is another run.
     file.write_text(OF_THE_DEMO.replace("threshold: 0.4", "threshold: 0.1"))
     with pytest.raises(UsageError, match="holds another run"):
         run_job(label, first, capsys)
@@ -301,6 +309,10 @@ def test_photos_become_labels_and_other_labels_without_the_model(
         run_job(label, replace(first, output=f"{tmp_path}/other"), capsys)
     with pytest.raises(UsageError, match="of the job 'label'; labels are cut from segment's"):
         run_job(label, replace(first, input=first.output, output=f"{tmp_path}/other"), capsys)
+
+
+def files_of(output: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in output.glob("annotations/*.parquet")}
 
 
 def scene_of(number: int) -> Scene:

@@ -22,6 +22,8 @@ from scipy import ndimage
 from pipeline.config.ontology import Ontology, OntologyClass
 from pipeline.infer.bilinear import Axis
 
+# Pixels of windows, over all classes, that are not interpolated a second time: 6 bytes each.
+_KEPT_PX = 1 << 24
 _EIGHT_CONNECTED = np.ones((3, 3), np.int8)
 
 
@@ -66,22 +68,17 @@ def cut_image(
     """The annotations of one image, in the order of the classes and, in a class, of the columns.
 
     maps: by prompt_id, (h, w) uint8, round(255 * probability); size: of the image. Each dict has
-    the columns of schema.ANNOTATIONS but for the ids of the row. Peak memory is about 25 bytes a
-    pixel.
+    the columns of schema.ANNOTATIONS but for the ids of the row. Peak memory is 36 bytes a pixel,
+    whatever the number of classes.
     """
-    overlapping = ontology.overlap == "multilabel"
     rows: list[dict[str, Any]] = []
     found: dict[int, _Found] = {}
+    owner = None
+    if ontology.overlap != "multilabel":
+        owner, found = _share(asked, maps, size, by_priority=ontology.overlap == "priority")
     for class_id, each in enumerate(asked):
-        one = _find(each, maps, size)
-        if one is not None and overlapping:
-            rows += _annotations(class_id, each, one, maps, size, None, ontology.instances)
-        elif one is not None:
-            found[class_id] = one
-    if found:
-        owner = _share(found, asked, size, by_priority=ontology.overlap == "priority")
-        for class_id, one in found.items():
-            each = asked[class_id]
+        one = found.pop(class_id, None) or _find(each, maps, size)
+        if one is not None:
             rows += _annotations(class_id, each, one, maps, size, owner, ontology.instances)
     return [row | {"instance": i} for i, row in enumerate(rows)]
 
@@ -125,26 +122,34 @@ def _find(each: Asked, maps: Mapping[int, np.ndarray], size: tuple[int, int]) ->
 
 
 def _share(
-    found: dict[int, _Found], asked: list[Asked], size: tuple[int, int], *, by_priority: bool
-) -> np.ndarray:
+    asked: list[Asked], maps: Mapping[int, np.ndarray], size: tuple[int, int], *, by_priority: bool
+) -> tuple[np.ndarray, dict[int, _Found]]:
     """(W, H) int16: the class that has each pixel, -1 for the background.
 
     Of the classes that pass there, the one of the highest priority, of these the most probable, of
-    these the first.
+    these the first. With it, by class_id, what was found of the classes, as far as _KEPT_PX go.
     """
     owner = np.full(size[::-1], -1, np.int16)
     best = np.full(size[::-1], -np.inf, np.float32)
     settled = np.zeros(size[::-1], np.bool_)
-    level: int | None = None
-    order = sorted(found, key=lambda i: (-asked[i].of.priority * by_priority, i))
-    for class_id in order:
-        one, priority = found[class_id], asked[class_id].of.priority
+    found: dict[int, _Found] = {}
+    kept_px, level = 0, None
+    for class_id in sorted(
+        range(len(asked)), key=lambda i: (-asked[i].of.priority * by_priority, i)
+    ):
+        priority = asked[class_id].of.priority
+        one = _find(asked[class_id], maps, size)
+        if one is None:
+            continue
         if by_priority and priority != level:
             settled, level = owner >= 0, priority
         wins = one.inside & ~settled[one.window] & (one.logits > best[one.window])
         owner[one.window][wins] = class_id
         best[one.window][wins] = one.logits[wins]
-    return owner
+        kept_px += wins.size
+        if kept_px <= _KEPT_PX:
+            found[class_id] = one
+    return owner, found
 
 
 def _annotations(
