@@ -22,10 +22,10 @@ from pipeline.config.ontology import Ontology, OntologyClass
 from pipeline.demo import MODEL, SHARDS
 from pipeline.demo.scenes import COLOURS, SHAPES
 from pipeline.infer.masks import mask_from_logits, mask_from_probabilities, probability_map
-from pipeline.infer.segment import encode_prompts
+from pipeline.infer.segment import open_segmenter
 from pipeline.model.clipseg import CLIPSeg
 from pipeline.prepare.images import decode_image
-from pipeline.read.inputs import plan_shards
+from pipeline.read.inputs import list_shards
 from pipeline.read.records import read_shard
 
 SIDES = (88, 176, 352)
@@ -36,7 +36,7 @@ PHRASES = [*COLOURS, *SHAPES]
 def bundled_images(count: int) -> list[Image.Image]:
     """The first images of the bundled shards."""
     found: list[Image.Image] = []
-    for shard in plan_shards(str(SHARDS)):
+    for shard in list_shards(str(SHARDS)).shards:
         data = [record["image"] for record in read_shard(shard) if record["image"]]
         found += [decode_image(each, max_pixels=10**7).image for each in data]
     return found[:count]
@@ -45,7 +45,7 @@ def bundled_images(count: int) -> list[Image.Image]:
 @torch.inference_mode()
 def measure(images: list[Image.Image], input_px: int, image_px: int) -> list[str]:
     """A row of the table for each side, at one size of the model's input and of the images."""
-    prompted = encode_prompts(str(MODEL), PHRASES)
+    prompted = open_segmenter(str(MODEL), PHRASES)
     model, _ = CLIPSeg.from_folder(MODEL)
     processor = replace(prompted.checkpoint.processor, size=(input_px, input_px))
     conditional = torch.from_numpy(prompted.conditional)

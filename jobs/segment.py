@@ -66,8 +66,6 @@ def segment(config: SegmentConfig) -> None:
     )
     tell(run.notes)
     print(summary(run, counts))
-    if config.ontology:
-        print(f"  cut labels: clipseg-ray label {run.output} LABELS --ontology {config.ontology}")
     if config.contact_sheet:
         max_pixels = config.images.max_pixels
         write_contact_sheet(config.contact_sheet, run.output, listing.shards, max_pixels)

@@ -109,9 +109,7 @@ def encode_prompts(
 
 
 @torch.inference_mode()
-def _encode_example(
-    opened: OpenModel[CLIPSeg], example: Example, max_pixels: int
-) -> np.ndarray:
+def _encode_example(opened: OpenModel[CLIPSeg], example: Example, max_pixels: int) -> np.ndarray:
     """The embedding (E,) float32 of one example."""
     dimension = opened.model.config.projection_dim
     if example.embedding:
