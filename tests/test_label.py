@@ -34,6 +34,7 @@ from pipeline.config.segment import SegmentConfig
 from pipeline.demo import MODEL, SHARDS
 from pipeline.demo.scenes import Scene, draw_scene
 from pipeline.errors import UsageError
+from pipeline.read.ranges import iter_rows
 from pipeline.read.shard import Shard
 from pipeline.run.finished import list_finished
 from pipeline.run.local import open_local
@@ -191,6 +192,16 @@ def test_maps_of_all_passes_come_image_by_image(
         assert [rows[i][name] for name in known] == [f"k{i}", 40, 4, 6, ""]
     assert [rows[1][name] for name in ("key", "reason", "maps")] == ["k1", "image_empty", b""]
     assert (rows[-1]["total"], rows[-1]["reason"]) == (5, "")
+
+
+@pytest.mark.parametrize("skip", ["0", "0-1_3", "2-4", "0-4"])
+def test_rows_that_a_stop_left_done_are_not_made_again(skip: str, tmp_path: Path) -> None:
+    shard, _ = write_run(tmp_path)
+    tables = list(read_kept_maps(replace(shard, skip=skip), [0, 1]))
+    rows = [row for table in tables for row in table.to_pylist()]
+    done = set(iter_rows(skip))
+    assert sorted(row["row"] for row in rows[:-1]) == [i for i in range(5) if i not in done]
+    assert (rows[-1]["row"], rows[-1]["total"]) == (-1, 5)
 
 
 def test_an_image_without_a_map_is_an_error(tmp_path: Path) -> None:
