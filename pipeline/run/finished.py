@@ -87,8 +87,8 @@ def read_finished(
 
     `read` makes tables of schema `columns`, which hold a record's columns (schema.RECORDS without
     `image`), from the URIs of the shard's parts. A row that has neither fails with the reason
-    `lost`; rows of Shard.skip are left out. Damage and faults of storage become a reason of the shard. Raises CredentialsError, and
-    UsageError as `read` does.
+    `lost`; rows of Shard.skip are left out. Damage and faults of storage become a reason of the
+    shard. Raises CredentialsError, and UsageError as `read` does.
     """
     done = set(iter_rows(shard.skip))
     seen = set(done)
