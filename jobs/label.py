@@ -21,17 +21,16 @@ from pipeline.annotations.label import (
 )
 from pipeline.config.command import run_command
 from pipeline.config.label import LabelConfig
-from pipeline.run.engine import OpenEngine
+from pipeline.run.engine import Dataset, Engine
 from pipeline.run.finished import list_finished
 from pipeline.run.follow import follow_run
-from pipeline.run.lifecycle import open_run, summary
+from pipeline.run.lifecycle import Run, open_run, summary
 from pipeline.run.progress import tell
-from pipeline.run.session import open_ray
 from pipeline.storage import set_storage_timeout
 from pipeline.write.fragments import WriteFragments
 
 
-def label(config: LabelConfig, open_engine: OpenEngine = open_ray) -> None:
+def label(config: LabelConfig) -> None:
     """Read the kept maps of each shard -> cut annotations -> Parquet tables."""
     set_storage_timeout(config.run.storage_timeout)
     ontology = config.read_ontology()
@@ -42,16 +41,20 @@ def label(config: LabelConfig, open_engine: OpenEngine = open_ray) -> None:
     run = open_run(config, shards, model=kept.facts(), tables=config.tables())
     tell(run.notes)
     cut = CutAnnotations(ontology, kept.prompt_ids)
-    write = WriteFragments(run.first.ledger, cut)
-    with open_engine(config.workers) as engine:
-        stream = (
-            engine.dataset(run.first.todo)
-            .map_batches(engine.guard(ReadKeptMaps(cut.wanted)), **engine.read)
-            .map_batches(engine.guard(write), **engine.task)
-        )
-        counts = follow_run(run, [stream], engine, quiet=config.workers.quiet)
+    counts = follow_run(run, lambda engine: [stream(cut, run, engine)], config.workers)
+    tell(run.notes)
     print(summary(run, counts))
     print("\n".join(describe_classes(count_annotations(run.output), ontology)))
+
+
+def stream(cut: CutAnnotations, run: Run, engine: Engine) -> Dataset:
+    """The chain over the shards that are left to do."""
+    write = WriteFragments(run.first.ledger, cut)
+    return (
+        engine.dataset(run.first.todo)
+        .map_batches(engine.guard(ReadKeptMaps(cut.wanted)), **engine.read)
+        .map_batches(engine.guard(write), **engine.task)
+    )
 
 
 def tell_unfinished(kept: KeptMaps) -> None:

@@ -37,7 +37,6 @@ from pipeline.errors import UsageError
 from pipeline.read.ranges import iter_rows
 from pipeline.read.shard import Shard
 from pipeline.run.finished import list_finished
-from pipeline.run.local import open_local
 
 EMPTY = {
     f.name: "" if pa.types.is_string(f.type) else b"" if pa.types.is_large_binary(f.type) else 0
@@ -253,7 +252,7 @@ classes:
 
 
 def run_job(main: Callable[..., None], config: Any, capsys: pytest.CaptureFixture[str]) -> str:
-    main(config, open_local)
+    main(config)
     return capsys.readouterr().out
 
 
@@ -276,7 +275,7 @@ def test_photos_become_labels_and_other_labels_without_the_model(
         model=str(MODEL),
         ontology=str(file),
         run=RunOptions(),
-        workers=WorkerOptions(quiet=True),
+        workers=WorkerOptions(quiet=True, local=True),
     )
     run_job(segment, run, capsys)
     first = LabelConfig(
