@@ -13,6 +13,8 @@ COMMANDS = {
     "segment": "image shards and prompts -> masks, as Parquet tables",
     "embed": "image shards -> CLIP embeddings, as Parquet tables",
     "classify": "image shards or embeddings, and labels -> the labels that fit best, as tables",
+    "ontology": "a list of classes in another tool's format -> an ontology file",
+    "label": "kept probability maps of segment, and an ontology -> annotations, as tables",
     "export": "labels -> COCO, YOLO, VOC, LabelMe, Label Studio, CVAT, PNG, Hugging Face or SAM",
     "status": "what of a run is done, failed and left",
     "verify": "parts of a run -> held against the hashes in their receipts",

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import chain
+from typing import Any
 
 from pipeline.config.classify import ClassifyConfig
 from pipeline.config.command import run_command
 from pipeline.config.embed import EmbedConfig
+from pipeline.config.label import LabelConfig
 from pipeline.config.segment import SegmentConfig
 from pipeline.config.status import RetryConfig, config_from_record
 from pipeline.errors import UsageError
@@ -26,10 +28,11 @@ from pipeline.run.resume import read_failures
 from pipeline.run.status import open_output
 from pipeline.write.passes import read_added
 
-JOBS: dict[str, type[SegmentConfig | EmbedConfig | ClassifyConfig]] = {
+JOBS: dict[str, type[SegmentConfig | EmbedConfig | ClassifyConfig | LabelConfig]] = {
     "segment": SegmentConfig,
     "embed": EmbedConfig,
     "classify": ClassifyConfig,
+    "label": LabelConfig,
 }
 
 
@@ -41,8 +44,7 @@ def retry_failed(config: RetryConfig) -> None:
         raise UsageError(f"{output}/_run.json: of an unknown job {name!r}")
     job = config_from_record(JOBS[name], record["config"])
     if isinstance(job, SegmentConfig):
-        prompts = [*record["fingerprint"]["prompts"], *chain(*read_added(output).values())]
-        job = replace(job, prompt=tuple(prompts), prompts=None)
+        job = with_all_phrases(job, record["fingerprint"], chain(*read_added(output).values()))
     shards = read_failures(output).choose(every=config.every)
     if not shards and not is_unfinished(output):
         hint = "" if config.every else "; --all makes those with other failures anew, too"
@@ -57,6 +59,15 @@ def retry_failed(config: RetryConfig) -> None:
     )
     job = replace(job, workers=config.workers, run=retry)
     getattr(importlib.import_module(f"jobs.{name}"), name)(job)
+
+
+def with_all_phrases(
+    job: SegmentConfig, fingerprint: dict[str, Any], added: Iterable[str]
+) -> SegmentConfig:
+    """The config with every phrase of its run; other prompts come from where they came before."""
+    prompts = [*fingerprint["prompts"], *added]
+    phrases = [prompt for prompt in prompts if prompt not in fingerprint.get("recipes", {})]
+    return replace(job, prompt=tuple(phrases), prompts=None)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -42,10 +42,13 @@ def segment(config: SegmentConfig) -> None:
         member_suffix=config.images.member_suffix,
         strict=config.run.strict,
     )
+    max_pixels = config.images.max_pixels
     spec = load_beside(
         config.workers,
         config.output,
-        lambda: infer.open_segmenter(config.model, list(config.prompt), embed=config.embed),
+        lambda: infer.open_segmenter(
+            config.model, config.asked(), embed=config.embed, max_pixels=max_pixels
+        ),
     )
     tell([f"clipseg-ray segment: {note}" for note in spec.notes])
     checkpoint = spec.checkpoint
@@ -66,8 +69,9 @@ def segment(config: SegmentConfig) -> None:
     )
     tell(run.notes)
     print(summary(run, counts))
+    if config.ontology:
+        print(f"  cut labels: clipseg-ray label {run.output} LABELS --ontology {config.ontology}")
     if config.contact_sheet:
-        max_pixels = config.images.max_pixels
         write_contact_sheet(config.contact_sheet, run.output, listing.shards, max_pixels)
         print(f"  {config.contact_sheet}")
 

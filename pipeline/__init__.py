@@ -12,7 +12,7 @@ The rooms in the order of the flow. A room imports only from rooms above it; the
     infer/        checkpoints, prompts and devices; the actors that segment, embed, classify
     write/        rows -> fragments -> parts and receipts; every name in OUTPUT
     run/          one run from open to close, on Ray
-    annotations/  commands and pictures made from a finished table of masks
+    annotations/  labels and pictures made from finished tables of masks and maps
     embeddings/   search, duplicates and indexes over a finished table of embeddings
     demo/         the bundled model and shards, and the scripts that made them
 """

@@ -47,6 +47,7 @@ REASONS = {
     "member_unsupported": "a tar member that is not a plain file (a link, a device, or sparse)",
     "member_too_large": "a tar member, file or cell larger than the reader's bound",
     "no_vector": "the table of embeddings has neither a vector nor an error for the row",
+    "no_map": "the run that labels are cut from has neither a map of each prompt nor an error",
     "model_failed": "what the model gives for the image, or for its text, is not finite",
 }
 

@@ -67,6 +67,18 @@ LOGITS = pa.schema(
     ]
 )
 
+# What the reader of a run's kept maps hands on: `maps` are the uint8 maps of the wanted prompts,
+# P x map_height x map_width, row-major; empty when there is a reason.
+KEPT_MAPS = pa.schema(
+    [
+        *_RECORD,
+        *_DECODED,
+        ("map_height", pa.int32()),
+        ("map_width", pa.int32()),
+        ("maps", pa.large_binary()),
+    ]
+)
+
 # What the embed stage hands on: vectors are float32, empty when there is a reason, and the text's
 # also when no text was asked for.
 VECTORS = pa.schema(
@@ -202,5 +214,6 @@ class Table(NamedTuple):
 
     schema: pa.Schema
     rows_per_image: int
+    """0: any number."""
     per_prompt: bool = False
     """Whether an image has a row for each prompt."""

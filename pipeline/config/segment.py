@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from pipeline.config.ontology import read_ontology
 from pipeline.config.options import (
     ImageOptions,
     Input,
@@ -17,8 +18,12 @@ from pipeline.config.options import (
     read_lines,
     refuse_repeated,
 )
+from pipeline.config.prompt import Prompt, parse_image_prompts, recipes
 from pipeline.errors import UsageError
 from pipeline.schema import IMAGES, MASKS, PROBABILITIES, Table, embeddings
+
+# The smallest maps from which masks agree with the direct ones by .99, see docs/labels.md
+LABEL_SIDE: Literal["352"] = "352"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +43,14 @@ class SegmentConfig:
     prompts: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """Text file with one prompt a line, after those of --prompt."""
 
+    image_prompt: Annotated[
+        tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME=IMAGE[:MASK.png]")
+    ] = ()
+    """An image that shows what to segment, and a mask of where; those of one NAME are averaged."""
+
+    ontology: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """YAML file with classes, whose phrases and examples are prompts, too; see `label`."""
+
     model: str = "CIDAS/clipseg-rd64-refined"
     """Checkpoint: a local folder, an s3:// folder, or a hub id, with @revision if wanted."""
 
@@ -48,7 +61,8 @@ class SegmentConfig:
     """Masks at the image's own size, or on the model's grid."""
 
     keep_probabilities: Literal["none", "88", "176", "352"] = "none"
-    """Also keep 8-bit probability maps of this size, so that thresholds can be changed later."""
+    """Also keep 8-bit probability maps of this size, so that thresholds can be changed later. With
+    an ontology, whose labels are cut from them, they are always kept: of 352, unless told else."""
 
     embed: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Also write CLIP embeddings of the images, as `embed` does, from the same pass."""
@@ -63,31 +77,50 @@ class SegmentConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.threshold <= 1:
             raise UsageError(f"--threshold {self.threshold}: must be between 0 and 1")
-        if not self.prompt and self.prompts is None:
+        if not (self.prompt or self.prompts or self.image_prompt or self.ontology):
             raise UsageError(
-                'nothing to segment: give at least one --prompt "..." or --prompts FILE'
+                'nothing to segment: give at least one --prompt "..." or --prompts FILE, or an '
+                "--ontology or --image-prompt"
             )
         if any(not p.strip() for p in self.prompt):
             raise UsageError("--prompt: an empty prompt; say what to segment")
         check_file("--contact-sheet", self.contact_sheet)
+        check_file("--ontology", self.ontology)
+        if self.ontology is not None and self.keep_probabilities == "none":
+            object.__setattr__(self, "keep_probabilities", LABEL_SIDE)
 
     def resolve(self) -> SegmentConfig:
-        """The same with every prompt in `prompt`, in the order of its prompt_id, and no file.
+        """The same with every phrase of --prompts in `prompt`.
 
         Reads --prompts, which may be a pipe, once. Raises UsageError for a file without any.
         """
         prompts = list(self.prompt)
         if self.prompts is not None:
             prompts += read_lines(self.prompts, "--prompts", "prompts")
-        refuse_repeated(prompts, "prompt")
-        return replace(self, prompt=tuple(prompts), prompts=None)
+        resolved = replace(self, prompt=tuple(prompts), prompts=None)
+        refuse_repeated([prompt.name for prompt in resolved.asked()], "prompt")
+        return resolved
+
+    def asked(self) -> list[Prompt]:
+        """Every prompt of a resolved config, in the order of its prompt_id.
+
+        One that the ontology repeats is one. Raises UsageError for an ontology that cannot be used.
+        """
+        prompts = [Prompt(name=text, texts=(text,)) for text in self.prompt]
+        prompts += parse_image_prompts(self.image_prompt)
+        if self.ontology is not None:
+            prompts += [p for p in read_ontology(self.ontology).prompts if p not in prompts]
+        return prompts
 
     def fingerprint(self) -> dict[str, Any]:
         """What decides the results of a run: another value of any of these is another run."""
+        asked = self.asked()
+        made = recipes(asked)
         return {
             "job": "segment",
             "input": self.input,
-            "prompts": list(self.prompt),
+            "prompts": [prompt.name for prompt in asked],
+            **({"recipes": made} if made else {}),
             "threshold": self.threshold,
             "mask_size": self.mask_size,
             "keep_probabilities": self.keep_probabilities,
@@ -97,7 +130,7 @@ class SegmentConfig:
 
     def tables(self, dimension: int, weights_hash: str) -> dict[str, Table]:
         """The tables that the job writes beside `errors`."""
-        prompts = len(self.prompt)
+        prompts = len(self.asked())
         tables = {"images": Table(IMAGES, 1), "masks": Table(MASKS, prompts, per_prompt=True)}
         if self.keep_probabilities != "none":
             tables["probabilities"] = Table(PROBABILITIES, prompts, per_prompt=True)

@@ -12,7 +12,6 @@ one torch thread per worker: the tensors are small.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 from pycocotools import mask as coco
 
 from pipeline.errors import RowError
+from pipeline.infer.bilinear import Axis
 
 # Pixels interpolated at a time: floats that stay in a core's cache.
 _BAND_PX = 1 << 16
@@ -120,8 +120,8 @@ def _masked_columns(
     above = grid > level
     if not above.any():
         return np.zeros((0, height), np.bool_), 0, None
-    rows = _Axis.between(grid.shape[0], height).touching(np.flatnonzero(above.any(1)))
-    cols = _Axis.between(grid.shape[1], width).touching(np.flatnonzero(above.any(0)))
+    rows = _axis(grid.shape[0], height).touching(np.flatnonzero(above.any(1)))
+    cols = _axis(grid.shape[1], width).touching(np.flatnonzero(above.any(0)))
     mask = np.zeros((len(cols.low), height), np.bool_)
     window = mask[:, rows.start : rows.start + len(rows.low)]
     # Down the columns first, on the narrow grid; then across, a band of columns at a time.
@@ -157,57 +157,25 @@ def _logit(probability: float) -> float:
     return math.log(probability / (1 - probability)) if probability < 1 else math.inf
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Axis:
-    """Bilinear interpolation along one axis: output `start + i` lies between the cells low[i] and
-    high[i] of the grid, weight[i] of the way (int64, int64, float32; all of one length)."""
+@lru_cache(maxsize=256)
+def _axis(cells: int, outputs: int) -> Axis:
+    """The whole axis, exactly as F.interpolate(mode="bilinear", align_corners=False) has it.
 
-    start: int
-    low: np.ndarray
-    high: np.ndarray
-    weight: np.ndarray
-
-    @staticmethod
-    @lru_cache(maxsize=256)
-    def between(cells: int, outputs: int) -> _Axis:
-        """The whole axis, exactly as F.interpolate(mode="bilinear", align_corners=False) has it.
-
-        The weights are asked of it, as their last bits depend on how torch was compiled: the three
-        channels of the probe mark the cells 0, 1, 2, 0, 1, 2, ..., so that the two neighbours of an
-        output never share a channel, nor does the cell before them.
-        """
-        probe = (torch.arange(cells) % 3 == torch.arange(3)[:, None]).to(torch.float32)
-        resized = F.interpolate(probe[None, :, :, None], size=(outputs, 1), mode="bilinear")
-        shares = resized[0, :, :, 0].numpy()
-        output = np.arange(outputs)
-        position = (output + 0.5) * (cells / outputs) - 0.5
-        # Where the position is a whole number but for rounding, torch may see it on either side.
-        early, late = (
-            np.clip(np.floor(position + shift), 0, cells - 1).astype(np.int64)
-            for shift in (-1e-3, 1e-3)
-        )
-        low = np.where(shares[early % 3, output] > 0, early, late)
-        high = np.minimum(low + 1, cells - 1)
-        weight = np.where(high > low, shares[high % 3, output], np.float32(0))
-        return _Axis(start=0, low=low, high=high, weight=weight)
-
-    def __getitem__(self, part: slice) -> _Axis:
-        return _Axis(
-            start=self.start + (part.start or 0),
-            low=self.low[part],
-            high=self.high[part],
-            weight=self.weight[part],
-        )
-
-    def touching(self, cells: np.ndarray) -> _Axis:
-        """The outputs that depend on a cell between the first and the last of `cells` (sorted)."""
-        outputs = np.flatnonzero((self.high >= cells[0]) & (self.low <= cells[-1]))
-        return self[outputs[0] : outputs[-1] + 1] if len(outputs) else self[:0]
-
-    def lerp(self, grid: np.ndarray) -> np.ndarray:
-        """(cells, K) -> (outputs, K) float32."""
-        low, between = grid[self.low], grid[self.high]
-        between -= low
-        between *= self.weight[:, None]
-        between += low
-        return between
+    The weights are asked of it, as their last bits depend on how torch was compiled: the three
+    channels of the probe mark the cells 0, 1, 2, 0, 1, 2, ..., so that the two neighbours of an
+    output never share a channel, nor does the cell before them.
+    """
+    probe = (torch.arange(cells) % 3 == torch.arange(3)[:, None]).to(torch.float32)
+    resized = F.interpolate(probe[None, :, :, None], size=(outputs, 1), mode="bilinear")
+    shares = resized[0, :, :, 0].numpy()
+    output = np.arange(outputs)
+    position = (output + 0.5) * (cells / outputs) - 0.5
+    # Where the position is a whole number but for rounding, torch may see it on either side.
+    early, late = (
+        np.clip(np.floor(position + shift), 0, cells - 1).astype(np.int64)
+        for shift in (-1e-3, 1e-3)
+    )
+    low = np.where(shares[early % 3, output] > 0, early, late)
+    high = np.minimum(low + 1, cells - 1)
+    weight = np.where(high > low, shares[high % 3, output], np.float32(0))
+    return Axis(start=0, low=low, high=high, weight=weight)

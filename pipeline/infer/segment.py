@@ -1,13 +1,13 @@
 """Pixels x prompts -> mask logits, on the actors that hold the model.
 
-Prompts are encoded once per job, by the driver; an actor gets their embeddings and runs only what
-masks need: the vision blocks up to the last extract layer, once per image, and the decoder, once
-per image and prompt.
+Prompts, of text or of example images, are encoded once per job, by the driver; an actor gets their
+embeddings and runs only what masks need: the vision blocks up to the last extract layer, once per
+image, and the decoder, once per image and prompt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from pipeline import schema
+from pipeline.config.prompt import Prompt
 from pipeline.infer.checkpoint import Checkpoint, OpenModel
 from pipeline.infer.device import Device, fail_rows, has_pixels, scale_to_unit
+from pipeline.infer.visual_prompt import encode_prompts
 from pipeline.model.clipseg import CLIPSeg
 
 # Logits handed on at once: a block of Ray Data's, which lies in the object store as one piece.
@@ -44,18 +46,27 @@ class SegmentSpec:
         return replace(self, prompts=prompts, conditional=self.conditional[where], embed=embed)
 
 
-def open_segmenter(name: str, prompts: list[str], *, embed: bool = False) -> SegmentSpec:
-    """Load a checkpoint, encode the text prompts with it, and let its weights go again.
+def open_segmenter(
+    name: str,
+    prompts: Sequence[str | Prompt],
+    *,
+    embed: bool = False,
+    max_pixels: int = 50_000_000,
+) -> SegmentSpec:
+    """Load a checkpoint, encode phrases and other prompts with it, and let its weights go again.
 
-    Raises CheckpointError naming the file, field or tensor that is wrong, and UsageError for
-    prompts that are one to the model.
+    `max_pixels` of an example image. Raises CheckpointError naming the file, field or tensor that
+    is wrong, and UsageError for prompts that are one to the model and naming an example that cannot
+    be used.
     """
     opened = OpenModel(name, CLIPSeg.from_folder, Device("cpu"))
-    notes = opened.describe_texts(prompts, "prompt")
+    asked = [Prompt(name=p, texts=(p,)) if isinstance(p, str) else p for p in prompts]
+    texts = list(dict.fromkeys(text for prompt in asked for text in prompt.texts))
+    notes = opened.describe_texts(texts, "prompt")
     return SegmentSpec(
         checkpoint=opened.describe(texts=True),
-        prompts=prompts,
-        conditional=opened.encode_texts(prompts).numpy(),
+        prompts=[prompt.name for prompt in asked],
+        conditional=encode_prompts(opened, asked, max_pixels=max_pixels),
         embed=embed,
         notes=tuple(notes),
     )

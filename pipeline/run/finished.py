@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from pipeline import storage
 from pipeline.errors import CredentialsError, JobError, RowError, StorageError, UsageError
+from pipeline.read.ranges import iter_rows
 from pipeline.read.records import shard_failure
 from pipeline.read.shard import Shard, printable
 from pipeline.storage import Stored
@@ -86,10 +87,11 @@ def read_finished(
 
     `read` makes tables of schema `columns`, which hold a record's columns (schema.RECORDS without
     `image`), from the URIs of the shard's parts. A row that has neither fails with the reason
-    `lost`. Damage and faults of storage become a reason of the shard. Raises CredentialsError, and
-    UsageError as `read` does.
+    `lost`; rows of Shard.skip are left out. Damage and faults of storage become a reason of the
+    shard. Raises CredentialsError, and UsageError as `read` does.
     """
-    seen: set[int] = set()
+    done = set(iter_rows(shard.skip))
+    seen = set(done)
     failed: dict[int | None, dict[str, Any]] = {}
     try:
         for path in shard.files:
@@ -99,7 +101,10 @@ def read_finished(
         for records in read([storage.join(shard.uri, path) for path in parts]):
             if set(records["shard"].to_pylist()) - {shard.name}:
                 raise UsageError(f"{shard.uri}: {parts[0]} holds rows of several shards")
-            seen.update(records["row"].to_pylist())
+            numbers = records["row"].to_pylist()
+            seen.update(numbers)
+            left = [number not in done for number in numbers]
+            records = records.filter(pa.array(left, pa.bool_()))
             version = pa.array([shard.version] * len(records), pa.string())
             index = records.schema.get_field_index("version")
             yield records.set_column(index, "version", version)

@@ -293,7 +293,7 @@ def _count(run: Run, found: list[Receipts]) -> dict[str, int]:
         "rows_ok": ok,
         "rows_error": error,
         "samples_without_image": sum(r.skipped for r in receipts),
-        **{name: ok * table.rows_per_image for name, table in run.tables.items()},
+        **{name: ok * t.rows_per_image for name, t in run.tables.items() if t.rows_per_image},
     }
     for each, of_pass in zip(run.passes[1:], found[1:], strict=True):
         receipts = list(of_pass.values())
@@ -307,7 +307,7 @@ def _count(run: Run, found: list[Receipts]) -> dict[str, int]:
 
 def summary(run: Run, counts: dict[str, int]) -> str:
     """Lines for the user of a finished run: how much came out, and where it lies."""
-    out = ", ".join(f"{counts[name]:,} {name}" for name in run.tables)
+    out = ", ".join(f"{counts[name]:,} {name}" for name in run.tables if name in counts)
     lines = [
         f"{counts['rows_in']:,} images in {counts['shards']:,} shards: {out}, "
         f"{counts['rows_error']:,} errors, {counts['shards_failed']:,} shards not read to their end"

@@ -64,7 +64,8 @@ def new_record(
     versions = {"schema_version": SCHEMA_VERSION, "results_version": RESULTS_VERSION}
     decides = {**config.fingerprint(), "input": source, **model, **versions}
     asked = asdict(config) | {"input": source, "output": output}
-    for name in ("model", "labels", "contact_sheet"):  # retry-failed may run in another folder
+    # retry-failed may run in another folder
+    for name in ("model", "labels", "ontology", "contact_sheet"):
         if isinstance(path := asked.get(name), str) and os.path.exists(path):
             asked[name] = os.path.abspath(path)
     return {
@@ -166,6 +167,6 @@ def now() -> str:
 
 
 def _versions() -> dict[str, str]:
-    names = ("ray", "torch", "pyarrow", "pillow", "numpy", "tokenizers", "pycocotools")
+    names = ("ray", "torch", "pyarrow", "pillow", "numpy", "scipy", "tokenizers", "pycocotools")
     found = {name: version(name) for name in names}
     return {"clipseg_ray": __version__, "python": platform.python_version(), **found}

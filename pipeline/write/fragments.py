@@ -22,6 +22,8 @@ from pipeline.errors import STORAGE_REASONS, NotFoundError
 from pipeline.read.ranges import format_rows, iter_rows
 from pipeline.write.layout import ERRORS, Ledger, shard_id
 
+# Tables whose rows are counted otherwise, or not fixed in number for an image.
+_UNCOUNTED = ("images", ERRORS, "annotations")
 MAX_RANGES_CHARACTERS = 120  # of a file name, which has 255
 _NAME = re.compile(
     r"(?P<version>[0-9a-f]{8})\.(?P<rows>[\d_-]*)\.(?P<run>\d+)"
@@ -125,7 +127,7 @@ def pack_fragment(
         rows=format_rows(rows.to_pylist()),
         run=run,
         images=len(rows) - failed if run == 0 else 0,
-        outputs=sum(len(t) for name, t in tables.items() if name not in ("images", ERRORS)),
+        outputs=sum(len(t) for name, t in tables.items() if name not in _UNCOUNTED),
         errors=failed,
         hash=hash_bytes(data),
     )

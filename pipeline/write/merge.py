@@ -20,6 +20,9 @@ READ_AHEAD = 4
 
 Tables = dict[str, pa.Table]
 
+# Of the rows of a part.
+_ORDER = ("row", "instance", "prompt_id", "rank")
+
 
 def merge_fragments(
     fragments: Sequence[Fragment],
@@ -71,5 +74,5 @@ def _split(pieces: list[pa.Table], end: int | None) -> tuple[pa.Table | None, li
         table, rest = table.filter(early), [later] if len(later) else []
     if not len(table):
         return None, rest
-    keys = [name for name in ("row", "prompt_id", "rank") if name in table.column_names]
+    keys = [name for name in _ORDER if name in table.column_names]
     return table.sort_by([(key, "ascending") for key in keys]), rest

@@ -1,0 +1,76 @@
+"""Cut annotations from the probability maps that a run of `segment` kept: no model, no torch.
+
+    python -m jobs.label RUN OUTPUT --ontology ontology.yaml
+
+where RUN is the OUTPUT of `clipseg-ray segment` with --ontology, or with --keep-probabilities.
+
+`clipseg-ray label` is the same. RAY_ADDRESS names a running cluster; without it Ray starts here.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from pipeline.annotations.kept_maps import KeptMaps, ReadKeptMaps, open_kept_maps
+from pipeline.annotations.label import (
+    CutAnnotations,
+    count_annotations,
+    describe_classes,
+    refuse_missing_prompts,
+)
+from pipeline.config.command import run_command
+from pipeline.config.label import LabelConfig
+from pipeline.run.engine import Dataset, Engine
+from pipeline.run.finished import list_finished
+from pipeline.run.follow import follow_run
+from pipeline.run.lifecycle import Run, open_run, summary
+from pipeline.run.progress import tell
+from pipeline.storage import set_storage_timeout
+from pipeline.write.fragments import WriteFragments
+
+
+def label(config: LabelConfig) -> None:
+    """Read the kept maps of each shard -> cut annotations -> Parquet tables."""
+    set_storage_timeout(config.run.storage_timeout)
+    ontology = config.read_ontology()
+    kept = open_kept_maps(config.input)
+    refuse_missing_prompts(ontology, kept.output, kept.prompts, kept.recipes)
+    tell_unfinished(kept)
+    shards = list_finished(kept.output, "probabilities")
+    run = open_run(config, shards, model=kept.facts(), tables=config.tables())
+    tell(run.notes)
+    cut = CutAnnotations(ontology, kept.prompt_ids)
+    counts = follow_run(run, lambda engine: [stream(cut, run, engine)], config.workers)
+    tell(run.notes)
+    print(summary(run, counts))
+    print("\n".join(describe_classes(count_annotations(run.output), ontology)))
+
+
+def stream(cut: CutAnnotations, run: Run, engine: Engine) -> Dataset:
+    """The chain over the shards that are left to do."""
+    write = WriteFragments(run.first.ledger, cut)
+    return (
+        engine.dataset(run.first.todo)
+        .map_batches(engine.guard(ReadKeptMaps(cut.wanted)), **engine.read)
+        .map_batches(engine.guard(write), **engine.task)
+    )
+
+
+def tell_unfinished(kept: KeptMaps) -> None:
+    """Say in one line where the run is not finished."""
+    if kept.unfinished:
+        print(
+            f"clipseg-ray label: {kept.output}: its run is not finished; shards that it lacks get "
+            "no labels until this command is run again",
+            file=sys.stderr,
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    return run_command(LabelConfig, label, "clipseg-ray label", argv, resumes=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""The probability maps that a run of `segment` kept, as an input: shards, and records of images.
+
+A shard is one that the run was made of (see run.finished): its parts of `images`, of
+`probabilities`, those of prompts that were added later among them, and of `errors`. So labels have
+the rows, and the errors, that the images have.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline import storage
+from pipeline.errors import UsageError
+from pipeline.read.shard import Shard, shard_from_row
+from pipeline.run.finished import empty_record, read_finished
+from pipeline.run.lifecycle import is_unfinished
+from pipeline.run.manifest import read_run
+from pipeline.schema import IMAGES, KEPT_MAPS
+from pipeline.write.parts import open_part, read_part
+from pipeline.write.passes import read_added
+
+BATCH_BYTES = 2**26  # of maps in a batch
+_ROWS_AT_ONCE = 64  # of a part: 8 MB of maps of 352 x 352
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptMaps:
+    """A run of `segment` with probability maps."""
+
+    output: str
+    prompts: list[str]
+    """In the order of their prompt_id."""
+    recipes: dict[str, Any]
+    """Of prompts that are no phrase alone: see config.prompt.recipes."""
+    fingerprint: dict[str, Any]
+    unfinished: bool
+
+    @property
+    def prompt_ids(self) -> dict[str, int]:
+        """By the prompt's name."""
+        return {name: i for i, name in enumerate(self.prompts)}
+
+    def facts(self) -> dict[str, Any]:
+        """What of the run decides the labels, beside its parts."""
+        names = ("weights_hash", "keep_probabilities")
+        return {"maps": {name: self.fingerprint.get(name) for name in names}}
+
+
+def open_kept_maps(source: str) -> KeptMaps:
+    """The run in a folder. Raises UsageError where there is none, or it kept no maps."""
+    output = storage.check_uri(source)
+    record = read_run(output)
+    if record is None:
+        raise UsageError(f"{output}: not the OUTPUT of `segment`: it has no _run.json")
+    asked = record.get("fingerprint", {})
+    if asked.get("job") != "segment":
+        raise UsageError(
+            f"{output}: of the job {asked.get('job')!r}; labels are cut from segment's"
+        )
+    if asked.get("keep_probabilities", "none") == "none":
+        raise UsageError(
+            f"{output}: kept no probability maps: run `segment` into another output, with "
+            "--ontology or --keep-probabilities"
+        )
+    added = itertools.chain.from_iterable(read_added(output).values())
+    return KeptMaps(
+        output=output,
+        prompts=[*asked.get("prompts", []), *added],
+        recipes=asked.get("recipes", {}),
+        fingerprint=asked,
+        unfinished=is_unfinished(output),
+    )
+
+
+class ReadKeptMaps:
+    """The read stage: rows of shard_to_row -> schema.KEPT_MAPS, with the maps of `wanted` prompts
+    in that order."""
+
+    def __init__(self, wanted: Sequence[int]):
+        self.wanted = list(wanted)
+
+    def __call__(self, shards: pa.Table) -> Iterator[pa.Table]:
+        for row in shards.to_pylist():
+            yield from read_kept_maps(shard_from_row(row), self.wanted)
+
+
+def read_kept_maps(
+    shard: Shard, wanted: list[int], *, batch_bytes: int = BATCH_BYTES
+) -> Iterator[pa.Table]:
+    """The images of a shard with their maps, then those that failed, then the end record.
+
+    An image without a map of every wanted prompt fails as no_map; otherwise as read_finished has
+    it. Raises CredentialsError.
+    """
+
+    def read(parts: list[str]) -> Iterator[pa.Table]:
+        batch: list[dict[str, Any]] = []
+        size_bytes = 0
+        for record in _records(parts, wanted):
+            batch.append(empty | record)
+            size_bytes += len(record["maps"])
+            if size_bytes >= batch_bytes:
+                yield pa.Table.from_pylist(batch, schema=KEPT_MAPS)
+                batch, size_bytes = [], 0
+        yield pa.Table.from_pylist(batch, schema=KEPT_MAPS)
+
+    empty = empty_record(KEPT_MAPS)
+    yield from read_finished(shard, read, KEPT_MAPS, lost="no_map")
+
+
+def _records(parts: list[str], wanted: list[int]) -> Iterator[dict[str, Any]]:
+    """The images of a shard, in order, of its parts of probabilities; without maps if one lacks.
+
+    Raises JobError and StorageError where a part is damaged or gone.
+    """
+    if not parts:
+        return
+    folder, _, name = min(parts, key=len).rpartition("/")  # of the first pass
+    images = read_part(storage.join(storage.parent(folder), "images", name), IMAGES.names)
+    for image, found in _with_maps(images.sort_by("row").to_pylist(), parts, wanted):
+        yield image | (_join(found, wanted) or {"maps": b"", "stage": "read", "reason": "no_map"})
+
+
+def _with_maps(
+    images: list[dict[str, Any]], uris: list[str], wanted: list[int]
+) -> Iterator[tuple[dict[str, Any], dict[int, dict[str, Any]]]]:
+    """Each image with its maps by prompt_id: rows of schema.PROBABILITIES."""
+    streams = [_stream(uri, set(wanted)) for uri in uris]
+    heads = [next(stream, None) for stream in streams]
+    for image in images:
+        found: dict[int, dict[str, Any]] = {}
+        for i, stream in enumerate(streams):
+            while (head := heads[i]) is not None and head["row"] <= image["row"]:
+                if head["row"] == image["row"]:
+                    found[head["prompt_id"]] = head
+                heads[i] = next(stream, None)
+        yield image, found
+
+
+def _stream(uri: str, wanted: set[int]) -> Iterator[dict[str, Any]]:
+    """The rows of a part that are of wanted prompts, sorted by row as they are."""
+    with open_part(uri) as parquet:
+        for batch in parquet.iter_batches(
+            _ROWS_AT_ONCE, columns=["row", "prompt_id", "size", "map"], use_threads=False
+        ):
+            for i, prompt_id in enumerate(batch["prompt_id"].to_pylist()):
+                if prompt_id in wanted:
+                    yield {name: batch[name][i].as_py() for name in batch.schema.names}
+
+
+def _join(found: dict[int, dict[str, Any]], wanted: list[int]) -> dict[str, Any] | None:
+    """The maps of an image one after the other; None unless all are there, of one size."""
+    rows = [found[i] for i in wanted if i in found]
+    sizes = {(*row["size"], len(row["map"])) for row in rows}
+    if len(rows) != len(wanted) or len(sizes) != 1:
+        return None
+    height, width, length = sizes.pop()
+    if height < 1 or width < 1 or height * width != length:
+        return None
+    maps = b"".join(row["map"] for row in rows)
+    return {"map_height": height, "map_width": width, "maps": maps}
