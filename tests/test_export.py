@@ -48,7 +48,9 @@ def truth(exported: Path) -> Truth:
 # There and back
 
 
-@pytest.mark.parametrize(("name", "reader", "read", "how"), TOLD, ids=lambda v: str(v)[:30])
+@pytest.mark.parametrize(
+    ("name", "reader", "read", "how"), TOLD, ids=lambda v: getattr(v, "__name__", str(v))
+)
 def test_masks_come_back(
     name: str, reader: str, read: Any, how: str, exported: Path, truth: Truth
 ) -> None:
