@@ -64,7 +64,7 @@ _ROW_BYTES = 500  # about, of IMAGES
 
 @dataclass(kw_only=True)
 class Account:
-    """What an export wrote."""
+    """Account of an export."""
 
     images: int = 0
     empty: int = 0
@@ -127,7 +127,7 @@ def export_labels(
 
 
 def _asked(config: ExportConfig, labels: str, record: dict[str, Any]) -> dict[str, Any]:
-    """What decides the files of an export."""
+    """Everything that decides the files of an export."""
     options = {name: getattr(config, name) for name in ("format", "images", "split", "counts")}
     group = config.group
     if group and group not in GROUP_COLUMNS:

@@ -25,7 +25,7 @@ class Item:
 
 
 class Writer(Protocol):
-    """What the module of a format offers: made of a Destination, the classes and the splits."""
+    """Interface of a format's module: made of a Destination, the classes and the splits."""
 
     def add(self, item: Item) -> None:
         """Write one image and its annotations."""

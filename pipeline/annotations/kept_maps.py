@@ -46,7 +46,7 @@ class KeptMaps:
         return {name: i for i, name in enumerate(self.prompts)}
 
     def facts(self) -> dict[str, Any]:
-        """What of the run decides the labels, beside its parts."""
+        """Facts of the run that decide the labels, beside its parts."""
         names = ("weights_hash", "keep_probabilities")
         return {"maps": {name: self.fingerprint.get(name) for name in names}}
 

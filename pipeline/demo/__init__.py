@@ -1,4 +1,4 @@
-"""What ships with the project so that everything can be tried without a hub.
+"""Model and shards that ship with the project, to try everything without a hub.
 
 scenes       synthetic scenes: coloured shapes on textured backgrounds
 vocabulary   the phrases that name them, and a tokenizer for those

@@ -45,7 +45,7 @@ def kind_of(pair: Pair) -> str:
 
 @dataclass
 class Figures:
-    """What was measured: by kind of phrase, one number for each phrase and image.
+    """Measurements: by kind of phrase, one number for each phrase and image.
 
     `iou` of present phrases; `quiet` whether an absent phrase covered less than FALSE_ALARM;
     `precision_at_10` by colour.

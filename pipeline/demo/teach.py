@@ -1,4 +1,4 @@
-"""What the bundled model is shown while it learns: batches of scenes, and phrases to ask for.
+"""Batches for training the bundled model: scenes, and phrases to ask for.
 
 Shapes: B images, O objects of a scene, K concepts, P phrases asked of each image, L tokens.
 """

@@ -49,7 +49,7 @@ class Stage:
 
     number: int
     objects: tuple[Pair, ...]
-    """What scenes are made of, drawn evenly."""
+    """Contents of scenes, drawn evenly."""
     scenes: int
     """Scenes drawn beforehand; they come again, mirrored or not."""
     steps: int

@@ -1,4 +1,4 @@
-"""What a search found -> one HTML page with thumbnails, which needs nothing beside itself.
+"""Hits of a search -> one HTML page with thumbnails, which needs nothing beside itself.
 
 The images come from the shards of the run that made the table. Only shards with hits are read,
 each once and no further than its last hit. Keys, shards and queries are whatever the data holds:

@@ -53,7 +53,7 @@ class VectorIndex:
 
     uri: str
     table: EmbeddingTable
-    """What it was made from, as it was then; without its parts."""
+    """The table that it was made from, as it was then; without its parts."""
     rows: int
     partitions: int
     """0 where every row is compared."""
@@ -228,7 +228,7 @@ def _without_faults(matrix: np.ndarray) -> np.ndarray:
 
 
 def _read_facts(uri: str) -> dict[str, Any] | None:
-    """What the file of facts says; None where there is none of ours."""
+    """Contents of the file of facts; None where there is none of ours."""
     try:
         facts = json.loads(storage.read_bytes(storage.join(uri, FACTS)))
     except (NotFoundError, ValueError):
@@ -243,7 +243,7 @@ def _write_facts(uri: str, facts: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _lance_errors(uri: str) -> Iterator[None]:
-    """What LanceDB raises as a JobError that names the folder, in one line."""
+    """Errors of LanceDB as a JobError that names the folder, in one line."""
     try:
         yield
     except PipelineError:

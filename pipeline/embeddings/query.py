@@ -37,7 +37,7 @@ Encoder = CLIP | TextEncoder | ImageEncoder
 
 @dataclass(frozen=True, kw_only=True)
 class Query:
-    """What one query is made of; texts and images that stand twice count twice."""
+    """Parts of one query; texts and images that stand twice count twice."""
 
     texts: tuple[str, ...] = ()
     images: tuple[str, ...] = ()

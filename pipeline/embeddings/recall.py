@@ -22,7 +22,7 @@ SEED = 0  # of the rows that are drawn
 
 @dataclass(frozen=True, kw_only=True)
 class Recall:
-    """What was measured."""
+    """Measured recall, and times."""
 
     queries: int
     recall: float

@@ -1,4 +1,4 @@
-"""What a search or the search for duplicates found -> the terminal, and Parquet.
+"""Hits of a search, or groups of duplicates -> the terminal, and Parquet.
 
 Names and keys are whatever the data holds, so on the terminal only printable text appears.
 """
@@ -41,7 +41,7 @@ RESULTS = pa.schema(
 
 
 def results_table(queries: Sequence[str], hits: Sequence[Sequence[Hit]]) -> pa.Table:
-    """What was found for each query, best first: a table of RESULTS."""
+    """Hits of each query, best first: a table of RESULTS."""
     rows = [
         {"query_id": i, "query": query, "rank": rank, **hit._asdict()}
         for i, (query, found) in enumerate(zip(queries, hits, strict=True))

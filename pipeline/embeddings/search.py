@@ -33,7 +33,7 @@ class Hit(NamedTuple):
 
     @property
     def order(self) -> tuple[float, str, int]:
-        """What hits are sorted by: the largest cosine first, then by shard and row."""
+        """Sort key of hits: the largest cosine first, then by shard and row."""
         return -self.cosine, self.shard, self.row
 
 

@@ -41,10 +41,10 @@ Model = TypeVar("Model", bound=CLIPSeg | CLIP | TextEncoder | ImageEncoder | Ima
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """What decides the results of a model: no weights inside."""
+    """Description of a model, without its weights."""
 
     name: str
-    """What the user called it: a folder, a hub id, an s3:// URI."""
+    """As the user gave it: a folder, a hub id, an s3:// URI."""
     config: dict[str, Any]
     weights_hash: str
     processor: ImageProcessor
@@ -59,7 +59,7 @@ class Checkpoint:
         return int(self.config.get("projection_dim") or 512)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What of the model decides the results of a run."""
+        """Facts of the model that decide the results of a run."""
         return {
             "weights_hash": self.weights_hash,
             "model_config": self.config,

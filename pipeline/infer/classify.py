@@ -54,12 +54,12 @@ class Classifier:
     vectors: np.ndarray
     """Embeddings of the labels (C, E), float64 of length 1; of no labels with a head."""
     scale: float
-    """What a cosine is multiplied with: exp(logit_scale)."""
+    """Factor of a cosine: exp(logit_scale)."""
     top: int
     """K, at most C."""
     function: Function = "softmax"
     notes: tuple[str, ...] = ()
-    """What the user should be told of the labels, a line each."""
+    """Lines for the user about the labels."""
 
     @property
     def head(self) -> bool:
@@ -67,12 +67,12 @@ class Classifier:
         return not self.templates
 
     def fingerprint(self) -> dict[str, Any]:
-        """What of the model and the labels decides the results of a run."""
+        """Facts of the model and the labels that decide the results of a run."""
         asked = {"labels": self.labels, "templates": self.templates}
         return {**self.checkpoint.fingerprint(), **asked}
 
     def facts(self) -> dict[str, str]:
-        """What every file of the labels table says of the model."""
+        """Facts of the model in every file of the labels table."""
         return {"model": self.checkpoint.name, "weights_hash": self.checkpoint.weights_hash}
 
     def logits(self, vectors: np.ndarray) -> np.ndarray:

@@ -38,7 +38,7 @@ class SegmentSpec:
     embed: bool
     """Whether images are embedded, too."""
     notes: tuple[str, ...] = ()
-    """What the user should be told of the prompts, a line each."""
+    """Lines for the user about the prompts."""
 
     def only(self, prompts: list[str], *, embed: bool) -> SegmentSpec:
         """The same with some of the prompts."""
@@ -117,7 +117,7 @@ class SegmentImages:
             yield from self._decode(images.slice(i, count), some, vectors[i : i + count], prompts)
 
     def _encode(self, pixels: Tensor) -> tuple[list[Tensor], Tensor]:
-        """What the decoder needs of images (B, 3, H, W) whatever the prompt, and their embeddings
+        """Activations for the decoder of images (B, 3, H, W), whatever the prompt, and embeddings
         (B, E) of length 1, or (B, 0)."""
         tower = self.model.vision_model
         wanted = self.model.config.extract_layers

@@ -23,7 +23,7 @@ LAYER_LIMIT = 1 << 10
 
 
 def _defaults(kind: type) -> dict[str, Any]:
-    """What a missing field means: projection_dim is a tower's own where it stands alone."""
+    """Defaults of missing fields: projection_dim is a tower's own where it stands alone."""
     found = {f.name: f.default for f in dataclasses.fields(kind)}
     own = {name: value for name, value in found.items() if value is not dataclasses.MISSING}
     return {"projection_dim": 512, **own}

@@ -318,7 +318,7 @@ def contrastive_loss(logits: Tensor) -> Tensor:
 
 
 def clip_prefix(folder: Path) -> str:
-    """What the names of CLIP's tensors begin with: "clip." beside a decoder, else nothing."""
+    """Prefix of the names of CLIP's tensors: "clip." beside a decoder, else nothing."""
     return "clip." if any(name.startswith("clip.") for name in read_shapes(folder)) else ""
 
 

@@ -152,7 +152,7 @@ class CLIPSeg(nn.Module):
         return self.clip.encode_image(pixels)
 
     def activations(self, pixels: Tensor) -> list[Tensor]:
-        """What the decoder needs of images (B, 3, h, w): one (B, L, D) per extract layer."""
+        """Activations for the decoder of images (B, 3, h, w): one (B, L, D) per extract layer."""
         return self.clip.vision_model.activations(pixels, self.config.extract_layers)
 
     def grid(self, pixels: Tensor) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""What a CLIP or CLIPSeg checkpoint's config.json says, as plain dataclasses.
+"""The config.json of a CLIP or CLIPSeg checkpoint as plain dataclasses.
 
 Field names and defaults are those of transformers' CLIPConfig and CLIPSegConfig, so that any hub
 config reads as it is; fields that do not change the network's outputs are ignored.
@@ -131,7 +131,7 @@ def _towers(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _fields(cls: type, values: dict[str, Any]) -> dict[str, Any]:
-    """What `values` says of the fields of `cls`, each of its default's type, sizes positive."""
+    """Values of the fields of `cls`, each of its default's type, sizes positive."""
     out: dict[str, Any] = {}
     for f in dataclasses.fields(cls):
         value: Any = values.get(f.name)

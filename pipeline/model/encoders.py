@@ -125,7 +125,7 @@ def read_head_labels(folder: Path) -> list[str] | None:
 
 
 def read_logit_scale(folder: Path) -> float:
-    """What CLIP multiplies a cosine with, exp(logit_scale). Raises CheckpointError."""
+    """CLIP's factor of a cosine, exp(logit_scale). Raises CheckpointError."""
     try:
         return math.exp(read_scalar(folder, f"{clip_prefix(folder)}logit_scale"))
     except OverflowError as error:

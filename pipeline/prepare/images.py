@@ -91,7 +91,7 @@ def decode_image(data: bytes, *, max_pixels: int) -> DecodedImage:
         raise _refusal("too_many_pixels", found) from error
     except MemoryError as error:
         # The pixel cap bounds what an image may ask for, so the machine was short of memory.
-        raise _refusal("image_corrupt", "out of memory", retryable=True) from error
+        raise _refusal("decoder_crashed", "out of memory", retryable=True) from error
     # Pillow's decoders raise OSError, SyntaxError, ValueError, TypeError, RuntimeError, IndexError,
     # struct.error, zlib.error, ... on broken input: no shorter list of exceptions is complete.
     except Exception as error:
@@ -125,7 +125,7 @@ class PrepareImages:
         except RowError as error:
             failure = error
         except MemoryError:
-            failure = _refusal("image_corrupt", "out of memory", retryable=True)
+            failure = _refusal("decoder_crashed", "out of memory", retryable=True)
         else:
             facts = ("height", "width", "format", "mode", "orientation")
             record |= {name: getattr(decoded, name) for name in facts}

@@ -32,7 +32,7 @@ _NO_DATA = (*_LINKS, tarfile.DIRTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.
 
 @dataclass(frozen=True)
 class Member:
-    """What the headers of a member say."""
+    """Contents of the headers of a member."""
 
     name: str  # surrogates stand for bytes that are not UTF-8
     type: bytes

@@ -229,7 +229,7 @@ def _decode_data_url(data: bytes) -> bytes:
 
 
 def _from_base64(data: bytes) -> bytes | None:
-    """What base64 says, in either alphabet, padded or not, in lines or one; None for the rest."""
+    """Bytes of base64 in either alphabet, padded or not, in lines or one; None for the rest."""
     found = b"".join(data.split()).translate(bytes.maketrans(b"-_", b"+/")).rstrip(b"=")
     try:
         return base64.b64decode(found + b"=" * (-len(found) % 4), validate=True)

@@ -28,7 +28,7 @@ _WANTED = "tar, Parquet or image files"
 
 
 class Listing(NamedTuple):
-    """What an input holds."""
+    """Contents of an input."""
 
     shards: list[Shard]
     left_out: dict[str, LeftOut]
@@ -96,7 +96,7 @@ def _name_files(root: str, files: Iterable[Stored]) -> Named:
 
 
 class _Found(NamedTuple):
-    """What one source stands for."""
+    """Files of one source."""
 
     root: str
     """The folder that names are relative to."""

@@ -40,7 +40,7 @@ def read_schema(uri: str) -> pa.Schema:
 
 
 class RowGroup(NamedTuple):
-    """What a footer says of a row group."""
+    """Facts of a row group in a footer."""
 
     rows: int
     size_bytes: int
@@ -48,7 +48,7 @@ class RowGroup(NamedTuple):
 
 
 class Footer(NamedTuple):
-    """What a footer says of a file."""
+    """Facts of a file in its footer."""
 
     schema: pa.Schema
     groups: list[RowGroup]
@@ -233,7 +233,7 @@ def _open(file: BinaryIO) -> pq.ParquetFile:
 
 @contextlib.contextmanager
 def _damage() -> Iterator[None]:
-    """What pyarrow raises over damaged bytes; faults of storage are StorageErrors by now."""
+    """Errors of pyarrow over damaged bytes; faults of storage are StorageErrors by now."""
     try:
         yield
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:

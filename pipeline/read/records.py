@@ -175,7 +175,7 @@ def _read_samples(shard: Shard) -> Iterator[Sample | None]:
 
 
 def shard_failure(error: StorageError) -> RowError:
-    """What ended the reading of a shard, as the errors table says it."""
+    """The error that ended the reading of a shard, as a row of the errors table."""
     detail = printable(str(error))
     if isinstance(error, NotFoundError):
         return RowError("read", "shard_missing", detail, retryable=True)

@@ -1,4 +1,4 @@
-"""What a shard is, what a reader finds in it, and which names are inputs at all."""
+"""Shards and their samples, and the names that make a file an input."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Shard:
     """The `shard` column: the path relative to the input's root, unique in an input; of row
     groups as name_rows has it."""
     uri: str
-    """What to open; for loose images the root folder."""
+    """URI to open; for loose images the root folder."""
     format: str
     """tar, parquet or images."""
     size_bytes: int

@@ -39,7 +39,7 @@ class _Name(NamedTuple):
 
     @property
     def inner(self) -> str:
-        """What is between the key and the last suffix: left."""
+        """Name between the key and the last suffix: left."""
         return self.extension.rpartition(".")[0]
 
     @property

@@ -24,7 +24,7 @@ DELETING = "being deleted"
 _TRIES = 10
 # Raised whenever the same configuration gives other rows: another rule of reading, decoding or of
 # masks, another bound on what is decoded.
-RESULTS_VERSION = 1
+RESULTS_VERSION = 2
 
 
 class JobConfig(Protocol):
