@@ -60,13 +60,7 @@ def classify(config: ClassifyConfig) -> None:
         )
     tell([f"clipseg-ray classify: {note}" for note in classifier.notes])
     tables = config.tables(classifier.facts(), classifier.top, images=table is None)
-    run = open_run(
-        config,
-        listing.shards,
-        model=classifier.fingerprint(),
-        tables=tables,
-        left_out=listing.left_out,
-    )
+    run = open_run(config, *listing, model=classifier.fingerprint(), tables=tables)
     tell(run.notes)
     rows = MakeLabelRows(tables, classifier.labels)
 

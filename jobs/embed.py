@@ -52,13 +52,7 @@ def embed(config: EmbedConfig) -> None:
     )
     checkpoint = spec.checkpoint
     tables = config.tables(checkpoint.dimension, checkpoint.weights_hash)
-    run = open_run(
-        config,
-        listing.shards,
-        model=checkpoint.fingerprint(),
-        tables=tables,
-        left_out=listing.left_out,
-    )
+    run = open_run(config, *listing, model=checkpoint.fingerprint(), tables=tables)
     tell(run.notes)
     prepare = PrepareImages(checkpoint.processor, config.images.max_pixels)
     rows = MakeEmbeddingRows(tables["embeddings"].schema)

@@ -53,13 +53,7 @@ def segment(config: SegmentConfig) -> None:
     tell([f"clipseg-ray segment: {note}" for note in spec.notes])
     checkpoint = spec.checkpoint
     tables = config.tables(checkpoint.dimension, checkpoint.weights_hash)
-    run = open_run(
-        config,
-        listing.shards,
-        model=checkpoint.fingerprint(),
-        tables=tables,
-        left_out=listing.left_out,
-    )
+    run = open_run(config, *listing, model=checkpoint.fingerprint(), tables=tables)
     tell(run.notes)
     # One pass over the shards, and one more for each time that prompts were added.
     counts = follow_run(

@@ -89,10 +89,10 @@ class Run:
 def open_run(
     config: JobConfig,
     shards: list[Shard],
+    left_out: dict[str, LeftOut] | None = None,
     *,
     model: dict[str, Any],
     tables: dict[str, Table],
-    left_out: dict[str, LeftOut] | None = None,
 ) -> Run:
     """Start a run in the config's output, or continue the one that is there.
 
