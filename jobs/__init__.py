@@ -1,1 +1,29 @@
-"""The jobs: one file per command, each a chain that is read from top to bottom."""
+"""The jobs, one a file; each is a command, and a function for code of one's own.
+
+Before any of them is imported, the package that they are made of must be the one beside them: a
+`pipeline.py` in the current folder or on PYTHONPATH is refused in one line, and is not run.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+_OURS = Path(__file__).parent.parent / "pipeline" / "__init__.py"
+
+
+def _refuse_foreign_package() -> None:
+    """End the process with exit code 2 if `import pipeline` would find somebody else's."""
+    spec = find_spec("pipeline")
+    found = spec.origin or next(iter(spec.submodule_search_locations or []), "") if spec else ""
+    if not found or Path(found).resolve() != _OURS.resolve():
+        print(
+            f"clipseg-ray: error: the name 'pipeline' means {found or 'nothing'} here, not "
+            f"{_OURS.parent}: start the command in another folder, or change PYTHONPATH",
+            file=sys.stderr,
+        )
+        raise SystemExit(2)
+
+
+_refuse_foreign_package()

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 import ray
+import ray.job_config
 
 from pipeline.errors import JobError
 
@@ -21,6 +22,30 @@ def attempts_before() -> int:
     """How many attempts at the task that runs here were lost with their workers."""
     worker: Any = _find(ray, "_private.worker.global_worker")
     return int(_find(worker, "core_worker.get_current_task_attempt_number")())
+
+
+def job_with_path(folders: list[str]) -> ray.job_config.JobConfig:
+    """A job whose workers look for modules in `folders`, beside those that are Python's own.
+
+    ray.init would add the driver's current folder, before all others, and its script's.
+    """
+    config = ray.job_config.JobConfig()
+    _find(config, "_py_driver_sys_path.extend")
+    config._py_driver_sys_path = _Fixed(folders)  # type: ignore[assignment]
+    return config
+
+
+class _Fixed:
+    """Folders to which nothing can be added."""
+
+    def __init__(self, folders: list[str]):
+        self.folders = folders
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.folders)
+
+    def extend(self, more: list[str]) -> None:
+        """Leave the folders as they are."""
 
 
 def reload_auth_mode() -> None:

@@ -21,7 +21,13 @@ from pipeline.config.options import WorkerOptions
 from pipeline.errors import JobError, PipelineError, StorageError, UsageError
 from pipeline.run.engine import Engine
 from pipeline.run.guard import guarded
-from pipeline.run.private import fewer_processes, mute_native_stderr, reload_auth_mode
+from pipeline.run.package import check_workers, worker_path
+from pipeline.run.private import (
+    fewer_processes,
+    job_with_path,
+    mute_native_stderr,
+    reload_auth_mode,
+)
 from pipeline.run.progress import phase
 from pipeline.run.resources import share_cluster
 from pipeline.run.source import dataset_of
@@ -92,7 +98,10 @@ def _start() -> None:
         told = {TIMEOUT_VARIABLE: str(storage_timeout())}
         options["runtime_env"] = {"env_vars": told}
     mute_native_stderr()
-    alone = not os.environ.get("RAY_ADDRESS")
+    address = os.environ.get("RAY_ADDRESS", "")
+    alone = not address
+    if "://" not in address:  # a Ray Client adds no folders by itself
+        options["job_config"] = job_with_path(worker_path())
     if alone:
         _require_token()
         # Ray ends a task's process that was idle for 1 s: the next pays for its imports again.
@@ -108,6 +117,8 @@ def _start() -> None:
     except Exception as error:
         said = next(iter(str(error).splitlines()), type(error).__name__)
         raise JobError(f"Ray cannot be reached or started: {said}") from error
+    if not alone:
+        check_workers()
 
 
 def _require_token() -> None:
