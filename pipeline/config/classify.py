@@ -36,6 +36,9 @@ class ClassifyConfig:
     labels: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """Text file with one label a line; needed unless the model has labels of its own."""
 
+    label: tyro.conf.Suppress[tuple[str, ...]] = ()
+    """Labels before those of --labels; for calls from Python."""
+
     template: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Sentence to put each label into, in the place of {}; of several, the label's embedding is
     the mean. By default "a photo of a {}."."""
@@ -60,11 +63,14 @@ class ClassifyConfig:
                 )
 
     def all_labels(self) -> list[str]:
-        """The labels in the order of their label_id, none without --labels. Raises UsageError.
+        """The labels in the order of their label_id, none if none are given. Raises UsageError.
 
         One that stands twice has two of them: CLIP's own list of ImageNet's classes has such names.
         """
-        return [] if self.labels is None else read_lines(self.labels, "--labels", "labels")
+        found = list(self.label)
+        if self.labels is not None:
+            found += read_lines(self.labels, "--labels", "labels")
+        return found
 
     def templates(self) -> list[str]:
         """The templates, or the one that stands for none."""

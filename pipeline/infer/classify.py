@@ -103,7 +103,7 @@ def open_classifier(
     notes: list[str] = []
     function: Function = "softmax"
     if own is not None:
-        given = [o for o in ("labels", "template") if getattr(config, o)]
+        given = [o for o in ("label", "labels", "template") if getattr(config, o)]
         if given:
             raise UsageError(
                 f"--{given[0]}: {name} classifies by a head with {len(own)} labels of its own"

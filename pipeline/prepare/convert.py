@@ -12,6 +12,8 @@ How each kind of image becomes RGB:
                         is unknown; infinities are the ends, NaN is black, a flat image is black
     white is zero       inverted
     animations, MPO, multi-page TIFF   the first frame
+
+Pixels that somebody else has decoded become an image first, and then RGB by the same rules.
 """
 
 from __future__ import annotations
@@ -29,8 +31,11 @@ from PIL.TiffImagePlugin import (
     TiffImageFile,
 )
 
+from pipeline.errors import RowError
+
 # Conversions work on bands of rows, so that their temporary copies stay small.
 _BAND_PX = 1 << 20
+_GREY_ARRAYS = ("uint8", "bool", "uint16", "int32", "float32")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -44,6 +49,20 @@ def to_rgb(image: Image.Image) -> Image.Image:
         band = convert(image.crop(box))
         canvas.paste(band, box, mask=band if band.mode == "RGBA" else None)
     return canvas
+
+
+def image_of_array(pixels: np.ndarray) -> Image.Image:
+    """The image of decoded pixels: uint8 (H, W), or (H, W, C) of C = 1 grey, 2 grey and alpha,
+    3 RGB, 4 RGBA; or bool, uint16, int32 or float32 (H, W).
+
+    Raises RowError(stage="decode") with the reason unsupported_format for other arrays.
+    """
+    plain = pixels[:, :, 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels
+    known = {2: _GREY_ARRAYS, 3: ("uint8",)}.get(plain.ndim, ())
+    if plain.dtype.name not in known or plain.shape[2:] not in ((), (2,), (3,), (4,)):
+        shape = " x ".join(map(str, pixels.shape))
+        raise RowError("decode", "unsupported_format", f"an array of {shape} {pixels.dtype}")
+    return Image.fromarray(np.ascontiguousarray(plain))
 
 
 def _mend_palette(image: Image.Image) -> None:

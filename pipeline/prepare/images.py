@@ -17,6 +17,7 @@ from functools import cache
 from io import BytesIO
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from PIL import ExifTags, Image, ImageFile, TiffImagePlugin, UnidentifiedImageError, features
 from PIL.TiffImagePlugin import TiffImageFile
@@ -24,7 +25,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from pipeline import schema
 from pipeline.errors import RowError
 from pipeline.prepare import layouts
-from pipeline.prepare.convert import to_rgb
+from pipeline.prepare.convert import image_of_array, to_rgb
 from pipeline.prepare.identify import describe, identify
 from pipeline.prepare.png import pixel_chunks
 from pipeline.prepare.processor import ImageProcessor
@@ -70,8 +71,10 @@ class DecodedImage:
     """The EXIF orientation that was applied, 1..8; 1 when there was none."""
 
 
-def decode_image(data: bytes, *, max_pixels: int) -> DecodedImage:
+def decode_image(data: bytes | np.ndarray, *, max_pixels: int) -> DecodedImage:
     """Decode one image to upright RGB; its peak is 4 to 13 bytes per pixel, WebP's 20.
+
+    Pixels of somebody else's decoder are taken as they are: see convert.image_of_array.
 
     Whatever the bytes are, a process stays below 20 x max_pixels + 6 x len(data) + 64 MiB for it.
 
@@ -79,7 +82,9 @@ def decode_image(data: bytes, *, max_pixels: int) -> DecodedImage:
     too_many_pixels or extreme_aspect (both found before decoding), or image_corrupt. One image at a
     time is decoded in a process: Pillow's limits and Python's warnings are process-wide settings.
     """
-    if not data:
+    if not isinstance(data, bytes | np.ndarray):
+        raise _refusal("unsupported_format", f"a {type(data).__name__}, not bytes or an array")
+    if (len(data) if isinstance(data, bytes) else data.size) == 0:
         raise _refusal("image_empty", "")
     try:
         with _pillow_limited_to(max_pixels):
@@ -95,7 +100,7 @@ def decode_image(data: bytes, *, max_pixels: int) -> DecodedImage:
     # Pillow's decoders raise OSError, SyntaxError, ValueError, TypeError, RuntimeError, IndexError,
     # struct.error, zlib.error, ... on broken input: no shorter list of exceptions is complete.
     except Exception as error:
-        if layout := layouts.missing_layout(identify(data) or "", data):
+        if isinstance(data, bytes) and (layout := _missing_layout(data)):
             raise _refusal("unsupported_format", layout) from error
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
         raise _refusal("image_corrupt", f"{kind}{error}") from error
@@ -129,7 +134,8 @@ class PrepareImages:
         else:
             facts = ("height", "width", "format", "mode", "orientation")
             record |= {name: getattr(decoded, name) for name in facts}
-            return record | {"size_bytes": len(data), "pixels": pixels.tobytes()}
+            size_bytes = len(data) if isinstance(data, bytes) else data.nbytes
+            return record | {"size_bytes": size_bytes, "pixels": pixels.tobytes()}
         return _failed(record, failure)
 
 
@@ -155,8 +161,8 @@ def _failed(record: dict[str, Any], failure: RowError) -> dict[str, Any]:
     return record | {name: getattr(failure, name) for name in why}
 
 
-def _decode(data: bytes, max_pixels: int) -> DecodedImage:
-    image = _open(data, max_pixels)
+def _decode(data: bytes | np.ndarray, max_pixels: int) -> DecodedImage:
+    image = _open(data, max_pixels) if isinstance(data, bytes) else _take(data, max_pixels)
     form, mode = image.format or "", image.mode
     if form == "TIFF":
         # Pillow applies a TIFF's orientation itself while loading, and forgets it.
@@ -200,10 +206,26 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     _check_size(height, width, max_pixels)
     if isinstance(image, TiffImageFile):
         _check_tiff(image, len(data), max_pixels)
-    if max(height, width) > MAX_ASPECT * min(height, width):
-        raise _refusal("extreme_aspect", f"{height} x {width} px")
+    _check_aspect(height, width)
     _correct_raw_mode(image, data)
     return image
+
+
+def _missing_layout(data: bytes) -> str:
+    return layouts.missing_layout(identify(data) or "", data)
+
+
+def _take(pixels: np.ndarray, max_pixels: int) -> Image.Image:
+    """The image of decoded pixels, within the bounds of encoded ones."""
+    image = image_of_array(pixels)
+    _check_size(image.height, image.width, max_pixels)
+    _check_aspect(image.height, image.width)
+    return image
+
+
+def _check_aspect(height: int, width: int) -> None:
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise _refusal("extreme_aspect", f"{height} x {width} px")
 
 
 def _check_size(height: int, width: int, max_pixels: int) -> None:

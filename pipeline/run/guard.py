@@ -24,7 +24,9 @@ Stage = Callable[[pa.Table], "pa.Table | Iterator[pa.Table]"]
 class OnCrash(Protocol):
     """What stands in for the output of a row that ended its process."""
 
-    def __call__(self, row: pa.Table, last: pa.Table | None, how: str, *, killed: bool) -> pa.Table:
+    def __call__(
+        self, row: pa.Table, last: pa.Table | None, how: str, /, *, killed: bool
+    ) -> pa.Table:
         """`row`: the input; `last`: its last output before; `how` it ended; `killed`: outside."""
         ...
 

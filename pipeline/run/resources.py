@@ -11,12 +11,13 @@ from pipeline.config.options import WorkerOptions
 from pipeline.errors import UsageError
 
 
-def share_cluster(options: WorkerOptions) -> dict[str, Any]:
+def share_cluster(options: WorkerOptions, *, spare: float = 0.0) -> dict[str, Any]:
     """Divide the cluster: device, threads, read, task and actor of an Engine.
 
     Read, decode and write tasks take `task` CPUs each, so that one of every kind fits beside the
-    actors even on one CPU; without that a streaming job waits for itself for ever. Raises
-    UsageError if GPUs are asked for that the cluster does not have.
+    actors even on one CPU; without that a streaming job waits for itself for ever. Actors leave
+    `spare` CPUs to tasks that are not ours. Raises UsageError if GPUs are asked for that the
+    cluster does not have.
     """
     resources = ray.cluster_resources()
     cpus, gpus = resources.get("CPU", 0.0), int(resources.get("GPU", 0))
@@ -24,17 +25,18 @@ def share_cluster(options: WorkerOptions) -> dict[str, Any]:
     if device == "auto":
         device = "cuda" if gpus else "cpu"
     task = min(1.0, cpus / 8)
+    for_actors = max(0.0, min(cpus / 2, cpus - spare))
     if device == "cuda":
         actors = actors or gpus
         if not 0 < actors <= gpus:
             raise UsageError(f"--device cuda: {actors or 1} GPUs wanted, the cluster has {gpus}")
-        share = {"num_gpus": 1, "num_cpus": min(task, cpus / 2 / actors)}
+        share = {"num_gpus": 1, "num_cpus": min(task, for_actors / actors)}
         threads = None
     else:
         actors = actors or max(1, int(cpus // 8))
         if actors > 4 * cpus:
             raise UsageError(f"--actors {actors}: the cluster has {cpus:g} CPUs, 4 fit on each")
-        share = {"num_cpus": cpus / 2 / actors}
+        share = {"num_cpus": for_actors / actors}
         threads = max(1, round(cpus / actors))
     return {
         "device": device,

@@ -1,0 +1,107 @@
+"""CLIPSeg on the side of a single picture, without Ray: for a notebook.
+
+The same steps as the segment job's, in this process: upright RGB, the checkpoint's own processor
+and tokenizer, masks at the picture's size.
+
+Shapes: P prompts, (H, W) the size of the upright picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, overload
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from pipeline.config.options import refuse_repeated
+from pipeline.errors import UsageError
+from pipeline.infer.checkpoint import OpenModel
+from pipeline.infer.device import Device
+from pipeline.infer.masks import mask_from_logits
+from pipeline.model.clipseg import CLIPSeg as Model
+from pipeline.prepare.convert import to_rgb
+
+
+class Masks(NamedTuple):
+    """The masks of one picture, in the order of its prompts."""
+
+    masks: np.ndarray
+    """(P, H, W) bool: where the probability is above the threshold."""
+    probabilities: np.ndarray
+    """(P, H, W) float32, 0..1."""
+
+
+class CLIPSeg:
+    """A checkpoint that segments pictures: `from_pretrained`, then a call."""
+
+    def __init__(self, opened: OpenModel[Model]):
+        self.opened = opened
+
+    @classmethod
+    def from_pretrained(cls, name: str, *, device: str = "cpu") -> CLIPSeg:
+        """Open a checkpoint: a folder, an s3:// folder, or a hub id, with @revision if wanted.
+
+        `device` is "cpu" or "cuda". Raises CheckpointError naming what is wrong.
+        """
+        return cls(OpenModel(str(name), Model.from_folder, Device(device)))
+
+    @overload
+    def __call__(
+        self, images: Image.Image, prompts: str | Sequence[str], *, threshold: float = 0.5
+    ) -> Masks: ...
+    @overload
+    def __call__(
+        self, images: Sequence[Image.Image], prompts: str | Sequence[str], *, threshold: float = 0.5
+    ) -> list[Masks]: ...
+    def __call__(
+        self,
+        images: Image.Image | Sequence[Image.Image],
+        prompts: str | Sequence[str],
+        *,
+        threshold: float = 0.5,
+    ) -> Masks | list[Masks]:
+        """Segment a picture, or each of several, with every prompt.
+
+        A picture is turned upright by its EXIF orientation; its mode may be any. Raises UsageError
+        for no prompt, an empty one, one that is given twice, and a threshold outside 0..1.
+        """
+        asked = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not asked or not all(prompt.strip() for prompt in asked):
+            raise UsageError("nothing to segment: give at least one prompt, none of them empty")
+        refuse_repeated(asked, "prompt")
+        if not 0 <= threshold <= 1:
+            raise UsageError(f"threshold={threshold}: must be between 0 and 1")
+        conditional = self.opened.encode_texts(asked).to(self.opened.device.torch)
+        if isinstance(images, Image.Image):
+            return self._segment(images, conditional, threshold)
+        return [self._segment(image, conditional, threshold) for image in images]
+
+    def _segment(self, image: Image.Image, conditional: Tensor, threshold: float) -> Masks:
+        """The masks of one picture for prompts (P, E)."""
+        upright = to_rgb(ImageOps.exif_transpose(image))
+        size = (upright.height, upright.width)
+        logits = self._logits(upright, conditional)
+        probabilities = F.interpolate(logits[None], size=size, mode="bilinear")[0].sigmoid()
+        # Decided on the logits, as in the job.
+        masks = [mask_from_logits(grid, size, threshold) for grid in logits.numpy()]
+        return Masks(np.stack(masks).astype(bool), probabilities.numpy())
+
+    def _logits(self, image: Image.Image, conditional: Tensor) -> Tensor:
+        """(P, h, w) float32 on the CPU: the job's, which runs every row alone, too."""
+        model, device = self.opened.model, self.opened.device
+        pixels = self.opened.processor([image]).to(device.torch)
+        grid = model.grid(pixels)
+
+        def encode(pixels: Tensor) -> list[Tensor]:
+            return model.decoder.reduce(model.activations(pixels))
+
+        (steps,) = device.run(encode, [pixels])
+
+        def decode(prompt: Tensor) -> Tensor:
+            return model.decoder([step.clone() for step in steps], prompt.clone(), grid)
+
+        return torch.cat(device.run(decode, conditional.split(1))).float().cpu()
