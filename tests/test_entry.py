@@ -23,17 +23,18 @@ from jobs import embed as embed_job
 from jobs import segment as segment_job
 from pipeline.config.classify import ClassifyConfig
 from pipeline.config.embed import EmbedConfig
+from pipeline.config.options import WorkerOptions
 from pipeline.config.segment import SegmentConfig
 from pipeline.errors import UsageError
 from pipeline.prepare.images import fail_crashed_image
 from pipeline.run.columns import PrepareRecords
 from pipeline.run.guard import guarded
-from pipeline.run.local import open_local
 from pipeline.schema import MASKS
 from tests.poison import POISON, PoisonedPrepare
 
 DEMO = Path(pipeline.__file__).parent / "demo"
 MODEL, TAR = str(DEMO / "model"), DEMO / "shards" / "scenes-000000.tar"
+LOCAL = WorkerOptions(local=True, quiet=True)
 PROMPTS = ["blue", "a purple star"]
 
 
@@ -69,9 +70,13 @@ def test_command_job_and_python_give_the_same_rows(tmp_path: Path) -> None:
     command = [str(TAR), str(tmp_path / "command"), "--model", MODEL, *asked, "--quiet"]
     assert segment_job.main(command) == 0
     config = SegmentConfig(
-        input=str(TAR), output=str(tmp_path / "job"), model=MODEL, prompt=tuple(PROMPTS)
+        input=str(TAR),
+        output=str(tmp_path / "job"),
+        model=MODEL,
+        prompt=tuple(PROMPTS),
+        workers=LOCAL,
     )
-    segment_job.segment(config, open_local)
+    segment_job.segment(config)
     before = str(ray.data.DataContext.get_current())
     masks = pipeline.segment(tar_images(), prompts=PROMPTS, model=MODEL, image="bytes", key="name")
     expected = of_output(tmp_path / "command", "masks", columns)
@@ -88,15 +93,15 @@ def test_command_job_and_python_give_the_same_rows(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("local_ray")
 def test_embeddings_and_labels_are_the_commands(tmp_path: Path) -> None:
     output, labels = str(tmp_path / "vectors"), tmp_path / "labels.txt"
-    embed_job.embed(EmbedConfig(input=str(TAR), output=output, model=MODEL), open_local)
+    embed_job.embed(EmbedConfig(input=str(TAR), output=output, model=MODEL, workers=LOCAL))
     found = all_rows(pipeline.embed(tar_images(), model=MODEL, image="bytes", key="name"))
     columns = ["key", "vector"]
     assert as_rows(found, columns) == of_output(Path(output), "embeddings", columns)
     labels.write_text("red\ngreen\nblue\n")
     output = str(tmp_path / "ranked")
     asked = {"labels": str(labels), "template": ("{}",), "top": 2}
-    config = ClassifyConfig(input=str(TAR), output=output, model=MODEL, **asked)
-    classify_job.classify(config, open_local)
+    config = ClassifyConfig(input=str(TAR), output=output, model=MODEL, workers=LOCAL, **asked)
+    classify_job.classify(config)
     ranked = pipeline.classify(
         tar_images(),
         labels=["red", "green", "blue"],

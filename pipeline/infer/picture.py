@@ -8,6 +8,7 @@ Shapes: P prompts, (H, W) the size of the upright picture.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple, overload
 
@@ -75,6 +76,8 @@ class CLIPSeg:
         refuse_repeated(asked, "prompt")
         if not 0 <= threshold <= 1:
             raise UsageError(f"threshold={threshold}: must be between 0 and 1")
+        for note in self.opened.describe_texts(asked, "prompt"):
+            warnings.warn(note, stacklevel=2)
         conditional = self.opened.encode_texts(asked).to(self.opened.device.torch)
         if isinstance(images, Image.Image):
             return self._segment(images, conditional, threshold)

@@ -6,7 +6,8 @@ DataContext stay as they are: nothing is started, run or set here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import ray
@@ -79,6 +80,7 @@ def segment(
         workers=WorkerOptions(device=device, actors=actors, batch_size=batch_size),
     ).resolve()
     spec = open_segmenter(model, list(config.prompt))
+    _warn(spec.notes)
     tables = config.tables(spec.checkpoint.dimension, spec.checkpoint.weights_hash)
     return _compose(
         images,
@@ -156,6 +158,7 @@ def classify(
         workers=WorkerOptions(device=device, actors=actors, batch_size=batch_size),
     )
     classifier = open_classifier(model, config)
+    _warn(classifier.notes)
     tables = config.tables(classifier.facts(), classifier.top, images=True)
     return _compose(
         images,
@@ -164,6 +167,11 @@ def classify(
         (ClassifyImages, classifier, classifier.checkpoint.processor),
         ("labels", tables, MakeLabelRows(tables, classifier.labels)),
     )
+
+
+def _warn(notes: Iterable[str]) -> None:
+    for note in notes:
+        warnings.warn(note, stacklevel=3)
 
 
 def _compose(
