@@ -23,7 +23,7 @@ from pipeline.write.rows import MakeMaskRows
 
 MODEL = Path(__file__).parent.parent / "pipeline" / "demo" / "model"
 PROMPTS = ["blue", "star"]
-MASK = ("rle", "bbox", "area", "score_max", "score_mean")
+RLE = pa.schema([("rle", pa.string())])
 
 
 @pytest.fixture(scope="module")
@@ -181,3 +181,12 @@ def test_a_key_of_the_users_own_passes(spec: SegmentSpec, actor: InferBeside) ->
     table = pa.table({"image": [png(picture(0))], "n": [0], "key": [7]})
     assert segment(table, spec, actor)["key"].to_pylist() == [7, 7]
     assert segment(table, spec, actor, "key")["key"].to_pylist() == ["7", "7"]
+
+
+def test_images_alone_and_no_images(spec: SegmentSpec, actor: InferBeside) -> None:
+    prepare = PrepareRecords(PrepareImages(spec.checkpoint.processor, 10_000), "image", None, RLE)
+    table = pa.table({"image": pa.array([png(picture(0))], pa.binary())})
+    for rows in (table, table.slice(1)):
+        (prepared,) = prepare(rows)
+        out = list(actor(prepared))
+        assert sum(len(output) for output in out) == len(rows) * len(PROMPTS)
