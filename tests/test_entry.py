@@ -164,6 +164,8 @@ def test_mistakes_are_told_before_anything_runs() -> None:
         ({"prompts": ["x"], "model": "no/such"}, "no/such"),
         ({"prompts": ["x"], "image": "bytes"}, "no such column; it has image, area"),
         ({"prompts": ["x"]}, "a column 'area', as the results have"),
+        ({"prompts": ["x"], "device": "gpu"}, "device='gpu': must be one of auto, cpu, cuda"),
+        ({"prompts": ["x"], "mask_size": 88}, "mask_size=88: must be one of image, model"),
         ({"prompts": ["x"], "device": "cuda"}, "GPUs wanted, the cluster has 0"),
     ):
         given = fine if "device" in options else images

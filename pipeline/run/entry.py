@@ -1,15 +1,16 @@
 """The stages of the jobs for Ray Data pipelines of others: a lazy Dataset in, a lazy one out.
 
 Every row of the input is one image, as encoded bytes or as decoded pixels. The user's Ray and its
-DataContext stay as they are: nothing is started, run or set here.
+DataContext stay as they are; without one, Ray starts as it does for every Dataset.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, get_args
 
+import pyarrow as pa
 import ray
 import ray.data
 
@@ -17,11 +18,11 @@ from pipeline.config.classify import ClassifyConfig
 from pipeline.config.embed import EmbedConfig
 from pipeline.config.options import ImageOptions, WorkerOptions
 from pipeline.config.segment import SegmentConfig
-from pipeline.infer.classify import ClassifyImages, open_classifier
-from pipeline.infer.embed import EmbedImages, open_embedder
-from pipeline.infer.segment import SegmentImages, open_segmenter
+from pipeline.errors import UsageError
+from pipeline.infer.classify import Classifier, ClassifyImages, open_classifier
+from pipeline.infer.embed import EmbedImages, EmbedSpec, open_embedder
+from pipeline.infer.segment import SegmentImages, SegmentSpec, open_segmenter
 from pipeline.prepare.images import PrepareImages, fail_crashed_image
-from pipeline.prepare.processor import ImageProcessor
 from pipeline.run.columns import (
     InferBeside,
     MakeResults,
@@ -32,7 +33,6 @@ from pipeline.run.columns import (
 from pipeline.run.guard import guarded
 from pipeline.run.package import check_workers
 from pipeline.run.resources import share_cluster
-from pipeline.schema import Table
 from pipeline.write.rows import MakeEmbeddingRows, MakeLabelRows, MakeMaskRows
 
 # CPUs that stay free for one task that reads and one that writes, which are the user's own.
@@ -40,6 +40,9 @@ SPARE_CPUS = 2.0
 IMAGES_AT_ONCE = 32  # of a block, whose images are decoded and resized together
 
 Device = Literal["auto", "cpu", "cuda"]
+MaskSize = Literal["image", "model"]
+Dtype = Literal["float32", "float16"]
+T = TypeVar("T", bound=str)
 MAX_PIXELS = ImageOptions.max_pixels
 
 
@@ -52,7 +55,7 @@ def segment(
     image: str = "image",
     key: str | None = None,
     threshold: float = SegmentConfig.threshold,
-    mask_size: Literal["image", "model"] = SegmentConfig.mask_size,
+    mask_size: MaskSize = SegmentConfig.mask_size,
     max_pixels: int = MAX_PIXELS,
     device: Device = "auto",
     actors: int | None = None,
@@ -75,19 +78,23 @@ def segment(
         prompt=(prompts,) if isinstance(prompts, str) else tuple(prompts),
         model=model,
         threshold=threshold,
-        mask_size=mask_size,
+        mask_size=_one_of(MaskSize, "mask_size", mask_size),
         images=ImageOptions(max_pixels=max_pixels),
-        workers=WorkerOptions(device=device, actors=actors, batch_size=batch_size),
+        workers=_workers(device, actors, batch_size),
     ).resolve()
     spec = open_segmenter(model, list(config.prompt))
     _warn(spec.notes)
     tables = config.tables(spec.checkpoint.dimension, spec.checkpoint.weights_hash)
     return _compose(
         images,
-        (image, key),
-        (config.images, config.workers),
-        (SegmentImages, spec, spec.checkpoint.processor),
-        ("masks", tables, MakeMaskRows(config, tables, list(config.prompt), 0)),
+        config,
+        columns=(image, key),
+        infer=(SegmentImages, spec),
+        results=(
+            "masks",
+            tables["masks"].schema,
+            MakeMaskRows(config, tables, list(config.prompt), 0),
+        ),
     )
 
 
@@ -98,7 +105,7 @@ def embed(
     image: str = "image",
     key: str | None = None,
     normalize: bool = EmbedConfig.normalize,
-    dtype: Literal["float32", "float16"] = EmbedConfig.dtype,
+    dtype: Dtype = EmbedConfig.dtype,
     max_pixels: int = MAX_PIXELS,
     device: Device = "auto",
     actors: int | None = None,
@@ -113,18 +120,22 @@ def embed(
         output="",
         model=model,
         normalize=normalize,
-        dtype=dtype,
+        dtype=_one_of(Dtype, "dtype", dtype),
         images=ImageOptions(max_pixels=max_pixels),
-        workers=WorkerOptions(device=device, actors=actors, batch_size=batch_size),
+        workers=_workers(device, actors, batch_size),
     )
     spec = open_embedder(model, text=False, normalize=normalize, dtype=dtype)
     tables = config.tables(spec.checkpoint.dimension, spec.checkpoint.weights_hash)
     return _compose(
         images,
-        (image, key),
-        (config.images, config.workers),
-        (EmbedImages, spec, spec.checkpoint.processor),
-        ("embeddings", tables, MakeEmbeddingRows(tables["embeddings"].schema)),
+        config,
+        columns=(image, key),
+        infer=(EmbedImages, spec),
+        results=(
+            "embeddings",
+            tables["embeddings"].schema,
+            MakeEmbeddingRows(tables["embeddings"].schema),
+        ),
     )
 
 
@@ -155,18 +166,30 @@ def classify(
         template=(templates,) if isinstance(templates, str) else tuple(templates),
         top=top,
         images=ImageOptions(max_pixels=max_pixels),
-        workers=WorkerOptions(device=device, actors=actors, batch_size=batch_size),
+        workers=_workers(device, actors, batch_size),
     )
     classifier = open_classifier(model, config)
     _warn(classifier.notes)
     tables = config.tables(classifier.facts(), classifier.top, images=True)
     return _compose(
         images,
-        (image, key),
-        (config.images, config.workers),
-        (ClassifyImages, classifier, classifier.checkpoint.processor),
-        ("labels", tables, MakeLabelRows(tables, classifier.labels)),
+        config,
+        columns=(image, key),
+        infer=(ClassifyImages, classifier),
+        results=("labels", tables["labels"].schema, MakeLabelRows(tables, classifier.labels)),
     )
+
+
+def _workers(device: Device, actors: int | None, batch_size: int | None) -> WorkerOptions:
+    device = _one_of(Device, "device", device)
+    return WorkerOptions(device=device, actors=actors, batch_size=batch_size)
+
+
+def _one_of(known: Any, option: str, value: T) -> T:
+    """The value. Raises UsageError unless it is one of a Literal's."""
+    if value not in get_args(known):
+        raise UsageError(f"{option}={value!r}: must be one of {', '.join(get_args(known))}")
+    return value
 
 
 def _warn(notes: Iterable[str]) -> None:
@@ -176,34 +199,35 @@ def _warn(notes: Iterable[str]) -> None:
 
 def _compose(
     images: ray.data.Dataset,
+    config: SegmentConfig | EmbedConfig | ClassifyConfig,
+    *,
     columns: tuple[str, str | None],
-    options: tuple[ImageOptions, WorkerOptions],
-    actor: tuple[type, Any, ImageProcessor],
-    results: tuple[str, dict[str, Table], Callable[..., Any]],
+    infer: tuple[type, SegmentSpec | EmbedSpec | Classifier],
+    results: tuple[str, pa.Schema, Callable[..., Any]],
 ) -> ray.data.Dataset:
     """Decode and resize -> infer -> rows of the table that is asked for.
 
-    `columns`: image and key; `actor`: its class, what it is asked, how images get to its size;
-    `results`: the name of the table, the tables of the job, the maker of their rows.
+    `columns`: image and key; `infer`: the actor and what it is asked; `results`: the name of the
+    table, its columns, the maker of its rows.
     """
     image, key = columns
-    actor_class, spec, processor = actor
-    name, tables, make_rows = results
-    wanted = result_schema(tables[name].schema, key=key is not None)
+    actor, spec = infer
+    name, table, make_rows = results
+    wanted = result_schema(table, key=key is not None)
     known = images.schema(fetch_if_missing=False)
     if known is not None:
         check_columns(known.names, image, key, wanted)
     if not ray.is_initialized():
         ray.init()  # as the dataset itself would when it runs
     check_workers()
-    share = share_cluster(options[1], spare=SPARE_CPUS)
-    decode = guarded(PrepareImages(processor, options[0].max_pixels), fail_crashed_image)
-    prepare = PrepareRecords(decode, image, key, wanted)
+    share = share_cluster(config.workers, spare=SPARE_CPUS)
+    decode = PrepareImages(spec.checkpoint.processor, config.images.max_pixels)
+    prepare = PrepareRecords(guarded(decode, fail_crashed_image), image, key, wanted)
     return (
         images.map_batches(prepare, **share["task"] | {"batch_size": IMAGES_AT_ONCE})
         .map_batches(
             InferBeside,
-            fn_constructor_args=(actor_class, spec, share["device"], share["threads"]),
+            fn_constructor_args=(actor, spec, share["device"], share["threads"]),
             **share["actor"],
         )
         .map_batches(guarded(MakeResults(make_rows, name, wanted)), **share["task"])
