@@ -100,7 +100,8 @@ def decode_image(data: bytes | np.ndarray, *, max_pixels: int) -> DecodedImage:
     # Pillow's decoders raise OSError, SyntaxError, ValueError, TypeError, RuntimeError, IndexError,
     # struct.error, zlib.error, ... on broken input: no shorter list of exceptions is complete.
     except Exception as error:
-        if isinstance(data, bytes) and (layout := _missing_layout(data)):
+        encoded = data if isinstance(data, bytes) else b""
+        if layout := layouts.missing_layout(identify(encoded) or "", encoded):
             raise _refusal("unsupported_format", layout) from error
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
         raise _refusal("image_corrupt", f"{kind}{error}") from error
@@ -207,12 +208,8 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     if isinstance(image, TiffImageFile):
         _check_tiff(image, len(data), max_pixels)
     _check_aspect(height, width)
-    _correct_raw_mode(image, data)
+    layouts.correct_raw_mode(image, data)
     return image
-
-
-def _missing_layout(data: bytes) -> str:
-    return layouts.missing_layout(identify(data) or "", data)
 
 
 def _take(pixels: np.ndarray, max_pixels: int) -> Image.Image:
@@ -244,26 +241,6 @@ def _check_tiff(image: TiffImageFile, size_bytes: int, max_pixels: int) -> None:
         if not layouts.is_whole_tiff(image.tag_v2, size_bytes):
             raise ValueError("strips or tiles outside the file")
         raise _refusal("unsupported_format", layout)
-
-
-def _correct_raw_mode(image: Image.Image, data: bytes) -> None:
-    """Mend how Pillow 13 reads the samples of two kinds of file; held against tifffile, OpenCV."""
-    if not isinstance(image, ImageFile.ImageFile) or not image.tile:
-        return
-    tile = image.tile[0]
-    args = tile.args if isinstance(tile.args, tuple) else (tile.args,)
-    raw_mode = args[0]
-    if image.format == "TIFF" and raw_mode in ("I;16BS", "I;32BS", "F;32BF"):
-        # libtiff has put the bytes into this machine's order.
-        raw_mode = raw_mode.replace("B", "N")
-    elif image.format == "BMP" and raw_mode in ("1", "L") and data[28] == 4:
-        raise ValueError("4 bits of grey")
-    elif image.format == "BMP" and raw_mode == "1" and data[28] == 8:
-        # Black and white as the only colours, of a byte a pixel.
-        raw_mode = "1;8"
-    else:
-        return
-    image.tile = [tile._replace(args=(raw_mode, *args[1:]))]
 
 
 @cache

@@ -10,7 +10,7 @@ import struct
 from functools import cache
 from io import BytesIO
 
-from PIL import Image
+from PIL import Image, ImageFile
 from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
 
 # TIFF tags.
@@ -230,3 +230,23 @@ def avif_size(data: bytes) -> tuple[int, int]:
         largest = max(largest, (height, width), key=lambda size: size[0] * size[1])
         at = data.find(b"ispe", at + 4)
     return largest
+
+
+def correct_raw_mode(image: Image.Image, data: bytes) -> None:
+    """Mend how Pillow 13 reads the samples of two kinds of file; held against tifffile, OpenCV."""
+    if not isinstance(image, ImageFile.ImageFile) or not image.tile:
+        return
+    tile = image.tile[0]
+    args = tile.args if isinstance(tile.args, tuple) else (tile.args,)
+    raw_mode = args[0]
+    if image.format == "TIFF" and raw_mode in ("I;16BS", "I;32BS", "F;32BF"):
+        # libtiff has put the bytes into this machine's order.
+        raw_mode = raw_mode.replace("B", "N")
+    elif image.format == "BMP" and raw_mode in ("1", "L") and data[28] == 4:
+        raise ValueError("4 bits of grey")
+    elif image.format == "BMP" and raw_mode == "1" and data[28] == 8:
+        # Black and white as the only colours, of a byte a pixel.
+        raw_mode = "1;8"
+    else:
+        return
+    image.tile = [tile._replace(args=(raw_mode, *args[1:]))]
