@@ -85,7 +85,7 @@ def test_the_table_is_read_once_for_each_time_the_memory_is_full(
         read.append(file.uri)
         return read_vectors(table, file, **options)
 
-    monkeypatch.setattr("pipeline.duplicates.read_vectors", counted)
+    monkeypatch.setattr("pipeline.embeddings.duplicates.read_vectors", counted)
     found = find_duplicates(table, 0.97, held_bytes=held_rows * 24 * 4, block_rows=90, tile_rows=50)
 
     assert read.count(table.files[-1].uri) == -(-400 // held_rows)
@@ -108,7 +108,7 @@ def test_groups_are_gathered_in_several_passes(
     whole = pa.concat_tables(found.read())
     for name, most in (("GROUPS_AT_ONCE", 3), ("MEMBERS_AT_ONCE", 20)):
         with monkeypatch.context() as patch:
-            patch.setattr(f"pipeline.duplicates.{name}", most)
+            patch.setattr(f"pipeline.embeddings.duplicates.{name}", most)
             pieces = list(found.read())
         assert len(pieces) > 3
         assert pa.concat_tables(pieces).equals(whole)

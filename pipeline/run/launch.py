@@ -36,11 +36,12 @@ def load_beside(options: WorkerOptions, output: str, load: Callable[[], T]) -> T
     Ray, which must start in the main thread, is left alone with `local`, and where the run in
     `output` is complete: then there may be nothing to do.
     """
-    with ThreadPoolExecutor(1) as beside:
+    starts = not options.local and is_unfinished(output, new=True)
+    what = "starting Ray, loading the model" if starts else "loading the model"
+    with ThreadPoolExecutor(1) as beside, phase(what, quiet=options.quiet):
         loading = beside.submit(load)
-        if not options.local and is_unfinished(output, new=True):
+        if starts:
             from pipeline.run.session import start_ray
 
             start_ray()
-        with phase("loading the model"):
-            return loading.result()
+        return loading.result()

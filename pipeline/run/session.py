@@ -33,13 +33,14 @@ from pipeline.run.resources import share_cluster
 from pipeline.run.source import dataset_of
 from pipeline.storage.retry import DEFAULT_TIMEOUT_S, TIMEOUT_VARIABLE, storage_timeout
 
+_started_here: list[bool] = []  # not empty between start_ray and the end of the session
 FINISHING_THREADS = 4  # shards of a local job that are put together at the same time
 
 
 @contextmanager
 def open_ray(options: WorkerOptions) -> Iterator[Engine]:
     """Ray as the engine of a job; see engine.open_engine."""
-    with ray_session():
+    with ray_session(quiet=options.quiet):
         on_cluster = bool(os.environ.get("RAY_ADDRESS"))
         with ThreadPoolExecutor(FINISHING_THREADS) as threads:
             yield Engine(
@@ -64,16 +65,21 @@ def _submit_task(function: Any, *arguments: Any) -> Future[Any]:
 
 
 @contextmanager
-def ray_session() -> Iterator[None]:
-    """Ray, started or joined if need be.
+def ray_session(*, quiet: bool = False) -> Iterator[None]:
+    """Ray, started or joined if need be, and ended where it was started here.
 
     Errors of tasks come out as the PipelineError they were, or as a JobError.
     """
-    start_ray()
+    with phase("starting Ray", quiet=quiet or ray.is_initialized()):
+        start_ray()
     try:
         yield
     except ray.exceptions.RayError as error:
         raise _as_pipeline_error(error) from error
+    finally:
+        if _started_here:
+            ray.shutdown()
+            _started_here.clear()
 
 
 def start_ray() -> None:
@@ -82,8 +88,8 @@ def start_ray() -> None:
     Called in the main thread. Raises JobError, one line, where that fails.
     """
     if not ray.is_initialized():
-        with phase("starting Ray"):
-            _start()
+        _start()
+        _started_here.append(True)
     # What Ray would log of an error comes out as one line of ours.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context = ray.data.DataContext.get_current()
