@@ -1,7 +1,7 @@
 """README.md and docs/ work as written: every command, query and example runs, every figure of the
 code is the code's.
 
-Commands run in this process (run.local), with the bundled model and a few small images in the place
+Commands run in this process, as --local does, with the bundled model and a few small images in the place
 of buckets. docs/exports.md and docs/labels.md have their own tests.
 """
 
@@ -33,7 +33,6 @@ from pipeline.demo import MODEL, SHARDS
 from pipeline.read import divide
 from pipeline.run.follow import ERROR_RATE_ROWS, LOST_SHARDS
 from pipeline.run.guard import MAX_CRASHES
-from pipeline.run.local import open_local
 
 ROOT = Path(__file__).parent.parent
 FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -54,19 +53,17 @@ def commands(page: str, program: str) -> list[str]:
     return [line.partition(" #")[0] for line in lines if line.split()[:1] == [program]]
 
 
-def run(line: str, **options: Any) -> Any:
+def run(line: str) -> Any:
     """Run a command in this process, with the bundled model. Returns its configuration."""
     _, name, *arguments = shlex.split(line)
     name = name.replace("-", "_")
     job: Callable[..., None] = getattr(importlib.import_module(f"jobs.{name}"), name)
-    hints = get_type_hints(job)
-    config = tyro.cli(hints["config"], args=arguments)
+    config = tyro.cli(get_type_hints(job)["config"], args=arguments)
     if hasattr(config, "model"):
         config = replace(config, model=str(MODEL))
     if hasattr(config, "workers"):
-        config = replace(config, workers=replace(config.workers, quiet=True))
-    config = replace(config, **options)
-    job(config, **({"open_engine": open_local} if "open_engine" in hints else {}))
+        config = replace(config, workers=replace(config.workers, local=True, quiet=True))
+    job(config)
     return config
 
 

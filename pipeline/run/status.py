@@ -1,4 +1,4 @@
-"""Where a run stands, told from its output alone: no Ray, model or input."""
+"""The progress of a run, from its output alone: no Ray, model or input."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def open_output(output: str) -> tuple[str, dict[str, Any]]:
 
 
 def describe(output: str, record: dict[str, Any]) -> str:
-    """Some lines on where a run stands."""
+    """Some lines on the progress of a run."""
     receipts = [r for some in list_receipts(Ledger(output=output)).values() for r in some]
     added = read_added(output)
     planned = int(record.get("input", {}).get("shards", 0))
