@@ -1,8 +1,8 @@
 """README.md and docs/ work as written: every command, query and example runs, every figure of the
 code is the code's.
 
-Commands run in this process, as --local does, with the bundled model and a few small images in the place
-of buckets. docs/exports.md and docs/labels.md have their own tests.
+Commands run with --local, the bundled model, and a few small images in the place of buckets.
+docs/exports.md and docs/labels.md have their own tests.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def runs_here(page: str) -> list[str]:
     lines = commands(page, "clipseg-ray")
-    known = "export" in COMMANDS
+    known = "label" in COMMANDS
     return [line for line in lines if known or not re.search("--ontology|-ray export", line)]
 
 
@@ -132,7 +132,7 @@ def test_options_are_there(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit):
             tyro.cli(hints["config"], args=["--help"])
         known |= set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
-    if "export" not in COMMANDS:
+    if "label" not in COMMANDS:
         known |= {"--ontology"}
     for page in set(PAGES) - {*ELSEWHERE, "speed.md", "CONTRIBUTING.md"}:
         for code in re.findall(r"`(--[^`]+|clipseg-ray [^`]+)`", PAGES[page]):
