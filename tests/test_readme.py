@@ -2,7 +2,7 @@
 code is the code's.
 
 Commands run with --local, the bundled model, and a few small images in the place of buckets.
-docs/exports.md and docs/labels.md have their own tests.
+docs/exports.md has a test of its own (test_export.py).
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ from pipeline.run.guard import MAX_CRASHES
 ROOT = Path(__file__).parent.parent
 FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in FILES}
-ELSEWHERE = ("exports.md", "labels.md")
 README = PAGES["README.md"]
 
 
@@ -95,18 +94,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def runs_here(page: str) -> list[str]:
-    lines = commands(page, "clipseg-ray")
-    known = "label" in COMMANDS
-    return [line for line in lines if known or not re.search("--ontology|-ray export", line)]
-
-
-@pytest.mark.parametrize("page", [name for name in PAGES if name not in ELSEWHERE])
+@pytest.mark.parametrize("page", [name for name in PAGES if name != "exports.md"])
 def test_commands_run_as_written(page: str, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(world)
-    if any(line.split()[1] == "index" for line in runs_here(page)):
+    lines = commands(page, "clipseg-ray")
+    if any(line.split()[1] == "index" for line in lines):
         pytest.importorskip("lancedb")
-    for line in runs_here(page):
+    for line in lines:
         here = line.replace("s3://bucket/", "bucket/").replace("{00000..00999}", "{00000..00001}")
         config = run(here)
         if hasattr(config, "run"):
@@ -132,9 +126,7 @@ def test_options_are_there(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit):
             tyro.cli(hints["config"], args=["--help"])
         known |= set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
-    if "label" not in COMMANDS:
-        known |= {"--ontology"}
-    for page in set(PAGES) - {*ELSEWHERE, "speed.md", "CONTRIBUTING.md"}:
+    for page in set(PAGES) - {"speed.md", "CONTRIBUTING.md"}:
         for code in re.findall(r"`(--[^`]+|clipseg-ray [^`]+)`", PAGES[page]):
             assert set(re.findall(r"--[a-z][a-z-]+", code)) <= known, (page, code)
 
@@ -143,7 +135,7 @@ def test_links_lead_somewhere() -> None:
     for file in FILES:
         for target in re.findall(r"\]\(([^)#]*(?:#[^)]*)?)\)", PAGES[file.name]):
             path, _, anchor = target.partition("#")
-            if path.startswith("https://") or path.rpartition("/")[2] in ELSEWHERE:
+            if path.startswith("https://"):
                 continue
             found = (file.parent / path) if path else file
             assert found.exists(), (file.name, target)
