@@ -33,6 +33,7 @@ from pipeline.demo import MODEL, SHARDS
 from pipeline.read import divide
 from pipeline.run.follow import ERROR_RATE_ROWS, LOST_SHARDS
 from pipeline.run.guard import MAX_CRASHES
+from pipeline.schema import ERRORS, IMAGES, MASKS, labels
 
 ROOT = Path(__file__).parent.parent
 FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -325,8 +326,7 @@ def test_one_picture_is_segmented_as_written(
     Image.open(picture).save(tmp_path / "photo.jpg")
     names: dict[str, Any] = {}
     exec(example("import CLIPSeg"), names)
-    (mask,) = names["masks"]
-    assert mask.shape == Image.open(picture).size[::-1]
+    assert names["masks"].shape == (1, *Image.open(picture).size[::-1])
 
 
 # ---------------------------------------------------------------------------- code's facts
@@ -335,6 +335,14 @@ def test_one_picture_is_segmented_as_written(
 def test_the_files_and_the_reasons_are_those_of_the_code() -> None:
     for page, text in documents.pages().items():
         assert page.read_text(encoding="utf-8") == text, "run python -m tests.documents"
+
+
+def test_the_tables_have_the_stated_columns() -> None:
+    made = {"masks": MASKS, "images": IMAGES, "errors": ERRORS, "labels": labels({})}
+    for name, schema in made.items():
+        section = PAGES["tables.md"].split(f"\n## {name}\n")[1].split("\n## ")[0]
+        cells = re.findall(r"^\| ([a-z_, ]+) \|", section, re.MULTILINE)[1:]
+        assert ", ".join(cells).split(", ") == schema.names, name
 
 
 def test_the_stated_bounds_are_those_of_the_code() -> None:
