@@ -46,13 +46,13 @@ def retry_failed(config: RetryConfig) -> None:
     if isinstance(job, SegmentConfig):
         job = with_all_phrases(job, record["fingerprint"], chain(*read_added(output).values()))
     shards = read_failures(output).choose(every=config.every)
+    failures = "failures" if config.every else "retryable failures"
     if not shards and not is_unfinished(output):
-        hint = "" if config.every else "; --all makes those with other failures anew, too"
-        print(f"{output}: no shard has rows that failed and may work another time{hint}")
+        hint = "" if config.every else "; --all reprocesses those with other failures, too"
+        print(f"{output}: no shard has {failures}{hint}")
         return
-    rows = "rows that failed" + ("" if config.every else " and may work another time")
-    said = f"{len(shards):,} shards have such rows; those still in the input are made anew"
-    print(f"{output}: {rows}: {said}")
+    said = f"{len(shards):,} shards have {failures}; those still in the input are reprocessed"
+    print(f"{output}: {said}")
     # What fails again is most of what is read here, and stops nothing.
     retry = replace(
         job.run, restart=False, retry="all" if config.every else "retryable", max_error_rate=1.0

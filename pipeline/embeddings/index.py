@@ -187,7 +187,7 @@ def _begin(uri: str, table: EmbeddingTable, overwrite: bool) -> None:
     if facts is None and not storage.is_empty(uri):
         raise UsageError(f"{uri}: holds files that are not from an index; choose another folder")
     if facts and facts.get("status") == "complete" and not overwrite:
-        raise UsageError(f"{uri}: holds an index already; --overwrite builds it anew")
+        raise UsageError(f"{uri}: holds an index already; --overwrite replaces it")
     _write_facts(uri, {"status": "building", "started_at": now()})
     storage.delete_folder(storage.join(uri, f"{LANCE_TABLE}.lance"))
 

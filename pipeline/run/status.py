@@ -39,7 +39,7 @@ def describe(output: str, record: dict[str, Any]) -> str:
         f"  started {record.get('started_at', '?')}",
         f"  shards: {done:,} done, {max(planned - done, 0):,} left of {planned:,}, "
         f"{sum(r.cut for r in receipts):,} not read to their end",
-        f"  rows: {ok:,} came out well, {error:,} failed",
+        f"  rows: {ok:,} ok, {error:,} failed",
     ]
     if removed:
         lines.insert(3, f"  {removed:,} more, done before, are no longer in the input")
@@ -55,6 +55,6 @@ def describe(output: str, record: dict[str, Any]) -> str:
         lines.append(f"  {prompts:,} prompts were added: {later:,} shards done, {left:,} left")
     if failures.retryable:
         lines.append(
-            f"  {failures.retryable:,} may work another time: clipseg-ray retry-failed {output}"
+            f"  {failures.retryable:,} failures are retryable: clipseg-ray retry-failed {output}"
         )
     return "\n".join(lines)
