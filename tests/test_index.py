@@ -33,6 +33,7 @@ from pipeline.embeddings.search import Hit, search_files
 from pipeline.embeddings.vectors import open_table
 from pipeline.errors import JobError, UsageError
 from pipeline.model.weights import hash_weights
+from pipeline.run.manifest import name_run
 
 ROOT = Path(__file__).parent.parent
 
@@ -192,7 +193,8 @@ def test_rows_missing_from_an_unfinished_run_are_told_once(
     ]
     for record, warned in [(None, 0), ("_run.json", 1), ("_SUCCESS", 0)]:
         if record:
-            storage.write_bytes(f"{output}/{record}", b"{}")
+            content = b"{}" if record == "_run.json" else name_run({}).encode()
+            storage.write_bytes(f"{output}/{record}", content)
         for command in commands:
             assert command() == 0
             said = capsys.readouterr().err
