@@ -25,7 +25,6 @@ import tyro
 from PIL import Image
 from test_memory import BYTES_PER_PIXEL, COPIES, MORE_BYTES
 
-import pipeline
 from jobs.__main__ import COMMANDS
 from pipeline.config.options import ImageOptions, RunOptions
 from pipeline.demo import MODEL, SHARDS
@@ -305,7 +304,6 @@ def example(wanted: str) -> str:
     return re.sub(r'"CIDAS/[^"]*"', repr(str(MODEL)), code)
 
 
-@pytest.mark.skipif(not hasattr(pipeline, "segment"), reason="there is no entry yet")
 def test_a_dataset_is_segmented_as_written(world: Path, tmp_path: Path, local_ray: None) -> None:
     code = example("import segment").replace("photos/", str(world / "bucket" / "photos"))
     exec(code.replace("masks/", str(tmp_path)), {})
@@ -313,7 +311,6 @@ def test_a_dataset_is_segmented_as_written(world: Path, tmp_path: Path, local_ra
     assert rows == [("a cat", None)] * 4
 
 
-@pytest.mark.skipif(not hasattr(pipeline, "CLIPSeg"), reason="there is no entry yet")
 def test_one_picture_is_segmented_as_written(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
