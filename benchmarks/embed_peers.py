@@ -1,4 +1,4 @@
-"""What the embed job is held against, each as a command of its own:
+"""Peers of the embed job, each a command of its own:
 
     python -m benchmarks.embed_peers loop|ray_data|chain SHARDS OUTPUT MODEL
 

@@ -1,4 +1,4 @@
-"""What the frame costs: the segment job on Ray against its own stages in a plain loop.
+"""Cost of the frame: the segment job on Ray against its own stages in a plain loop.
 
     python -m benchmarks.frame [--images 2028] [--shards 8] [--repeats 3]
 

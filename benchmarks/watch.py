@@ -12,7 +12,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, kw_only=True)
 class Watched:
-    """What a command took."""
+    """Time and memory of a command."""
 
     seconds: float
     """From its start to its exit."""

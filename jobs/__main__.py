@@ -12,13 +12,13 @@ from pipeline import __version__
 COMMANDS = {
     "segment": "image shards and prompts -> masks, as Parquet tables",
     "embed": "image shards -> CLIP embeddings, as Parquet tables",
-    "classify": "image shards or embeddings, and labels -> the labels that fit best, as tables",
+    "classify": "image shards or embeddings, and labels -> most probable labels, as tables",
     "ontology": "a list of classes in another tool's format -> an ontology file",
     "label": "kept probability maps of segment, and an ontology -> annotations, as tables",
     "export": "labels -> COCO, YOLO, VOC, LabelMe, Label Studio, CVAT, PNG, Hugging Face or SAM",
-    "status": "what of a run is done, failed and left",
-    "verify": "parts of a run -> held against the hashes in their receipts",
-    "retry-failed": "reprocess the shards of a run with retryable failures",
+    "status": "progress of a run: shards and rows done, failed and left",
+    "verify": "parts of a run, compared with the hashes in their receipts",
+    "retry-failed": "reprocess shards with retryable failures",
     "index": "table of embeddings -> a vector index, for faster searches",
     "search": "table of embeddings -> the nearest rows to texts and images",
     "duplicates": "table of embeddings -> groups of near-duplicates",
@@ -26,7 +26,7 @@ COMMANDS = {
 
 
 def main() -> int:
-    """Run the job that the first argument names."""
+    """Run the job named by the first argument."""
     arguments = sys.argv[1:]
     if arguments and arguments[0] in COMMANDS:
         job = importlib.import_module(f"jobs.{arguments[0].replace('-', '_')}")

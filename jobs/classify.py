@@ -1,9 +1,9 @@
-"""Tell which labels fit every image of a data set best, with their probabilities.
+"""Label every image of a data set with its most probable labels.
 
     python -m jobs.classify INPUT OUTPUT --labels labels.txt --template "a photo of a {}."
 
-where INPUT holds images, or is the output of `clipseg-ray embed`, whose vectors are then classified
-without reading an image. On the bundled shards with the bundled model:
+INPUT holds images, or is the output of `clipseg-ray embed`: its vectors are then classified without
+reading an image. On the bundled shards with the bundled model:
 
     printf 'red\\ngreen\\nblue\\n' > labels.txt
     python -m jobs.classify pipeline/demo/shards labels --model pipeline/demo/model \\
@@ -106,10 +106,10 @@ def classify_vectors(
 
 
 def open_for_table(table: EmbeddingTable, config: ClassifyConfig) -> infer.Classifier:
-    """The classifier of a table's own model, found under --model if given.
+    """Open the classifier of a table's own model, under --model if given.
 
-    Says in one line where the table is not finished. Raises UsageError where the vectors are not
-    for this model, or it cannot be loaded.
+    Prints one line if the run of the table is not finished. Raises UsageError for the vectors of
+    another model, and for one that cannot be loaded.
     """
     try:
         classifier = infer.open_classifier(config.model or table.model, config)

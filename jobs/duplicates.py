@@ -1,8 +1,8 @@
-"""Group the rows of a table of embeddings that are nearly the same image.
+"""Group near-duplicate images in a table of embeddings.
 
     python -m jobs.duplicates EMBEDDINGS --cosine 0.97 --output duplicates.parquet
 
-where EMBEDDINGS is the output of `clipseg-ray embed`. `clipseg-ray duplicates` is the same.
+EMBEDDINGS is the output of `clipseg-ray embed`. `clipseg-ray duplicates` is the same.
 """
 
 from __future__ import annotations

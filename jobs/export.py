@@ -2,7 +2,7 @@
 
     python -m jobs.export LABELS DEST --format coco --split train=0.8,val=0.2
 
-where LABELS is the output of `clipseg-ray label`. `clipseg-ray export` is the same. It runs in this
+LABELS is the output of `clipseg-ray label`. `clipseg-ray export` is the same. It runs in this
 process, without Ray; docs/exports.md tells what each format keeps and loses.
 """
 
@@ -35,7 +35,7 @@ def export(config: ExportConfig) -> None:
 
 
 def summary(config: ExportConfig, account: Account) -> str:
-    """What an export tells its user: how much came out, what did not, and how to open it."""
+    """Lines for the user of an export: counts, losses, and how to open it."""
     lines = [
         f"{account.images:,} images ({account.empty:,} without annotations), "
         f"{account.annotations:,} annotations -> {storage.check_uri(config.dest)}"

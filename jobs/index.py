@@ -3,8 +3,8 @@
     python -m jobs.index EMBEDDINGS DEST --recall 100
     python -m jobs.search DEST --text "a red bicycle"
 
-where EMBEDDINGS is the output of `clipseg-ray embed`. `clipseg-ray index` is the same. The index is
-a LanceDB table, for which `pip install 'clipseg-ray[lance]'`.
+EMBEDDINGS is the output of `clipseg-ray embed`. `clipseg-ray index` is the same. The index is a
+LanceDB table: `pip install 'clipseg-ray[lance]'`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def index(config: IndexConfig) -> None:
 
 
 def summary(built: VectorIndex) -> str:
-    """What was built, and where it lies."""
+    """Size and place of an index, for the user."""
     how = f"in {built.partitions:,} partitions"
     if not built.partitions:
         how = "too few for an index to be faster: a search compares all of them"
@@ -50,7 +50,7 @@ def summary(built: VectorIndex) -> str:
 
 
 def recall_text(measured: Recall | None) -> str:
-    """What was measured, in words."""
+    """A measured recall, for the user."""
     if measured is None:
         return f"recall@{TOP}: cannot be measured, there is no other row to be found"
     found = f"recall@{TOP} {measured.recall:.3f}, {measured.queries:,} rows of the table as queries"

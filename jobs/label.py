@@ -1,8 +1,8 @@
-"""Cut annotations from the probability maps that a run of `segment` kept: no model, no torch.
+"""Cut annotations from the kept probability maps of a `segment` run: no model, no torch.
 
     python -m jobs.label RUN OUTPUT --ontology ontology.yaml
 
-where RUN is the OUTPUT of `clipseg-ray segment` with --ontology, or with --keep-probabilities.
+RUN is the OUTPUT of `clipseg-ray segment` with --ontology, or with --keep-probabilities.
 
 `clipseg-ray label` is the same. RAY_ADDRESS names a running cluster; without it Ray starts here.
 """

@@ -1,10 +1,10 @@
-"""Make the shards of a run anew in which rows failed that may work another time.
+"""Reprocess the shards of a run with retryable failures.
 
     python -m jobs.retry_failed OUTPUT
 
-`clipseg-ray retry-failed` is the same. The job is run with the configuration that OUTPUT keeps; its
-other shards are not read again. A shard's rows are missing from the tables until they are made, and
-nothing is taken from them before it is known that the job can be run.
+`clipseg-ray retry-failed` is the same. The job runs with the options in OUTPUT/_run.json and does
+not read its other shards. The rows of a shard are missing from the tables until it is finished;
+nothing is deleted before it is known that the job can run.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ JOBS: dict[str, type[SegmentConfig | EmbedConfig | ClassifyConfig | LabelConfig]
 
 
 def retry_failed(config: RetryConfig) -> None:
-    """Run the job again, with the shards with failures as if they had not been done."""
+    """Run the job again over the shards with failures, as if they were not done."""
     output, record = open_output(config.output)
     name = record.get("fingerprint", {}).get("job")
     if name not in JOBS:
@@ -46,13 +46,13 @@ def retry_failed(config: RetryConfig) -> None:
     if isinstance(job, SegmentConfig):
         job = with_all_phrases(job, record["fingerprint"], chain(*read_added(output).values()))
     shards = read_failures(output).choose(every=config.every)
+    failures = "failures" if config.every else "retryable failures"
     if not shards and not is_unfinished(output):
-        hint = "" if config.every else "; --all makes those with other failures anew, too"
-        print(f"{output}: no shard has rows that failed and may work another time{hint}")
+        hint = "" if config.every else "; --all reprocesses those with other failures, too"
+        print(f"{output}: no shard has {failures}{hint}")
         return
-    rows = "rows that failed" + ("" if config.every else " and may work another time")
-    said = f"{len(shards):,} shards have such rows; those still in the input are made anew"
-    print(f"{output}: {rows}: {said}")
+    said = f"{len(shards):,} shards have {failures}; those still in the input are reprocessed"
+    print(f"{output}: {said}")
     # What fails again is most of what is read here, and stops nothing.
     retry = replace(
         job.run, restart=False, retry="all" if config.every else "retryable", max_error_rate=1.0

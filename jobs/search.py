@@ -1,13 +1,13 @@
-"""Find the rows of a table of embeddings that are nearest to texts and images.
+"""Find the rows of a table of embeddings nearest to texts and images.
 
     python -m jobs.search EMBEDDINGS --text "a red bicycle" --top 20 --gallery found.html
 
-where EMBEDDINGS is the output of `clipseg-ray embed`, or of `clipseg-ray index`. Texts and images
+EMBEDDINGS is the output of `clipseg-ray embed`, or of `clipseg-ray index`. Texts and images
 together are one query: `--text "a street" --image photo.jpg --minus cars`; `--queries FILE` answers
 many in one pass.
 
 `clipseg-ray search` is the same. A table is searched in this process; a large one by Ray tasks,
-on the cluster that RAY_ADDRESS names or on this machine.
+on the cluster at RAY_ADDRESS or on this machine.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def search_on_ray(
     quiet: bool = True,
     group_bytes: int = GROUP_BYTES,
 ) -> list[list[Hit]]:
-    """As search_files over all parts of a table, by Ray tasks that read a group of parts each."""
+    """As search_files over all parts of a table, by Ray tasks, a group of parts each."""
     import ray  # 2 s, which a search in this process does without
 
     from pipeline.run.session import ray_session
@@ -98,7 +98,7 @@ def search_on_ray(
 
 
 def group_files(files: Sequence[Stored], group_bytes: int) -> list[list[Stored]]:
-    """Consecutive files, in groups that are closed once they have this size."""
+    """Consecutive files, in groups of at least this size; the last may be smaller."""
     groups: list[list[Stored]] = [[]]
     size_bytes = 0
     for file in files:

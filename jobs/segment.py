@@ -73,7 +73,7 @@ def segment(config: SegmentConfig) -> None:
 def stream(
     config: SegmentConfig, spec: infer.SegmentSpec, of_pass: Pass, engine: Engine
 ) -> Dataset:
-    """The chain of one pass, with its prompts, over the shards that it has left."""
+    """The chain of one pass, with its prompts, over its unfinished shards."""
     asked = spec.only(of_pass.prompts, embed="embeddings" in of_pass.tables)
     prepare = PrepareImages(spec.checkpoint.processor, config.images.max_pixels)
     rows = MakeMaskRows(config, of_pass.tables, of_pass.prompts, of_pass.ledger.first_prompt)

@@ -1,4 +1,4 @@
-"""Tell what of a run is done, failed and left.
+"""Print the progress of a run: shards and rows done, failed and left.
 
     python -m jobs.status OUTPUT
 
@@ -16,7 +16,7 @@ from pipeline.run.status import describe, open_output
 
 
 def status(config: StatusConfig) -> None:
-    """Print where the run stands."""
+    """Open the output -> print its account."""
     print(describe(*open_output(config.output)))
 
 

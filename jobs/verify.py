@@ -1,9 +1,9 @@
-"""Read the parts of a run, and hold them against the hashes in their receipts.
+"""Compare the parts of a run with the hashes in their receipts.
 
     python -m jobs.verify OUTPUT
     python -m jobs.verify OUTPUT --sample 0.01
 
-`clipseg-ray verify` is the same. Exit code 1 where a part differs; the command of the run then
+`clipseg-ray verify` is the same. The exit code is 1 if a part differs; the command of the run then
 makes its shard again.
 """
 

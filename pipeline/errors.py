@@ -65,11 +65,11 @@ class PipelineError(Exception):
 
 
 class UsageError(PipelineError, ValueError):
-    """What the user asked for cannot be done as asked; the message says what, where, what to do."""
+    """A request that cannot be carried out; the message says what, where, what to do."""
 
 
 class CheckpointError(UsageError):
-    """A checkpoint that cannot be used; the message names the file or tensor."""
+    """An unusable checkpoint; the message names the file or tensor."""
 
 
 class StorageError(PipelineError):
@@ -89,7 +89,7 @@ class CredentialsError(StorageError):
 
 
 class TransientError(StorageError):
-    """A fault that may pass: throttling, a reset connection, a cut body."""
+    """A transient fault: throttling, a reset connection, a cut body."""
 
 
 class RowError(PipelineError):
@@ -109,13 +109,13 @@ class RowError(PipelineError):
 
 
 class JobError(PipelineError):
-    """The job ended without a complete result; the message says what is missing."""
+    """A job without a complete result; the message names the missing part."""
 
 
 def one_line(text: str, characters: int = 300) -> str:
     """At most so many printable characters: nothing that moves a cursor or ends a line.
 
-    For whatever reaches a terminal or a page: the names in it are anybody's.
+    For text on a terminal or a page: names of an input are hostile.
     """
     shown = "".join(
         c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[:characters]

@@ -193,8 +193,8 @@ def test_rows_missing_from_an_unfinished_run_are_told_once(
     ]
     for record, warned in [(None, 0), ("_run.json", 1), ("_SUCCESS", 0)]:
         if record:
-            data = name_run({}).encode() if record == "_SUCCESS" else b"{}"
-            storage.write_bytes(f"{output}/{record}", data)
+            content = b"{}" if record == "_run.json" else name_run({}).encode()
+            storage.write_bytes(f"{output}/{record}", content)
         for command in commands:
             assert command() == 0
             said = capsys.readouterr().err

@@ -40,7 +40,7 @@ def test_status_of_a_run_that_stopped(folder: str, capsys: pytest.CaptureFixture
     said = capsys.readouterr().out
     assert "segment, not complete: the same command again does the rest" in said
     assert "1 done, 1 left of 2" in said
-    assert "3 came out well, 1 failed" in said
+    assert "3 ok, 1 failed" in said
     assert "no_image: 1" in said
     drive(folder)
     assert status.main([folder]) == 0
@@ -72,7 +72,7 @@ def test_nothing_is_forgotten_where_another_time_changes_nothing(
     drive(str(tmp_path))
     before = sorted(tmp_path.rglob("*"))
     assert retry_failed.main([str(tmp_path)]) == 0
-    assert "--all makes those with other failures anew" in capsys.readouterr().out
+    assert "--all reprocesses those with other failures" in capsys.readouterr().out
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -169,9 +169,9 @@ def test_failed_shards_are_made_anew_and_others_are_not(
     make_failed(output, source)
     (tmp_path / "prompts.txt").unlink(missing_ok=True)
     assert status.main([str(output)]) == 0
-    assert f"1 may work another time: clipseg-ray retry-failed {output}" in capsys.readouterr().out
+    assert f"1 failures are retryable: clipseg-ray retry-failed {output}" in capsys.readouterr().out
     assert retry_failed.main([str(output), "--quiet", "--local"]) == 0
-    assert "1 shards have such rows" in capsys.readouterr().out
+    assert "1 shards have retryable failures" in capsys.readouterr().out
     assert {p.name: p.read_bytes() for p in output.glob("masks/a-*.parquet")} == wanted
     assert {path: path.stat().st_mtime_ns for path in output.glob("*/b-*.parquet")} == others
     assert not list(output.glob("errors/a-*.parquet"))

@@ -1,4 +1,4 @@
-"""Configuration of the job that classifies images, or their embeddings."""
+"""Options of `clipseg-ray classify`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TEMPLATE = "a photo of a {}."
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifyConfig:
-    """Tell which labels fit every image of INPUT best, and write them as Parquet tables."""
+    """Label every image of INPUT with its most probable labels, as Parquet tables."""
 
     input: Input
     """WebDataset tars, Parquet with image bytes, or a folder of images; local or s3://. Or the
@@ -34,17 +34,17 @@ class ClassifyConfig:
     """Folder for the tables, local or s3://. The same command again completes it."""
 
     labels: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
-    """Text file with one label a line; needed unless the model has labels of its own."""
+    """Text file with one label a line; required unless the model has labels of its own."""
 
     label: tyro.conf.Suppress[tuple[str, ...]] = ()
     """Labels before those of --labels; for calls from Python."""
 
     template: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Sentence to put each label into, in the place of {}; of several, the label's embedding is
-    the mean. By default "a photo of a {}."."""
+    """Sentence with {} in the place of the label; with several, a label's embedding is their mean.
+    By default "a photo of a {}."."""
 
     top: Annotated[int, tyro.conf.arg(metavar="K")] = 5
-    """How many labels to keep of each image, at most all."""
+    """Labels to keep for each image, at most all."""
 
     model: str | None = None
     """CLIP, CLIPSeg or image-classification checkpoint: a local folder, an s3:// folder, or a hub
@@ -73,11 +73,11 @@ class ClassifyConfig:
         return found
 
     def templates(self) -> list[str]:
-        """The templates, or the one that stands for none."""
+        """The templates, or the default one."""
         return list(self.template) or [TEMPLATE]
 
     def fingerprint(self) -> dict[str, Any]:
-        """What decides the results of a run, beside the model and the labels it is asked for."""
+        """Options that decide results, beside the model and its labels."""
         return {"job": "classify", "input": self.input, "top": self.top, **asdict(self.images)}
 
     def tables(self, facts: dict[str, str], top: int, *, images: bool) -> dict[str, Table]:

@@ -137,7 +137,7 @@ def _is_rule(line: str) -> bool:
 
 
 def _refuse_empty(arguments: list[str]) -> None:
-    """Raise UsageError for an empty value, of which a job could only think that it is not given."""
+    """Raise UsageError for an empty value: a job could not tell it from a missing one."""
     for before, argument in itertools.pairwise(["", *arguments]):
         if not argument or re.fullmatch(r"--[\w-]+=", argument):
             option = argument or before

@@ -1,4 +1,4 @@
-"""Configuration of the job that embeds images, and texts beside them."""
+"""Options of `clipseg-ray embed`."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ class EmbedConfig:
     else the .txt member."""
 
     normalize: bool = True
-    """Scale every vector to length 1, so that a dot product is the cosine."""
+    """Scale every vector to length 1: a dot product is then the cosine."""
 
     dtype: Literal["float32", "float16"] = "float32"
-    """Of the vectors in the table; not every reader takes float16."""
+    """Type of the vectors in the table; not every reader takes float16."""
 
     images: tyro.conf.OmitArgPrefixes[ImageOptions] = field(default_factory=ImageOptions)
     workers: tyro.conf.OmitArgPrefixes[WorkerOptions] = field(default_factory=WorkerOptions)
     run: tyro.conf.OmitArgPrefixes[RunOptions] = field(default_factory=RunOptions)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What decides the results of a run: another value of any of these is another run."""
+        """Options that decide results: with another value of any, the output is another run's."""
         return {
             "job": "embed",
             "input": self.input,
@@ -51,7 +51,7 @@ class EmbedConfig:
         }
 
     def tables(self, dimension: int, weights_hash: str) -> dict[str, Table]:
-        """The tables that the job writes beside `errors`."""
+        """Tables of the job beside `errors`."""
         normalized = "true" if self.normalize else "false"
         facts = {"model": self.model, "weights_hash": weights_hash, "normalized": normalized}
         schema = embeddings(dimension, self.dtype, facts, text=self.text_column is not None)

@@ -1,4 +1,4 @@
-"""Configuration of the command that exports labels for annotation tools and trainers."""
+"""Options of `clipseg-ray export`."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class ExportConfig:
     """The OUTPUT of clipseg-ray label; local or s3://."""
 
     dest: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DEST")]
-    """A new folder; local or s3://. An export that was stopped is completed by the same command."""
+    """A new folder; local or s3://. The same command completes a stopped export."""
 
     format: Literal["coco", "yolo", "voc", "labelme", "labelstudio", "cvat", "png", "hf", "sam"]
-    """What to write. docs/exports.md tells what each keeps and loses."""
+    """Format to write; docs/exports.md compares them."""
 
     images: Literal["none", "copy", "upright"] = "copy"
     """Copy the images as they are; or write those with an EXIF orientation turned upright, as

@@ -1,4 +1,4 @@
-"""Configuration of the job that cuts annotations from the kept maps of a segment run."""
+"""Options of `clipseg-ray label`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.schema import ANNOTATIONS, IMAGES, Table
 
 @dataclass(frozen=True, kw_only=True)
 class LabelConfig:
-    """Cut annotations from the probability maps that a run of `segment` kept, without the model."""
+    """Cut annotations from the kept probability maps of a `segment` run, without the model."""
 
     input: Annotated[Input, tyro.conf.arg(metavar="RUN")]
     """The OUTPUT of `segment` with --ontology, or with --keep-probabilities; local or s3://."""
@@ -37,7 +37,7 @@ class LabelConfig:
         return read_ontology(self.ontology)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What decides the results of a run: another value of any of these is another run."""
+        """Options that decide results: with another value of any, the output is another run's."""
         return {
             "job": "label",
             "input": self.input,
@@ -45,12 +45,12 @@ class LabelConfig:
         }
 
     def tables(self) -> dict[str, Table]:
-        """The tables that the job writes beside `errors`."""
+        """Tables of the job beside `errors`."""
         return {"images": Table(IMAGES, 1), "annotations": Table(ANNOTATIONS, 0)}
 
 
 def describe_ontology(ontology: Ontology) -> dict[str, Any]:
-    """What of an ontology decides the annotations: of files their hashes, no places."""
+    """Facts of an ontology that decide the annotations: hashes of its files, not their places."""
     classes = []
     for each in ontology.classes:
         facts = asdict(each)

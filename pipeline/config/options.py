@@ -1,4 +1,4 @@
-"""Options that several jobs share, and the checks of values; a job's own stand in its own file.
+"""Options shared by several jobs, and checks of values; a job's own options are in its own file.
 
 A job's configuration is one frozen dataclass, checked when it is made. The command line is derived
 from it (see command), so a default, its help and its check stand in one place.
@@ -25,14 +25,14 @@ class ImageOptions:
     """How images are found and decoded."""
 
     image_column: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """Parquet column that holds the images; found by itself where it has a usual name."""
+    """Parquet column with the images; by default found by its name and type."""
 
     member_suffix: Annotated[str | None, tyro.conf.arg(metavar="SUFFIX")] = None
-    """Of each sample of a tar only the member of this suffix is an image ("left.png": what follows
-    the first dot of its name); by default each of its images is a row."""
+    """Suffix of the image members of a tar, from the first dot of the name: left.png. By default
+    every image of a sample is a row."""
 
     max_pixels: int = 50_000_000
-    """Images with more pixels are not decoded but become rows of the errors table."""
+    """Largest image to decode, in pixels; larger ones are rows of the errors table."""
 
     def __post_init__(self) -> None:
         check_positive(self, "max_pixels")
@@ -42,16 +42,16 @@ class ImageOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerOptions:
-    """Where the work is done; none of these changes a result."""
+    """Where and how the work is done; no option here changes a result."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the model runs; auto takes the GPUs of the cluster if it has any."""
+    """Device of the model; auto takes the GPUs of the cluster if it has any."""
 
     actors: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Workers that hold the model: by default one per GPU, or one per eight CPUs."""
+    """Workers with the model: by default one per GPU, or one per eight CPUs."""
 
     batch_size: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Images the model takes at once: by default 64 on a GPU, 16 on a CPU."""
+    """Images in a batch of the model: by default 64 on a GPU, 16 on a CPU."""
 
     local: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Run in this process, without Ray: for a few hundred images. The rows are the same."""
@@ -69,22 +69,22 @@ class WorkerOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """How a run deals with trouble; none of these changes a result."""
+    """How a run deals with failures; no option here changes a result."""
 
     restart: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Delete what an earlier run left in OUTPUT, and start over."""
+    """Delete the run in OUTPUT and start over."""
 
     max_error_rate: float = 0.05
-    """Stop when a larger share of the rows failed, after the first 1,000; 0 to 1."""
+    """Maximum share of failed rows, after the first 1,000, before the job stops; 0 to 1."""
 
     storage_timeout: float = 300.0
-    """Seconds for which one read or write is tried again while the storage fails."""
+    """Seconds to retry one read or write while the storage fails."""
 
     strict: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Stop where any file of INPUT is left out, instead of saying which."""
+    """Refuse an INPUT with files that are no images or shards, instead of listing them."""
 
     retry: tyro.conf.Suppress[Literal["none", "retryable", "all"]] = "none"
-    """Which finished shards with failures are made anew; what retry-failed asks for."""
+    """Finished shards to reprocess: those with retryable failures, or with any (retry-failed)."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_error_rate <= 1:
@@ -94,7 +94,7 @@ class RunOptions:
 
 
 def check_positive(options: object, *names: str) -> None:
-    """Raise UsageError for a number that is given and below 1."""
+    """Raise UsageError for a given number below 1."""
     for name in names:
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -102,7 +102,7 @@ def check_positive(options: object, *names: str) -> None:
 
 
 def check_file(option: str, file: str | None) -> None:
-    """Raise UsageError, naming the option, for what is no path or URI, which may hold a secret."""
+    """Raise UsageError, naming the option, for a value that is no path or URI."""
     try:
         check_uri(file or ".")
     except UsageError as error:
@@ -110,9 +110,9 @@ def check_file(option: str, file: str | None) -> None:
 
 
 def read_lines(file: str, option: str, what: str) -> list[str]:
-    """The lines of a UTF-8 text file that are not blank, without the blanks around them.
+    """Read the non-blank lines of a UTF-8 text file, stripped.
 
-    Raises UsageError, naming the option, for a file that cannot be read or has no such line.
+    Raises UsageError, naming the option, for an unreadable file or one without such a line.
     """
     check_file(option, file)
     try:
@@ -128,7 +128,7 @@ def read_lines(file: str, option: str, what: str) -> list[str]:
 
 
 def refuse_repeated(values: list[str], what: str) -> None:
-    """Raise UsageError naming the first value that stands in a list twice."""
+    """Raise UsageError naming the first repeated value of a list."""
     repeated = next((value for value, n in Counter(values).items() if n > 1), None)
     if repeated is not None:
         raise UsageError(f"the {what} {repeated!r} is given twice")

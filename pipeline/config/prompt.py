@@ -49,14 +49,14 @@ class Prompt:
         return not self.examples and self.texts == (self.name,)
 
     def recipe(self) -> dict[str, Any]:
-        """What decides its embedding beside the model: texts, and hashes of the files."""
+        """Facts that decide its embedding beside the model: texts, and hashes of the files."""
         return {"texts": list(self.texts), "examples": [_facts(each) for each in self.examples]}
 
 
 def recipes(prompts: Iterable[Prompt]) -> dict[str, Any]:
-    """By name, the recipes of those prompts that are no phrase alone.
+    """By name, the recipes of prompts with examples or means.
 
-    Raises UsageError for an example that cannot be read.
+    Raises UsageError for an unreadable example.
     """
     return {prompt.name: prompt.recipe() for prompt in prompts if not prompt.is_plain}
 

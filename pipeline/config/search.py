@@ -1,4 +1,4 @@
-"""Configuration of the commands on a finished table of embeddings."""
+"""Options of the commands on a table of embeddings: index, search, duplicates."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class IndexConfig:
     """Folder of the index; local or s3://."""
 
     column: Literal["vector", "text_vector"] = "vector"
-    """Index the embeddings of the images, or those of their texts."""
+    """Embeddings to index: of the images, or of their texts."""
 
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Build the index in DEST anew, if there is one."""
+    """Replace the index in DEST, if there is one."""
 
     recall: Annotated[int, tyro.conf.arg(metavar="N")] = 0
-    """Then search for N rows of the table, by the index and exactly, and print recall@10, the
-    share of the ten nearest other rows that the index finds, and the time of a query by each."""
+    """Measure the index: search for N rows of the table by the index and exactly, then print
+    recall@10 (the share found of the ten nearest other rows) and the time of a query by each."""
 
     def __post_init__(self) -> None:
         if self.recall < 0:
@@ -41,39 +41,38 @@ class IndexConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:
-    """Find the rows of a table of embeddings that are nearest to texts and images, by cosine."""
+    """Find the rows of a table of embeddings nearest to texts and images, by cosine."""
 
     embeddings: _Embeddings
     """A run's OUTPUT folder, or the folder embeddings/ in it, or the DEST of clipseg-ray index;
     local or s3://."""
 
     text: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """What to look for, in words. Texts and images given several times are added into one query;
-    the same one given twice counts twice."""
+    """Text to look for. All texts and images add up to one query; one given twice counts twice."""
 
     image: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="FILE")] = ()
-    """An image to look for; local or s3://."""
+    """Image to look for; local or s3://."""
 
     minus: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """What to look away from, in words: subtracted from the query."""
+    """Text to subtract from the query."""
 
     queries: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
-    """Text file with one query a line, each on its own, all answered in one pass."""
+    """Text file with one query a line; all are answered in one pass."""
 
     top: Annotated[int, tyro.conf.arg(metavar="N")] = 20
-    """How many rows to find for each query."""
+    """Rows to find for each query."""
 
     column: Literal["vector", "text_vector"] = "vector"
-    """Compare with the embeddings of the images, or with those of their texts."""
+    """Embeddings to compare with: of the images, or of their texts."""
 
     model: str | None = None
-    """Where the table's model is found, if not where the table says; other weights are refused."""
+    """Place of the table's model, if it has moved; other weights are refused."""
 
     output: Annotated[str | None, tyro.conf.arg(metavar="PARQUET")] = None
-    """Write what was found into this Parquet file."""
+    """Write the results into this Parquet file."""
 
     gallery: Annotated[str | None, tyro.conf.arg(metavar="HTML")] = None
-    """Write a page with the images found into this HTML file."""
+    """Write a page with the found images into this HTML file."""
 
     quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Nothing on the terminal, only --output and --gallery."""
@@ -103,14 +102,14 @@ class SearchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DuplicatesConfig:
-    """Group the rows of a table of embeddings that are nearly the same image."""
+    """Group near-duplicate images in a table of embeddings."""
 
     embeddings: _Embeddings
     """A run's OUTPUT folder, or the folder embeddings/ in it; local or s3://."""
 
     cosine: float = 0.97
-    """Two rows are near-duplicates when their cosine is at least this; 0 to 1. A group is what
-    hangs together by such pairs, so its ends may be further apart."""
+    """Smallest cosine of near-duplicates; 0 to 1. Groups are connected components of such pairs, so
+    the ends of a group may be further apart."""
 
     output: Annotated[str | None, tyro.conf.arg(metavar="PARQUET")] = None
     """Write all groups into this Parquet file."""

@@ -1,4 +1,4 @@
-"""Configuration of the job that segments images with prompts."""
+"""Options of `clipseg-ray segment`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LABEL_SIDE: Literal["352"] = "352"
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentConfig:
-    """Segment every image of INPUT with every prompt, and write the masks as Parquet tables."""
+    """Segment every image of INPUT with every prompt: one semantic mask for each, as Parquet."""
 
     input: Input
     """WebDataset tars, Parquet with image bytes, or a folder of images; local or s3://.
@@ -38,37 +38,37 @@ class SegmentConfig:
     """Folder for the tables, local or s3://. The same command again completes it."""
 
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """What to segment, in words; give it once for each prompt."""
+    """Text that names what to segment; may be given several times."""
 
     prompts: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
-    """Text file with one prompt a line, after those of --prompt."""
+    """Text file with one prompt a line; they follow those of --prompt."""
 
     image_prompt: Annotated[
         tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME=IMAGE[:MASK.png]")
     ] = ()
-    """An image that shows what to segment, and a mask of where; those of one NAME are averaged."""
+    """Example image of the object to segment, and its mask; images of one NAME are averaged."""
 
     ontology: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
-    """YAML file with classes, whose phrases and examples are prompts, too; see `label`."""
+    """YAML file with classes; their phrases and examples are prompts, too. See `label`."""
 
     model: str = "CIDAS/clipseg-rd64-refined"
     """Checkpoint: a local folder, an s3:// folder, or a hub id, with @revision if wanted."""
 
     threshold: float = 0.5
-    """A pixel belongs to the mask when its probability is above this; 0 to 1."""
+    """Probability above which a pixel is in the mask; 0 to 1."""
 
     mask_size: Literal["image", "model"] = "image"
-    """Masks at the image's own size, or on the model's grid."""
+    """Size of the masks: the image's own, or the model's grid."""
 
     keep_probabilities: Literal["none", "88", "176", "352"] = "none"
-    """Also keep 8-bit probability maps of this size, so that thresholds can be changed later. With
-    an ontology, whose labels are cut from them, they are always kept: of 352, unless told else."""
+    """Also keep 8-bit probability maps of this size, for other thresholds later. With --ontology
+    they are always kept, 352 by default: labels are cut from them."""
 
     embed: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Also write CLIP embeddings of the images, as `embed` does, from the same pass."""
+    """Also write CLIP embeddings of the images from the same pass, as `embed` does."""
 
     contact_sheet: Annotated[str | None, tyro.conf.arg(metavar="PNG")] = None
-    """Afterwards draw a few images with their masks into this PNG file."""
+    """Finally draw a few images with their masks into this PNG file."""
 
     images: tyro.conf.OmitArgPrefixes[ImageOptions] = field(default_factory=ImageOptions)
     workers: tyro.conf.OmitArgPrefixes[WorkerOptions] = field(default_factory=WorkerOptions)
@@ -113,7 +113,7 @@ class SegmentConfig:
         return prompts
 
     def fingerprint(self) -> dict[str, Any]:
-        """What decides the results of a run: another value of any of these is another run."""
+        """Options that decide results: with another value of any, the output is another run's."""
         asked = self.asked()
         made = recipes(asked)
         return {
@@ -129,7 +129,7 @@ class SegmentConfig:
         }
 
     def tables(self, dimension: int, weights_hash: str) -> dict[str, Table]:
-        """The tables that the job writes beside `errors`."""
+        """Tables of the job beside `errors`."""
         prompts = len(self.asked())
         tables = {"images": Table(IMAGES, 1), "masks": Table(MASKS, prompts, per_prompt=True)}
         if self.keep_probabilities != "none":

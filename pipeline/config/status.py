@@ -1,4 +1,4 @@
-"""Configuration of the commands on the output of a run."""
+"""Options of the commands on the output of a run: status, verify, retry-failed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Config = TypeVar("Config")
 
 @dataclass(frozen=True, kw_only=True)
 class StatusConfig:
-    """Tell what of a run is done, failed and left."""
+    """Print the progress of a run: shards and rows done, failed and left."""
 
     output: Output
     """The OUTPUT of a job, local or s3://."""
@@ -23,7 +23,7 @@ class StatusConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyConfig:
-    """Hold the parts of a run against the hashes in their receipts."""
+    """Compare the parts of a run with the hashes in their receipts."""
 
     output: Output
     """The OUTPUT of a job, local or s3://."""
@@ -42,16 +42,16 @@ class RetryConfig:
     """Reprocess shards with retryable failures."""
 
     output: Output
-    """The OUTPUT of a job, local or s3://. What else the job needs is in its _run.json."""
+    """The OUTPUT of a job, local or s3://. The options of the job are in its _run.json."""
 
     every: Annotated[bool, tyro.conf.arg(name="all"), tyro.conf.FlagCreatePairsOff] = False
-    """Also shards whose failures will hardly go away: broken images, for one."""
+    """Also reprocess shards with permanent failures, such as broken images."""
 
     workers: tyro.conf.OmitArgPrefixes[WorkerOptions] = field(default_factory=WorkerOptions)
 
 
 def config_from_record(config: type[Config], values: dict[str, Any]) -> Config:
-    """A job's config as _run.json keeps it. Raises UsageError where it is of another version."""
+    """Rebuild a job's config from _run.json. Raises UsageError for one of another version."""
     known: dict[str, Any] = {}
     for item in fields(config):  # type: ignore[arg-type]
         if item.name not in values:

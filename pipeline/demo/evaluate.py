@@ -1,4 +1,4 @@
-"""Measure the bundled CLIPSeg, or one like it, on scenes that it was not trained on.
+"""Measure the bundled CLIPSeg, or one like it, on unseen scenes.
 
     python -m pipeline.demo.evaluate --images 500
 

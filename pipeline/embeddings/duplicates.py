@@ -1,9 +1,8 @@
-"""Near-duplicates in a table of embeddings: what hangs together by pairs of a large cosine.
+"""Near-duplicates in a table of embeddings: connected components of pairs above a cosine.
 
 All pairs are compared, a block of rows with a tile of rows at a time, so the N x N matrix never
-exists. As many rows are held as HELD_BYTES has room for, while the rest of the table passes by: a
-table that fits is read once. What stays for each row of any table is one integer: the row it
-hangs on.
+exists. HELD_BYTES of rows are held while the rest of the table passes by: a table that fits is read
+once. For each row of any table one integer stays: its parent in the component.
 
 Shapes: N rows of the table, I rows of a block, J of a tile, D dimension.
 """
@@ -144,7 +143,7 @@ def find_duplicates(
     tile_rows: int = TILE_ROWS,
     on_progress: Callable[[float], None] = lambda share: None,
 ) -> Duplicates:
-    """The groups of rows that pairs of at least this cosine join, whatever the sizes of the blocks.
+    """Find the connected components of pairs of at least this cosine.
 
     Takes N^2 / 2 products of D terms, and reads the table N D 4 / `held_bytes` times, rounded up;
     each time the rows that were held before are left out. A vector that is zero or not finite is

@@ -1,8 +1,8 @@
 """Hits of a search -> one HTML page with thumbnails, which needs nothing beside itself.
 
 The images come from the shards of the run that made the table. Only shards with hits are read,
-each once and no further than its last hit. Keys, shards and queries are whatever the data holds:
-all text is escaped, and the page's policy lets nothing load but its own style and thumbnails, and
+each once and no further than its last hit. Keys, shards and queries are hostile: all text is
+escaped, and the page's policy lets nothing load but its own style and thumbnails, and
 nothing run.
 """
 

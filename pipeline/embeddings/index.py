@@ -1,11 +1,11 @@
-"""A vector index over a table of embeddings: a LanceDB table, and a file that says what it is of.
+"""A vector index over a table of embeddings: a LanceDB table, and a file with its source.
 
     DEST/embeddings.lance/  shard, row, key, and the vectors as float32, with the index on them
     DEST/_index.json        "building" first; the facts of the table last, as "complete"
 
-So a build that was cut short is known as one and never searched. What the index finds are
-candidates: their cosines are computed anew from the vectors themselves, as the exact search does,
-and decide what is best. LanceDB is imported here alone, and only when it is used.
+So an interrupted build is recognised and never searched. The index finds candidates: their cosines
+are computed anew from the vectors, as in the exact search, and decide their order. LanceDB is
+imported here alone, and only when it is used.
 
 Shapes: B rows of a batch, M queries, D dimension.
 """
@@ -56,7 +56,7 @@ class VectorIndex:
     """The table that it was made from, as it was then; without its parts."""
     rows: int
     partitions: int
-    """0 where every row is compared."""
+    """0 if every row is compared."""
 
 
 def build_index(
@@ -158,7 +158,7 @@ def count_partitions(rows: int, dimension: int) -> int:
 
 
 def import_lancedb() -> Any:
-    """LanceDB, or a UsageError that says how to install it."""
+    """Import LanceDB; UsageError with the way to install it if it is missing."""
     for name in ("LANCE_LOG", "LANCEDB_LOG"):  # it would warn that a new table is a new one
         os.environ.setdefault(name, "error")
     try:
@@ -187,7 +187,7 @@ def _begin(uri: str, table: EmbeddingTable, overwrite: bool) -> None:
     if facts is None and not storage.is_empty(uri):
         raise UsageError(f"{uri}: holds files that are not from an index; choose another folder")
     if facts and facts.get("status") == "complete" and not overwrite:
-        raise UsageError(f"{uri}: holds an index already; --overwrite builds it anew")
+        raise UsageError(f"{uri}: holds an index already; --overwrite replaces it")
     _write_facts(uri, {"status": "building", "started_at": now()})
     storage.delete_folder(storage.join(uri, f"{LANCE_TABLE}.lance"))
 

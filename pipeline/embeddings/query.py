@@ -1,6 +1,6 @@
-"""Texts and images -> one vector a query, by the model that made the table.
+"""Texts and images -> one vector a query, by the model of the table.
 
-A query is the sum of its texts' and images' normalised vectors, less those to look away from,
+A query is the sum of the normalised vectors of its texts and images, less those to subtract,
 normalised again.
 """
 
@@ -86,7 +86,7 @@ def encode_queries(
 
 
 def read_image(uri: str) -> Image.Image:
-    """An image file as upright RGB. Raises UsageError that says what is wrong with it."""
+    """Read an image file as upright RGB. Raises UsageError with its fault."""
     try:
         data = storage.read_bytes(storage.check_uri(uri))
         return decode_image(data, max_pixels=MAX_PIXELS).image

@@ -1,7 +1,7 @@
-"""How many of the nearest rows an index finds, and how long a query takes.
+"""Measure an index: the share found of the nearest rows, and the time of a query.
 
-Some rows of the table are the queries. What each should find are the nearest other rows, by the
-exact search; the row itself, which any index finds, does not count.
+Some rows of the table are the queries. Each should find its nearest other rows by the exact search;
+the row itself does not count.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Recall:
 
     queries: int
     recall: float
-    """The share of the nearest TOP rows that the index finds, mean over the queries."""
+    """The share found of the nearest TOP rows, mean over the queries."""
     index_ms: float
     """Milliseconds a query, one after the other, by the index."""
     exact_ms: float

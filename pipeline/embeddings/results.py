@@ -1,6 +1,6 @@
 """Hits of a search, or groups of duplicates -> the terminal, and Parquet.
 
-Names and keys are whatever the data holds, so on the terminal only printable text appears.
+Names and keys are hostile: on the terminal only printable text appears.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The nearest rows of a table of embeddings to many queries, exactly, in one pass.
 
-Every vector is compared with every query. What is kept is the best `top` rows of each query so
-far, so memory does not grow with the table.
+Every vector is compared with every query. Only the best `top` rows of each query are kept, so
+memory does not grow with the table.
 
 Shapes: B rows of a batch, M queries, D dimension.
 """
@@ -23,7 +23,7 @@ QUERIES_AT_ONCE = 1024  # 32 MB of cosines with such a batch
 
 
 class Hit(NamedTuple):
-    """A row that was found."""
+    """A row found by a search."""
 
     cosine: float
     """Rounded to float32."""
@@ -68,7 +68,7 @@ class ExactSearch:
                 self._offer(first + int(query), vectors, np.flatnonzero(enough[query]))
 
     def merge(self, hits: Sequence[Iterable[Hit]]) -> None:
-        """Take in what another search found for the same queries among other rows."""
+        """Take in the hits of another search, of the same queries among other rows."""
         for query, more in enumerate(hits):
             self._keep(query, more)
 

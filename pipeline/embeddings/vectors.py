@@ -3,8 +3,8 @@
     OUTPUT/embeddings/*.parquet    shard, row, key, vector: fixed_size_list<float32 | float16>[D],
                                    and where texts were embedded too, text and text_vector
 
-Which model made it, and D, stand in the key-value metadata of every part. What is done with the
-vectors (search, duplicates) reads batches of rows from here and never the whole table.
+The model and D are in the key-value metadata of every part. Search and duplicates read batches of
+rows from here and never the whole table.
 
 Shapes: B rows of a batch, D dimension.
 """
@@ -32,24 +32,24 @@ _NEEDED = ("model", "weights_hash", "dimension")
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingTable:
-    """The parts of a table and what they say of themselves."""
+    """The parts of a table, and their metadata."""
 
     uri: str
     """The folder of the parts."""
     output: str
-    """The folder of the run that made it, with _run.json and the receipts."""
+    """The folder of its run, with _run.json and the receipts."""
     column: str
     """The column with the vectors to be read: "vector" or "text_vector"."""
     files: tuple[Stored, ...]
     """Its parts, sorted by name: with the rows in each part, the order of the table."""
     model: str
-    """Name of the model, as the user who made the table gave it."""
+    """Name of the model, as given to the run."""
     weights_hash: str
     dimension: int
     normalized: bool
     """Whether the vectors were written with length 1."""
     unfinished: bool
-    """Whether the run that made it had not closed when it was opened: rows may be missing."""
+    """Whether its run had not closed when the table was opened: rows may be missing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +114,7 @@ def check_weights(table: EmbeddingTable, model: str, weights_hash: str) -> None:
 
 
 def warn_of_missing_rows(table: EmbeddingTable) -> None:
-    """One line on stderr where the table is of a run that is not finished."""
+    """Print one line on stderr if the run of the table is not finished."""
     if table.unfinished:
         print(
             f"clipseg-ray: warning: the run in {table.output} was not finished, so rows are "

@@ -1,7 +1,7 @@
-"""Where a checkpoint comes from: a local folder, the Hugging Face hub, or a folder on S3.
+"""Fetch a checkpoint: from a local folder, the Hugging Face hub, or a folder on S3.
 
-The first step of every model: whatever the user named becomes a local folder that holds the files
-of NEEDED and one form of the weights. Nothing in the folder is ever run as code.
+The result is a local folder with the files of NEEDED and one form of the weights. Nothing in the
+folder is ever run as code.
 """
 
 from __future__ import annotations

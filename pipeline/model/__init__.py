@@ -1,4 +1,4 @@
-"""The models in torch alone: what a checkpoint folder holds, and what it computes.
+"""The models in torch alone: checkpoint folders, towers, decoder.
 
 A module imports only from modules above it:
 

@@ -1,7 +1,7 @@
 """Headers and data of a tar in order, strict about every header.
 
 Python's tarfile stops without a word at a damaged header. Here the chain of headers is walked
-block by block (tarfile.TarInfo parses and checks each one), so that what cannot be read is said.
+block by block (tarfile.TarInfo parses and checks each one), and damage is reported.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Member:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the data that follows is the file."""
+        """Whether the data after the header is the file."""
         return self.type in _PLAIN and not self.sparse
 
     @property
@@ -56,17 +56,17 @@ class Member:
 
     @property
     def kind(self) -> str:
-        """The kind of a member that is not plain, for messages."""
+        """The kind of a special member, for messages."""
         if self.sparse:
             return "a sparse file"
         return "a link" if self.type in _LINKS else "not a plain file"
 
 
 class TarStream:
-    """The members of a tar, plain or compressed; what is damaged or missing raises RowError.
+    """The members of a tar, plain or compressed; damage raises RowError.
 
-    After next_member() its data is read or skipped, whole. In memory are what is read, and at most
-    4 MiB beside the window of the compression.
+    After next_member() read or skip its data, whole. In memory are the data read, and at most 4 MiB
+    beside the window of the compression.
     """
 
     def __init__(self, file: BinaryIO):
@@ -99,7 +99,7 @@ class TarStream:
         return self._take_all(min(size, member.size_bytes), _inside(member))
 
     def read(self, member: Member, start: bytes = b"") -> bytes:
-        """The data of a member. A size that lies costs no more memory than what is there."""
+        """Read the data of a member. A false size costs no more memory than there is data."""
         where, left = _inside(member), member.size_bytes - len(start)
         if left <= _PIECE_BYTES:
             data = start + self._take_all(left, where)

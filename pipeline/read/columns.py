@@ -1,4 +1,4 @@
-"""Parquet columns by type: where the images are, and the images, keys and texts of a cell.
+"""Parquet columns by type: find the images, read the images, keys and texts of a cell.
 
 Types are seen through: categories (dictionaries) are their values, and bytes without an annotation
 may be text. Images are bytes, lists of uint8, base64 text, `data:` URLs, paths, Hugging Face
@@ -28,7 +28,7 @@ _NESTED = 4  # levels of structs in which a column is looked for
 
 
 class Cell(NamedTuple):
-    """One image of a cell: its bytes, or what stands for them."""
+    """One image of a cell: its bytes, or a path or URL in their place."""
 
     image: bytes | None = None
     path: str = ""
@@ -42,7 +42,7 @@ class Cell(NamedTuple):
 
 
 def find_image_column(schema: pa.Schema, wanted: str | None) -> str | None:
-    """The column of images: `wanted`, or else the first of IMAGE_COLUMNS; None where there is none.
+    """Find the column of images: `wanted`, or else the first of IMAGE_COLUMNS; None without any.
 
     Columns of bytes come first, then such fields of structs (`sample.image`), then columns of text
     (base64, `data:` URLs, paths) or of nulls alone.
@@ -92,7 +92,7 @@ def take_column(batch: pa.RecordBatch, name: str) -> pa.Array:
 
 
 def _fields(field: pa.Field, above: str, levels: int) -> list[str]:
-    """The paths of fields below a column that hold image bytes and have a usual name."""
+    """The paths of fields below a column with image bytes and a usual name."""
     if not levels or not pa.types.is_struct(field.type) or _rank(field.type):
         return []
     found = []
@@ -105,7 +105,7 @@ def _fields(field: pa.Field, above: str, levels: int) -> list[str]:
 
 
 def _rank(kind: pa.DataType) -> int:
-    """2 where a type holds the bytes of images, 1 where it may stand for them, 0 where neither."""
+    """2 for a type with the bytes of images, 1 for one with their text or paths, 0 for others."""
     kind = _plain(kind)
     if _is_bytes(kind) or _is_uint8s(kind):
         return 2
@@ -124,7 +124,7 @@ def _rank(kind: pa.DataType) -> int:
 
 
 def holds_text(schema: pa.Schema, name: str) -> bool:
-    """Whether a column is there and holds text, or bytes that may be."""
+    """Whether a column exists and holds text, or bytes that may be text."""
     kind = column_type(schema, name)
     return kind is not None and (_is_string(_plain(kind)) or _is_bytes(_plain(kind)))
 
@@ -143,7 +143,7 @@ def list_columns(schema: pa.Schema) -> str:
 
 
 def list_urls(schema: pa.Schema) -> list[str]:
-    """The columns of text that are named as if they held URLs."""
+    """The columns of text with a name like that of URLs."""
     return [f.name for f in schema if _URL_COLUMNS.fullmatch(f.name) and _is_string(_plain(f.type))]
 
 
@@ -218,7 +218,7 @@ def _decode(data: bytes, *, text: bool) -> Cell:
 
 
 def _decode_data_url(data: bytes) -> bytes:
-    """The content (RFC 2397); the URL itself where it is broken, which decoding will refuse."""
+    """The content of a data URL (RFC 2397), or a broken URL as it is, for decoding to refuse."""
     header, comma, body = data.partition(b",")
     if not comma:
         return data

@@ -87,9 +87,9 @@ def divide_parquet(
 
 
 def _try_footer(file: Stored) -> Footer | None:
-    """None where reading the shard will report what is wrong with it.
+    """Read a footer; None if it is damaged, which reading the shard will report.
 
-    Only what may pass is raised: the names of shards must not depend on it.
+    Only transient faults are raised: the names of shards must not depend on them.
     """
     if not file.version:
         return None
@@ -114,7 +114,7 @@ def _no_images(file: Stored, footer: Footer, wanted: str | None) -> str:
 
 
 def _split_by(groups: list[RowGroup], shard: Shard) -> list[Shard]:
-    """Row groups whose middle is in the same n-th part of the file are one shard.
+    """Divide a file: row groups with their middle in the same n-th part of it are one shard.
 
     The sizes add up to the file's: what the footer says, scaled.
     """
@@ -172,7 +172,7 @@ def group_images(root: str, named: Named, texts: dict[str, Stored]) -> Iterator[
 
 
 def list_texts(root: str, files: list[Stored]) -> dict[str, Stored]:
-    """The files in which the texts of loose images may be, by their names below the root."""
+    """Candidate files for the texts of loose images, by their names below the root."""
     suffixes = tuple(f".{extension}" for extension in TEXT_EXTENSIONS)
     regular = (file for file in files if file.version != storage.SPECIAL)
     return {storage.relative(root, f.uri): f for f in regular if f.uri.endswith(suffixes)}

@@ -1,4 +1,4 @@
-"""Compressed tars by their first bytes: gzip, bzip2, xz and zstd, whatever the name says."""
+"""Compressed tars, told by their first bytes and not by name: gzip, bzip2, xz and zstd."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Inflated(NamedTuple):
 
 
 def inflate(file: BinaryIO) -> Inflated:
-    """A file read through the decompressor that its first bytes ask for, if any.
+    """Open a file through the decompressor of its first bytes, if any.
 
     Memory: the window of the format, at most 256 MiB (xz), 128 MiB (zstd) or 4 MiB (others).
     """

@@ -1,7 +1,7 @@
-"""From what the user names (file, folder, glob, braces) to a sorted list of shards.
+"""Input (file, folder, glob, braces) -> a sorted list of shards.
 
-Read are listings, the footers of Parquet files, and the first bytes of files whose names do not
-tell what they are; tars and images with their usual suffixes need no request each.
+Only listings, the footers of Parquet files, and the first bytes of files of unknown suffixes are
+read; tars and images with their usual suffixes need no request each.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def list_shards(
     member_suffix: str | None = None,
     strict: bool = False,
 ) -> Listing:
-    """The shards of an input, sorted by name, and what was left out.
+    """List the shards of an input, sorted by name, and the files left out.
 
     `source`: a tar, Parquet or image file, a folder, a glob, or braces such as `{0000..0099}.tar`,
     local or `s3://`; several joined by `::`. Shards named by braces stay in the list when they are
@@ -87,7 +87,7 @@ def list_shards(
 
 
 def _name_files(root: str, files: Iterable[Stored]) -> Named:
-    """Files with their names below the root, sorted; a file that two patterns match stands once."""
+    """Files with their names below the root, sorted, each once."""
     found = {storage.relative(root, file.uri): file for file in files}
     return sorted(found.items(), key=lambda pair: pair[0])
 
@@ -99,16 +99,16 @@ class _Found(NamedTuple):
     """Files of one source."""
 
     root: str
-    """The folder that names are relative to."""
+    """Names are relative to this folder."""
     files: list[Stored]
     whole: bool = False
     """Whether these are all files below the root."""
     by_name: bool = False
-    """Whether the user named this one file, which may be hidden then."""
+    """Whether the user named this one file; it may then be hidden."""
 
 
 def _find_files(source: str) -> _Found:
-    """The files that a source stands for. Raises UsageError where there are none."""
+    """Find the files of a source. Raises UsageError if there are none."""
     magic = _MAGIC.search(source)
     if magic and not storage.exists(source):
         root = storage.parent(source[: magic.start()] + "x")
@@ -131,7 +131,7 @@ def _one_file(source: str) -> _Found:
 
 
 def _match_braces(source: str) -> list[Stored]:
-    """Files named by braces; those that are not there keep their place, with size 0, version ""."""
+    """Files named by braces; missing ones keep their place, with size 0, version ""."""
     found: dict[str, Stored] = {}
     listed: dict[str, dict[str, Stored]] = {}
     for uri in expand_braces(source):
@@ -155,7 +155,7 @@ def _match_braces(source: str) -> list[Stored]:
 
 
 def _find_texts(root: str, found: list[_Found], images: Named) -> dict[str, Stored]:
-    """The files in which the texts of loose images may be, by their names below the root."""
+    """Candidate files for the texts of loose images, by their names below the root."""
     files = [file for part in found for file in part.files]
     if not all(part.whole for part in found):  # a pattern may not match the texts beside its images
         folders = sorted({storage.parent(file.uri) for _, file in images})

@@ -1,4 +1,4 @@
-"""Parquet shards, files or row groups of one; what a cell may hold is in columns."""
+"""Parquet shards, files or row groups of one; columns.py reads their cells."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Footer(NamedTuple):
 
 
 def read_footer(uri: str, version: str = "") -> Footer:
-    """The footer of this version of a file.
+    """Read the footer of this version of a file.
 
     Raises StorageError, and RowError for a footer that is damaged or contradicts itself.
     """

@@ -1,6 +1,6 @@
-"""Which of the files found are inputs: by name, and by first bytes where a name does not tell.
+"""Choose the inputs among files: by name, and by first bytes for unknown suffixes.
 
-What is none is counted by kind, with an example, so that nothing is passed over in silence.
+Other files are counted by kind, with an example: nothing is passed over in silence.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _SUFFIX = re.compile(r"[^.](\.tar)?(\.[a-z][a-z0-9_]{0,9})$")
 
 
 class LeftOut(NamedTuple):
-    """Files of one kind that are no inputs."""
+    """Files of one kind, none of them an input."""
 
     files: int
     example: str
@@ -84,7 +84,7 @@ def count_left_out(kinds: Iterable[tuple[str, str]]) -> dict[str, LeftOut]:
 def sort_files(
     root: str, files: list[Stored], *, by_name: bool = False
 ) -> tuple[dict[str, list[Stored]], list[tuple[str, Stored]]]:
-    """The inputs among files below a root, by format, and what is none, with its kind.
+    """Sort files below a root into inputs, by format, and others, with their kind.
 
     Files of unknown suffixes are told by their first 512 bytes: one small read each, of at most 64
     for a suffix that none of these bears for an image. Texts beside an input of their name belong
@@ -125,7 +125,7 @@ def sort_files(
 
 
 def _scratch_kind(name: str) -> str:
-    """Why a file is no input whatever it holds; "" for others. Any other name may begin with _."""
+    """Kind of a file that is never an input; "" for others. Other names may begin with _."""
     parts = name.split("/")
     if any(part in SCRATCH for part in parts):
         return "scratch of a job"
@@ -134,7 +134,7 @@ def _scratch_kind(name: str) -> str:
 
 
 def _suffix(name: str) -> str:
-    """The suffix as a kind of file; what CDNs and hashes leave at the end of a name is none."""
+    """The suffix as a kind of file; remains of CDNs and hashes at the end of a name are none."""
     match = _SUFFIX.search(name.rpartition("/")[2].lower())
     return f"{match[1] or ''}{match[2]}" if match else "without a suffix"
 

@@ -1,7 +1,7 @@
-"""Shards -> records of encoded bytes: what the first Ray tasks of every job run.
+"""Shards -> records of encoded bytes: the first stage of every job.
 
-Nothing is decoded here. A row that cannot be read is a record with a reason; what ends a shard
-early is a reason on its end record; refused credentials are raised, since they end the job.
+Nothing is decoded here. An unreadable row is a record with a reason; damage that ends a shard early
+is a reason on its end record; refused credentials are raised, since they end the job.
 """
 
 from __future__ import annotations
@@ -70,14 +70,14 @@ def read_batches(shards: pa.Table, batch_rows: int = BATCH_ROWS) -> Iterator[pa.
 
 
 def read_one_by_one(shards: pa.Table) -> Iterator[pa.Table]:
-    """As read_batches, each record in a table of its own: for a shard that ends its reader."""
+    """As read_batches, each record in a table of its own: after a crash of the reader."""
     return read_batches(shards, batch_rows=1)
 
 
 def end_crashed_shard(
     shards: pa.Table, last: pa.Table | None, how: str, *, killed: bool
 ) -> pa.Table:
-    """The end record of the shard in a one-row table whose reader ended its process.
+    """The end record of the shard in a one-row table, after a crash of its reader.
 
     `last`: the last records that came before; `how` it ended; `killed`: from outside.
     """
@@ -231,7 +231,7 @@ def _read_image(shard: Shard, versions: dict[str, str], path: str) -> Sample:
 
 
 def _read_text(shard: Shard, versions: dict[str, str], stem: str) -> str | None:
-    """The text beside an image, from files that were listed and lie inside the input."""
+    """The text beside an image, from listed files inside the input."""
     for extension in TEXT_EXTENSIONS:
         path = f"{stem}.{extension}"
         if not versions.get(path):

@@ -73,16 +73,16 @@ class Shard:
     column: str = ""
     """Parquet: the image column of this file; "" leaves it to the reader."""
     inside: str = ""
-    """Parquet: the folder below which its cells may name files; "" is the file's own."""
+    """Parquet: its cells may name files below this folder; "" is the file's own."""
     text: str = ""
-    """Where each row's text is (see find_text); "" when none is wanted."""
+    """Place of each row's text (see find_text); "" for no text."""
     member_suffix: str = ""
-    """Tar: the extension of the members that are the images; "" takes every image."""
+    """Tar: the extension of the image members; "" takes every image."""
     first_row_group: int = 0
     row_groups: int = 0
     """Parquet: how many row groups from `first_row_group` on; 0 is the whole file."""
     skip: str = field(default="", compare=False)
-    """Rows that are not to be read, since their results are there already (see ranges)."""
+    """Rows with results already, not to be read (see ranges)."""
 
 
 class Sample(NamedTuple):
@@ -97,7 +97,7 @@ class Sample(NamedTuple):
     text: str = ""
 
     def with_text(self, wanted: str, text: str | None) -> Sample:
-        """The sample with its text, or failed where the text that is wanted is not there."""
+        """The sample with its text, or failed if a wanted text is missing."""
         if not wanted or self.reason:
             return self
         if text is None:
@@ -110,7 +110,7 @@ class Sample(NamedTuple):
         return self._replace(text=text)
 
     def with_short_names(self) -> Sample:
-        """The sample, or failed with its names cut where one is longer than NAME_LIMIT_BYTES."""
+        """The sample, or failed with its names cut if one is longer than NAME_LIMIT_BYTES."""
         key, member = (cut(name, NAME_LIMIT_BYTES) for name in (self.key, self.member))
         if (key, member) == (self.key, self.member):
             return self
@@ -122,7 +122,7 @@ class Sample(NamedTuple):
 
 
 def is_image(start: bytes, suffix: str = "") -> bool:
-    """Whether a file whose name does not tell is an image, by its first SNIFF_BYTES."""
+    """Whether a file is an image, by its first SNIFF_BYTES."""
     return _MAGIC.match(start) is not None and suffix not in _RAW_SUFFIXES
 
 
@@ -161,7 +161,7 @@ def shard_from_row(row: dict[str, Any]) -> Shard:
 
 
 def file_format(path: str) -> str:
-    """tar, parquet, images, or "" for what is not an input, told by the name alone."""
+    """tar, parquet, images, or "" for others, by the name alone."""
     name = path.rpartition("/")[2].lower()
     if name.endswith(TAR_SUFFIXES):
         return "tar"
@@ -171,13 +171,13 @@ def file_format(path: str) -> str:
 
 
 def image_key(path: str) -> str:
-    """The key of a loose image: its path without the extension, where that is an image's."""
+    """The key of a loose image: its path without an image's extension."""
     before, dot, extension = path.rpartition(".")
     return before if dot and extension.lower() in IMAGE_EXTENSIONS else path
 
 
 def printable(name: str | bytes) -> str:
-    """The name as valid UTF-8: bytes that are not are escaped (`\\xff`)."""
+    """The name as valid UTF-8; other bytes are escaped (`\\xff`)."""
     if isinstance(name, bytes):
         return name.decode("utf-8", "backslashreplace")
     try:

@@ -54,7 +54,7 @@ class _Text(NamedTuple):
 
 
 class _OpenSample:
-    """Consecutive members of one key, whose images wait for a text where one is wanted."""
+    """Consecutive members of one key; images wait for a text if one is wanted."""
 
     def __init__(self, key: str, wanted: str):
         self.key, self._wanted = key, wanted

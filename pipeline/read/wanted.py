@@ -1,4 +1,4 @@
-"""A few rows of a shard, for what looks at images again: pictures, pages, exports."""
+"""Read a few rows of a shard again, for pictures, pages and exports."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from pipeline.read.shard import Sample, Shard
 
 
 def read_rows(shard: Shard, rows: Collection[int]) -> Iterator[tuple[int, Sample]]:
-    """The wanted rows of a shard in their order, each with its sample; reads no further than the
-    last of them, and of loose files no others.
+    """Read the wanted rows of a shard in their order, each with its sample, up to the last of them;
+    of loose files no others.
 
-    A row that the shard does not have is left out; one that cannot be read has a reason. Raises
-    CredentialsError.
+    Rows missing in the shard are left out; unreadable ones have a reason. Raises CredentialsError.
     """
     wanted = set(rows)
     if shard.format == "images":

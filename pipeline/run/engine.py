@@ -1,6 +1,6 @@
-"""The engine of a stream: Ray, or this process for a few hundred images.
+"""Engines of a stream: Ray, or this process for a few hundred images.
 
-A job writes its stream once, as map_batches over the dataset that its engine gives it.
+A job writes its stream once, as map_batches over the dataset of its engine.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pipeline.run.guard import Stage
 
 
 class Dataset(Protocol):
-    """The methods of ray.data.Dataset that jobs use."""
+    """The methods of ray.data.Dataset used by jobs."""
 
     def map_batches(self, fn: Any, **options: Any) -> Dataset:
         """Run a stage over every batch."""
@@ -28,7 +28,7 @@ class Dataset(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """Where stages run, and the share of CPUs and GPUs for each kind of stage."""
+    """Place of the stages, and share of CPUs and GPUs for each kind of stage."""
 
     device: str
     """"cpu" or "cuda"."""
@@ -40,10 +40,10 @@ class Engine:
     task: dict[str, Any]
     """Arguments of map_batches for other tasks: a block as it comes."""
     actor: dict[str, Any]
-    """Arguments of map_batches for the actors that hold the model."""
+    """Arguments of map_batches for the actors with the model."""
     dataset: Callable[[list[Shard]], Dataset]
     """One row per shard, as read.shard.shard_to_row gives it."""
     guard: Callable[..., Stage]
-    """Wrap a stage that runs as tasks: guard(stage, on_crash=None, alone=None); see run.guard."""
+    """Wrap a stage of tasks: guard(stage, on_crash=None, alone=None); see run.guard."""
     submit: Callable[..., Future[Any]]
     """Call a function outside the stream: submit(function, *arguments)."""

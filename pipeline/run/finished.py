@@ -1,8 +1,8 @@
 """A finished table of a run as the input of a job: its shards, and their records.
 
-What read.inputs and read.records are for images. A shard is one that the run read: its parts of the
-table and its part of `errors/` beside them together account for every row, so a job on the table
-has the rows, and the errors, that it would have had on the images.
+The counterpart of read.inputs and read.records. A shard is one of the run: its parts of the table
+and its part of `errors/` together account for every row. A job on the table therefore has the same
+rows and errors as a job on the images.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ReadParts = Callable[[list[str]], Iterator[pa.Table]]
 
 
 def list_finished(output: str, table: str) -> list[Shard]:
-    """The shards of a table in the output of a run, sorted by name.
+    """List the shards of a table in the output of a run, sorted by name.
 
     A shard's `files` are its parts, of all passes, and its part of the errors, relative to
     `output`. Reads the first row of one part of each. Raises UsageError where two are of one
@@ -60,7 +60,7 @@ def list_finished(output: str, table: str) -> list[Shard]:
 
 
 def _read_name(file: Stored) -> str:
-    """The shard that a part is of, as its first row says."""
+    """The name of a part's shard, from its first row."""
     with open_part(file.uri, file.version) as parquet:
         first = next(parquet.iter_batches(1, columns=["shard"]), None)
         if first is None:
@@ -83,7 +83,7 @@ def _shard(output: str, name: str, files: list[Stored]) -> Shard:
 def read_finished(
     shard: Shard, read: ReadParts, columns: pa.Schema, *, lost: str = "no_vector"
 ) -> Iterator[pa.Table]:
-    """Records of a shard of a finished table: those of `read`, those that failed, the end record.
+    """Records of a shard of a finished table: those of `read`, failed ones, the end record.
 
     `read` makes tables of schema `columns`, which hold a record's columns (schema.RECORDS without
     `image`), from the URIs of the shard's parts. A row that has neither fails with the reason
@@ -124,7 +124,7 @@ def read_finished(
 
 
 def empty_record(columns: pa.Schema) -> dict[str, Any]:
-    """A record in which nothing is known: 0, "", b"" or [] in every column."""
+    """An empty record: 0, "", b"" or [] in every column."""
     empty: dict[str, Any] = {}
     for field in columns:
         if pa.types.is_string(field.type):
@@ -139,7 +139,7 @@ def empty_record(columns: pa.Schema) -> dict[str, Any]:
 
 
 def _read_errors(uri: str) -> dict[int | None, dict[str, Any]]:
-    """By row, what of a record a part of the errors says; None: of the shard."""
+    """Fields of failed records by row, from a part of the errors; None is the shard's own."""
     found = read_part(uri, ["row", "key", *_WHY]).to_pylist()
     return {
         record["row"]: record

@@ -1,4 +1,4 @@
-"""A run to its end: the account of each shard, and the shard finished when it closes."""
+"""Follow a run to its end: keep the account of each shard, commit the shard when it closes."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class _Account:
             self.fragments.append(fragment)
 
     def closes(self, outputs_per_image: int) -> bool:
-        """Whether all records are there, and all rows that belong to each image."""
+        """Whether all records are there, and all rows of each image."""
         return self.total == self.records and self.outputs == self.images * outputs_per_image
 
 
@@ -87,7 +87,7 @@ class _Follower:
         self.accounts = {name: self._resumed(name) for name in of_pass.kept}
 
     def _resumed(self, name: str) -> _Account:
-        """The account of a shard of which an earlier command left fragments."""
+        """The account of a shard with fragments of an earlier command."""
         account = _Account()
         for f in self.of_pass.kept[name]:
             account.add(images=f.images, errors=f.errors, outputs=f.outputs, fragment=f.name)
@@ -95,7 +95,7 @@ class _Follower:
         return account
 
     def follow(self, stream: Dataset) -> dict[str, str]:
-        """Run the stream to its end. Returns the shards that the storage did not give, and why."""
+        """Run the stream to its end. Returns shards with storage faults, and the faults."""
         for row in stream.iter_rows():
             self._add(row)
         self._collect(at_most=0)
@@ -139,7 +139,7 @@ class _Follower:
 
 
 class ErrorRate:
-    """The share of an input that failed, rows that were never read among it by their bytes."""
+    """The failed share of an input; rows never read count by the bytes of their shard."""
 
     def __init__(self, limit: float):
         self.limit = limit
@@ -154,17 +154,17 @@ class ErrorRate:
             self._check()
 
     def close(self, size_bytes: int, rows: int) -> None:
-        """Count a shard whose rows are all there."""
+        """Count a complete shard."""
         self.closed_rows += rows
         self.closed_bytes += size_bytes
 
     def cut(self, size_bytes: int, rows: int) -> None:
-        """Count the rows that damage took from a shard, of which so many came."""
+        """Count the rows lost to damage in a shard; `rows` came before it."""
         self.lost_bytes += max(size_bytes - int(rows / max(self.rows_per_byte, 1e-12)), 0)
         self._check()
 
     def lose(self, size_bytes: int, fault: str) -> None:
-        """Count a shard that the storage did not give."""
+        """Count a shard with a storage fault. Raises JobError after too many."""
         self.lost_bytes += size_bytes
         self.lost_shards += 1
         if self.lost_shards >= LOST_SHARDS and not self.images and not self.reasons:
@@ -176,7 +176,7 @@ class ErrorRate:
 
     @property
     def rows_per_byte(self) -> float:
-        """Of the shards that are whole; 0 while there is none."""
+        """Of the complete shards; 0 while there is none."""
         return self.closed_rows / self.closed_bytes if self.closed_bytes else 0.0
 
     def _check(self) -> None:

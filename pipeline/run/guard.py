@@ -1,8 +1,8 @@
-"""A bound on how often a batch may kill its worker, and the search for the row that does.
+"""Bound the worker crashes over one batch, and find the row at fault.
 
-Decoders and pyarrow are C: on bytes made for it they may end their process, where nothing can be
-caught. Ray Data starts what was lost with a worker again however often: right where machines come
-and go, endless where the batch itself is the cause.
+Decoders and pyarrow are C: crafted bytes may end their process, and nothing can be caught. Ray Data
+restarts the work of a dead worker without limit: right while machines come and go, endless if the
+batch itself is the cause.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Stage = Callable[[pa.Table], "pa.Table | Iterator[pa.Table]"]
 
 
 class OnCrash(Protocol):
-    """What stands in for the output of a row that ended its process."""
+    """Output in the place of a row that ended its process."""
 
     def __call__(
         self, row: pa.Table, last: pa.Table | None, how: str, /, *, killed: bool
@@ -38,12 +38,11 @@ def guarded(
     *,
     max_crashes: int = MAX_CRASHES,
 ) -> Callable[[pa.Table], Iterator[pa.Table]]:
-    """A stage for map_batches that runs as tasks, whose batches do not kill workers for ever.
+    """Wrap a stage of tasks so that no batch kills workers for ever.
 
-    With `on_crash`, a batch over which a worker has died is done again in processes of its own, row
-    by row, and the row that ends one is answered by `on_crash`. `alone` is the stage for that, if
-    it should hand on its output sooner. After `max_crashes` deaths over one batch the stage raises
-    JobError.
+    With `on_crash`, a batch is run again after the death of a worker, row by row in processes of
+    its own, and `on_crash` answers for a row that ends one. `alone` replaces the stage there, to
+    hand on output sooner. After `max_crashes` deaths over one batch the stage raises JobError.
     """
     name = getattr(stage, "__name__", type(stage).__name__)
 

@@ -1,7 +1,7 @@
-"""A generator run in a process of its own, so that what ends that process can be told.
+"""Run a generator in a process of its own, to survive and report the end of that process.
 
-Decoders and pyarrow are C: on bytes made for it they may end their process, where nothing can be
-caught. Where a worker has died, its work is done again like this, to find the row to blame.
+Decoders and pyarrow are C: crafted bytes may end their process, and nothing can be caught. After
+the death of a worker its work is done again like this, to find the row at fault.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ class ProcessDiedError(Exception):
         super().__init__(exit_code)
         code = exit_code or 0
         self.killed = -code == signal.SIGKILL
-        """Whether from outside, as the kernel does where memory is short."""
+        """Whether it was killed from outside, as the kernel does when memory is short."""
         self.how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
 
 
 def run_apart(function: Callable[..., Iterator[T]], *args: Any) -> Iterator[T]:
-    """What function(*args) yields, each value as soon as it is there; all must be picklable.
+    """Yield from function(*args), each value as soon as it is there; all must be picklable.
 
-    What it raises is raised here. Raises ProcessDiedError where its process ends before.
+    Its errors are raised here. Raises ProcessDiedError if its process ends early.
     """
     # A copy of this process by fork would have its locks and none of its threads.
     spawn = multiprocessing.get_context("spawn")

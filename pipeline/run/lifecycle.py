@@ -1,7 +1,7 @@
 """A run from open to close: `_run.json`, the passes over its shards, `_SUCCESS`.
 
-A run that was stopped is completed by the same command: shards with a receipt are not read again,
-and neither are rows that stand in fragments. Which files there are tells write.layout.
+The same command completes a stopped run: shards with a receipt and rows in fragments are not read
+again. write.layout has the names of all files.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ Receipts = dict[str, Receipt]
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
-    """One pass over the shards of a run: all prompts that it started with, or some added later."""
+    """One pass over the shards of a run: its first prompts, or some added later."""
 
     ledger: Ledger
     shards: list[Shard]
     """Every shard of the input."""
     todo: list[Shard]
-    """Those without a receipt; `skip` names the rows that are done."""
+    """Shards without a receipt; `skip` names their finished rows."""
     kept: dict[str, list[Fragment]]
-    """By the name of a shard in `todo`: the fragments of the rows that are done."""
+    """Fragments of the finished rows, by the name of a shard in `todo`."""
     tables: dict[str, Table]
     """The tables of the pass beside `errors`."""
     prompts: list[str]
@@ -64,15 +64,15 @@ class Run:
     record: dict[str, Any]
     """The content of _run.json."""
     passes: list[Pass]
-    """The run's own, then what was added in its order: each needs the results of the first."""
+    """The run's own, then additions in their order: each needs the results of the first."""
     max_error_rate: float
-    """The share of failed rows, of 1,000 or more, at which the job stops."""
+    """Maximum share of failed rows, of 1,000 or more, before the job stops."""
     notes: list[str] = field(default_factory=list)
-    """Lines for whoever started the job."""
+    """Lines for the user."""
 
     @property
     def first(self) -> Pass:
-        """The pass that the run started with."""
+        """The pass of the run's first prompts."""
         return self.passes[0]
 
     @property
@@ -94,7 +94,7 @@ def open_run(
     model: dict[str, Any],
     tables: dict[str, Table],
 ) -> Run:
-    """Start a run in the config's output, or continue the one that is there.
+    """Start a run in the config's output, or continue the one there.
 
     The config and `model` decide the results and are the run's fingerprint; only that there may be
     more prompts than before. Shards are discarded here and not earlier: by now it is known that
@@ -158,10 +158,10 @@ def open_run(
 def _settle_prompts(
     output: str, found: dict[str, Any], wanted: dict[str, Any]
 ) -> dict[int, list[str]]:
-    """Hold two fingerprints against each other, and write down prompts that are new.
+    """Compare two fingerprints, and record new prompts.
 
-    Returns the prompts of each pass, by the number of its first. A fingerprint's prompts are those
-    that the run was started with. Raises UsageError for any difference but more prompts.
+    Returns the prompts of each pass, by the number of its first. A fingerprint has the prompts of
+    the first pass. Raises UsageError for any difference but more prompts.
     """
     started_with, asked = found.get("prompts", []), wanted.get("prompts", [])
     added = read_added(output)
@@ -224,7 +224,7 @@ def close_run(run: Run, seconds: float, lost: dict[str, str] | None = None) -> d
 
 
 def _borne_out(of_pass: Pass, receipts: dict[str, list[Receipt]]) -> Receipts:
-    """The receipts of the shards of a pass that are borne out by their parts, by shard id."""
+    """The receipts of a pass with parts of the right size, by shard id."""
     ledger = of_pass.ledger
     parts = list_parts(ledger, list(of_pass.tables))
     found = {}
@@ -242,7 +242,7 @@ def _covers_first(shard: Shard, receipts: Receipts, first: Receipts) -> bool:
 
 
 def _refuse_unfinished(run: Run, missing: set[str], lost: dict[str, str]) -> None:
-    """Write down what is missing, and raise JobError."""
+    """Record the missing shards, and raise JobError."""
     order = sorted(missing, key=lambda name: (name not in lost, name))
     run.record["status"] = "incomplete"
     run.record["missing"] = {name: lost.get(name, "not finished") for name in order[:100]}
@@ -260,9 +260,9 @@ def _refuse_unfinished(run: Run, missing: set[str], lost: dict[str, str]) -> Non
 
 
 def is_unfinished(output: str, *, new: bool = False) -> bool:
-    """Whether the folder holds a run that has not closed: rows of its tables may be missing.
+    """Whether the folder holds an unfinished run: rows of its tables may be missing.
 
-    `new`: the answer where there is no run.
+    `new`: the answer without a run.
     """
     record = read_run(storage.check_uri(output))
     return new if record is None else not is_complete(output, record)
@@ -306,7 +306,7 @@ def _count(run: Run, found: list[Receipts]) -> dict[str, int]:
 
 
 def summary(run: Run, counts: dict[str, int]) -> str:
-    """Lines for the user of a finished run: how much came out, and where it lies."""
+    """Lines for the user of a finished run: counts, and places of the tables."""
     out = ", ".join(f"{counts[name]:,} {name}" for name in run.tables if name in counts)
     lines = [
         f"{counts['rows_in']:,} images in {counts['shards']:,} shards: {out}, "
@@ -323,7 +323,7 @@ def summary(run: Run, counts: dict[str, int]) -> str:
 
 
 def _start(output: str, record: dict[str, Any]) -> dict[str, Any]:
-    """Write the record of a new run; returns that of another driver which was faster."""
+    """Write the record of a new run; returns a faster driver's if there is one."""
     if not storage.is_empty(output):
         found = read_run(output)  # of a driver that began a moment ago
         if found is None:
@@ -348,7 +348,7 @@ def _warn_of_careless_storage(output: str) -> list[str]:
 
 
 def _delete_run(output: str, record: dict[str, Any]) -> None:
-    """Delete the results of a run but its record, which says so meanwhile."""
+    """Delete the results of a run; its record stays, marked as being deleted."""
     write_run(output, record | {"status": DELETING})
     storage.delete_file(storage.join(output, SUCCESS))
     tables = [str(name) for name in record.get("tables", ())]

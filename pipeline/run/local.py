@@ -88,8 +88,8 @@ def open_local(options: WorkerOptions) -> Iterator[Engine]:
 
 
 def _dataset_of(shards: list[Shard]) -> LocalDataset:
-    rows = [shard_to_row(shard) for shard in shards]
-    return LocalDataset(lambda: (pa.Table.from_pylist([row]) for row in rows))
+    rows = pa.Table.from_pylist([shard_to_row(shard) for shard in shards])  # of one schema
+    return LocalDataset(lambda: (rows.slice(i, 1) for i in range(len(rows))))
 
 
 def _unguarded(stage: Stage, on_crash: OnCrash | None = None, alone: Stage | None = None) -> Stage:

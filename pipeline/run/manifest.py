@@ -19,7 +19,7 @@ from pipeline.schema import SCHEMA_VERSION, Table
 from pipeline.write.layout import RUN, SUCCESS
 
 DELETING = "being deleted"
-"""The status of a run that --restart has begun to delete: the next command does the rest."""
+"""The status of a run half deleted by --restart: the next command does the rest."""
 
 _TRIES = 10
 # Raised whenever the same configuration gives other rows: another rule of reading, decoding or of
@@ -28,13 +28,13 @@ RESULTS_VERSION = 2
 
 
 class JobConfig(Protocol):
-    """What the dataclass of a job's configuration offers."""
+    """The interface of a job's configuration."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def input(self) -> str:
-        """What is read, as the user wrote it."""
+        """The input, as the user wrote it."""
         ...
 
     @property
@@ -44,11 +44,11 @@ class JobConfig(Protocol):
 
     @property
     def run(self) -> RunOptions:
-        """How the run deals with trouble."""
+        """How the run deals with failures."""
         ...
 
     def fingerprint(self) -> dict[str, Any]:
-        """What of the configuration decides the results."""
+        """Options that decide the results."""
         ...
 
 
@@ -60,7 +60,7 @@ def new_record(
     model: dict[str, Any],
     tables: dict[str, Table],
 ) -> dict[str, Any]:
-    """What _run.json says while the run is going on."""
+    """The content of _run.json while the run is going on."""
     versions = {"schema_version": SCHEMA_VERSION, "results_version": RESULTS_VERSION}
     decides = {**config.fingerprint(), "input": source, **model, **versions}
     asked = asdict(config) | {"input": source, "output": output}
@@ -94,15 +94,15 @@ def read_run(output: str) -> dict[str, Any] | None:
 
 
 def write_run(output: str, record: dict[str, Any]) -> None:
-    """Write or replace _run.json, whoever wrote the one that is there."""
+    """Write _run.json, or replace that of any run."""
     storage.write_bytes(storage.join(output, RUN), to_json(record))
 
 
 def replace_run(output: str, record: dict[str, Any]) -> None:
     """Replace the _run.json of the same run.
 
-    Raises JobError where another command has started it over, or is just deleting it: what that
-    command writes is never overwritten.
+    Raises JobError if another command has started it over or is deleting it: the record of that
+    command is never overwritten.
     """
     uri = storage.join(output, RUN)
     for _ in range(_TRIES):
@@ -156,7 +156,7 @@ def to_json(record: dict[str, Any]) -> bytes:
 
 
 def name_run(record: dict[str, Any]) -> str:
-    """A hash of what decides the results and of the start: --restart makes it another run."""
+    """Hash the fingerprint and the start of a run: --restart makes it another run."""
     decides = json.dumps([record.get("fingerprint"), record.get("started_at")], sort_keys=True)
     return hashlib.sha256(decides.encode()).hexdigest()[:16]
 

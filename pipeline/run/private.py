@@ -1,6 +1,6 @@
-"""Every use of names that Ray does not promise, with the versions they are known to hold for.
+"""Every use of private names of Ray, and the versions known to have them.
 
-A version without one of them is told in one line. Checked with Ray 2.60.
+A version without one of them is an error of one line. Checked with Ray 2.60.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pipeline.errors import JobError
 
 
 def attempts_before() -> int:
-    """How many attempts at the task that runs here were lost with their workers."""
+    """Number of earlier attempts at the running task, lost with their workers."""
     worker: Any = _find(ray, "_private.worker.global_worker")
     return int(_find(worker, "core_worker.get_current_task_attempt_number")())
 
@@ -49,7 +49,7 @@ class _Fixed:
 
 
 def reload_auth_mode() -> None:
-    """Make Ray read RAY_AUTH_MODE again, which it did when it was imported."""
+    """Make Ray read RAY_AUTH_MODE again: it did so on import."""
     _find(ray, "_raylet.Config.initialize")("")
 
 
@@ -90,7 +90,7 @@ def mute_native_stderr() -> None:
 
 
 def _find(owner: Any, path: str) -> Any:
-    """An attribute behind dots. Raises JobError naming what this version of Ray lacks."""
+    """An attribute behind dots. Raises JobError naming one missing in this version of Ray."""
     for name in path.split("."):
         try:
             owner = getattr(owner, name)

@@ -1,6 +1,6 @@
-"""What the terminal shows while a job runs: images, images/s, errors, time left.
+"""Progress of a job on the terminal: images, images/s, errors, time left.
 
-On a terminal one line that is redrawn; elsewhere one line every 30 s, so that a log stays short.
+On a terminal one line, redrawn; elsewhere one line every 30 s, to keep a log short.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ SHORT_PHASE_S = 1.0  # below which a phase is not worth a line
 
 
 class ProgressDisplay:
-    """Counts what is done; a context manager. `quiet` shows nothing.
+    """Count and show progress; a context manager. `quiet` shows nothing.
 
     The number of images is not known before the shards are read, so the time left comes from the
-    bytes of the shards that are finished and of those that are not.
+    bytes of finished and unfinished shards.
     """
 
     def __init__(self, total_bytes: int, total_shards: int, *, quiet: bool):
@@ -55,19 +55,19 @@ class ProgressDisplay:
         self.bar.stop()
 
     def rows(self, images: int, errors: int) -> None:
-        """Rows that were written to a fragment."""
+        """Count rows written to a fragment."""
         self.images += images
         self.errors += errors
         self._show()
 
     def shard(self, size_bytes: int) -> None:
-        """One shard that is finished."""
+        """Count a finished shard."""
         self.shards += 1
         self.bytes += size_bytes
         self._show()
 
     def line(self) -> str:
-        """Where the job stands, in words."""
+        """The progress in words."""
         seconds = time.monotonic() - self.started
         left = (
             f", {_duration(seconds * (self.total_bytes / self.bytes - 1))} left"

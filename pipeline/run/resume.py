@@ -1,4 +1,4 @@
-"""Results of earlier commands in an output: what is left to do, and what is discarded for it."""
+"""Results of earlier commands in an output: find the work left, discard what no longer counts."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _AT_ONCE = 32  # parts of the errors table that are read
 
 
 class Left(NamedTuple):
-    """Work that one pass over the shards has left."""
+    """The work left in one pass over the shards."""
 
     todo: list[Shard]
     """Shards without a valid receipt; their `skip` names the rows in `kept`."""
     kept: dict[str, list[Fragment]]
-    """By the name of a shard in `todo`: fragments whose rows need not be made again."""
+    """Fragments of finished rows, by the name of a shard in `todo`."""
     stale: list[str]
     """Ids of shards whose files no longer count."""
     removed: list[str]
@@ -53,9 +53,9 @@ class Staged(NamedTuple):
 def find_left(
     ledger: Ledger, shards: list[Shard], tables: dict[str, Table], *, forget: set[str]
 ) -> Left:
-    """Find the shards without a receipt, or with one that their parts do not bear out.
+    """Find the shards without a receipt, or with parts of another size than in their receipt.
 
-    `forget`: ids of shards that count as not done whatever their receipts say. Listings alone tell,
+    `forget`: ids of shards to process again in spite of their receipts. Listings alone are read,
     whatever the number of shards.
     """
     # Staging before receipts: a decision that goes meanwhile has left its receipt. Parts come
@@ -97,7 +97,7 @@ def _covers(ledger: Ledger, shard: Shard, receipt: Receipt, first: list[Receipt]
 
 
 def _list_staging(ledger: Ledger) -> dict[str, Staged]:
-    """Shards that were in work when a run stopped, by id; one listing."""
+    """Shards in work when a run stopped, by id; one listing."""
     found: dict[str, Staged] = {}
     for file in storage.list_files(ledger.staging):
         id_, name = file.uri.rsplit("/", 2)[1:]
@@ -110,7 +110,7 @@ def _list_staging(ledger: Ledger) -> dict[str, Staged]:
 
 
 def read_names(ledger: Ledger, receipts: dict[str, list[Receipt]], limit: int = 100) -> list[str]:
-    """The names of the first `limit` of some finished shards, as their receipts have them."""
+    """The names of the first `limit` of some finished shards, from their receipts."""
     some = sorted(receipts.items())[:limit]
     return [str(read_receipt(ledger, id_, found[0])["shard"]) for id_, found in some]
 
@@ -119,19 +119,19 @@ class Failures(NamedTuple):
     """Contents of the errors table."""
 
     reasons: Counter[str]
-    """How many rows failed for each reason, the shards' own failures among them."""
+    """Failed rows for each reason, the shards' own failures among them."""
     retryable: int
-    """How many may work another time."""
+    """Number of retryable failures."""
     shards: dict[str, bool]
-    """The shards with a failure: shard_id -> whether one of theirs may work another time."""
+    """Shards with failures: shard_id -> whether any is retryable."""
 
     def choose(self, *, every: bool) -> set[str]:
-        """The shards with a failure that may work another time, or with any."""
+        """The shards with a retryable failure, or with any."""
         return {name for name, retryable in self.shards.items() if retryable or every}
 
 
 def read_failures(output: str) -> Failures:
-    """The errors of the finished shards; shards without any have no part and cost nothing."""
+    """Read the errors of the finished shards; shards without any cost nothing."""
     files = storage.list_files(storage.join(output, ERRORS), recursive=False)
     uris = [file.uri for file in files if file.uri.endswith(".parquet")]
     reasons: Counter[str] = Counter()

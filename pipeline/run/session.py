@@ -83,9 +83,9 @@ def ray_session(*, quiet: bool = False) -> Iterator[None]:
 
 
 def start_ray() -> None:
-    """Attach to the cluster that RAY_ADDRESS names, or start Ray on this machine.
+    """Attach to the cluster at RAY_ADDRESS, or start Ray on this machine.
 
-    Called in the main thread. Raises JobError, one line, where that fails.
+    Called in the main thread. Raises JobError, one line, if that fails.
     """
     if not ray.is_initialized():
         _start()
@@ -128,11 +128,11 @@ def _start() -> None:
 
 
 def _require_token() -> None:
-    """Let the Ray that starts here answer only to who knows its token: this process and its own.
+    """Make the Ray that starts here require a token, known to this process and its children.
 
-    Without one, whoever reaches its ports can run code. The token lives in the environment of
-    these processes and no longer than they do; no file is written or read. RAY_AUTH_MODE, where
-    it is set, has the last word, and so has a token that is named.
+    Without one, anybody with access to its ports can run code. The token lives in the environment
+    of these processes; no file is written or read. RAY_AUTH_MODE and a named token have the last
+    word where they are set.
     """
     if "RAY_AUTH_MODE" in os.environ:
         return
@@ -144,7 +144,7 @@ def _require_token() -> None:
 
 
 def _as_pipeline_error(error: BaseException) -> PipelineError:
-    """The PipelineError inside what Ray raised, or a JobError with the last line of the cause."""
+    """The PipelineError inside an error of Ray, or a JobError with the last line of its cause."""
     inner: BaseException | None = error
     while inner is not None:
         # Ray makes a class of its own that is ours, too, and whose text is a traceback.

@@ -1,4 +1,4 @@
-"""Where a run stands, told from its output alone: no Ray, model or input."""
+"""The progress of a run, from its output alone: no Ray, model or input."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def open_output(output: str) -> tuple[str, dict[str, Any]]:
 
 
 def describe(output: str, record: dict[str, Any]) -> str:
-    """Some lines on where a run stands."""
+    """Some lines on the progress of a run."""
     receipts = [r for some in list_receipts(Ledger(output=output)).values() for r in some]
     added = read_added(output)
     planned = int(record.get("input", {}).get("shards", 0))
@@ -39,7 +39,7 @@ def describe(output: str, record: dict[str, Any]) -> str:
         f"  started {record.get('started_at', '?')}",
         f"  shards: {done:,} done, {max(planned - done, 0):,} left of {planned:,}, "
         f"{sum(r.cut for r in receipts):,} not read to their end",
-        f"  rows: {ok:,} came out well, {error:,} failed",
+        f"  rows: {ok:,} ok, {error:,} failed",
     ]
     if removed:
         lines.insert(3, f"  {removed:,} more, done before, are no longer in the input")
@@ -55,6 +55,6 @@ def describe(output: str, record: dict[str, Any]) -> str:
         lines.append(f"  {prompts:,} prompts were added: {later:,} shards done, {left:,} left")
     if failures.retryable:
         lines.append(
-            f"  {failures.retryable:,} may work another time: clipseg-ray retry-failed {output}"
+            f"  {failures.retryable:,} failures are retryable: clipseg-ray retry-failed {output}"
         )
     return "\n".join(lines)

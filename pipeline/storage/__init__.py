@@ -1,4 +1,4 @@
-"""Local disk and S3 behind a few functions: list, read, write whole files, delete."""
+"""Local disk and S3 behind a few functions: list, read, write, delete."""
 
 from pipeline.storage.faults import storage_errors
 from pipeline.storage.files import (

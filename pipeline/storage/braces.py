@@ -1,4 +1,4 @@
-"""Shell braces: every name that a pattern stands for, as bash and webdataset have it.
+"""Shell braces: the names of a pattern, as in bash and webdataset.
 
 Lists `{a,b}`, ranges `{0000..0099}` (zeros kept), `{a..f}`, steps `{0..9..3}`, nested and side by
 side. Braces that are no list and no range stand for themselves. A backslash is a character of a
@@ -18,7 +18,7 @@ _RANGE = re.compile(r"([+-]?\d+|[A-Za-z])\.\.([+-]?\d+|[A-Za-z])(?:\.\.([+-]?\d+
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Every name a pattern stands for, each once, in bash's order.
+    """Expand a pattern into its names, each once, in bash's order.
 
     Raises UsageError beyond a million names, and for braces 50 deep.
     """
@@ -84,7 +84,7 @@ def _is_range(text: str, index: int) -> bool:
 
 
 def _choose(inner: str, pattern: str, depth: int) -> list[str]:
-    """What stands between two braces: a list, else a range, else itself with its braces."""
+    """The content of two braces: a list, else a range, else itself with its braces."""
     if "," in inner:
         found = [name for item in _split(inner) for name in _expand(item, pattern, depth + 1)]
         _check_count(len(found), pattern)

@@ -1,7 +1,7 @@
-"""What the layers below storage raise, sorted into the branches of StorageError.
+"""Faults of the layers below storage, sorted into the branches of StorageError.
 
-The one place where faults of aiohttp, botocore and the operating system get their name and their
-one line, which holds the URI and nothing secret. What is tried again is decided in `retry`.
+Faults of aiohttp, botocore and the operating system get their class and their one line here. The
+line holds the URI and nothing secret. `retry` decides about further attempts.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _TRANSIENT_CODES = {
 
 @contextlib.contextmanager
 def storage_errors(uri: str) -> Iterator[None]:
-    """Sorts every fault of the layers below into the branches of StorageError.
+    """Sort every fault of the layers below into the branches of StorageError.
 
     FileExistsError passes: it is the answer of a create-only write, not a fault.
     """
@@ -116,7 +116,7 @@ def sort_code(uri: str, code: str, status: int = 200) -> StorageError:
 
 
 def _sort_broken_answer(uri: str, error: Exception, kind: str) -> StorageError:
-    """For what is no answer of S3 at all: no connection, none in time, or one that breaks off."""
+    """Faults without an answer of S3: no connection, a timeout, or an answer cut short."""
     import asyncio
 
     import aiohttp
@@ -147,7 +147,7 @@ def _sort_broken_answer(uri: str, error: Exception, kind: str) -> StorageError:
 
 
 def error_code(error: BaseException) -> tuple[str, int]:
-    """S3's error code ("SlowDown") and the HTTP status; ("", 0) for what is no answer of S3."""
+    """S3's error code ("SlowDown") and the HTTP status; ("", 0) without an answer of S3."""
     response: Any = getattr(error, "response", None)
     if not isinstance(response, dict):
         return "", 0

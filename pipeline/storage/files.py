@@ -1,9 +1,9 @@
-"""Local disk and S3 behind a few functions: list, read, and write so that nobody sees half a file.
+"""List, read and write files on local disk or S3; no reader ever sees half a file.
 
 Functions take URIs (see `uri`), not file system objects. Endpoint and credentials come from the
 usual AWS environment (AWS_ENDPOINT_URL, AWS_PROFILE, ...), never from the URI and never
-anonymously. What goes wrong is a StorageError (see `faults`). On S3 what may pass is tried again
-(see `retry`); a local disk that fails is not.
+anonymously. Every failure is a StorageError (see `faults`). Transient faults of S3 are retried (see
+`retry`), faults of a local disk are not.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ def is_file(uri: str) -> bool:
 
 
 def is_empty(folder: str) -> bool:
-    """Whether neither files nor folders are in a folder, which need not exist.
+    """Whether a folder is empty or missing.
 
-    Files that a writer here has not finished, or was killed in, are nothing.
+    Unfinished files of writers here do not count.
     """
     if is_s3(folder):
         return s3.is_empty(folder)
@@ -81,7 +81,7 @@ def is_empty(folder: str) -> bool:
 
 
 def list_files(folder: str, *, recursive: bool = True, special: bool = False) -> list[Stored]:
-    """The files below a folder, sorted by URI; empty when nothing is there.
+    """List the files below a folder, sorted by URI; empty if there are none.
 
     One listing and no request per object. Local links are followed. Pipes, sockets and devices are
     left out, unless `special` asks for them, with the version SPECIAL.
@@ -98,9 +98,9 @@ def list_files(folder: str, *, recursive: bool = True, special: bool = False) ->
 
 
 def glob_files(pattern: str, *, special: bool = False) -> list[Stored]:
-    """The files that a pattern matches (`*`, `?`, `[..]`; `**` crosses folders), sorted by URI.
+    """Match files by a pattern (`*`, `?`, `[..]`; `**` crosses folders), sorted by URI.
 
-    A folder that matches stands for everything below it, except where `**` has been there already.
+    A matching folder stands for everything below it, unless `**` has been there already.
     `special` as for list_files.
     """
     with storage_errors(pattern):
@@ -113,9 +113,9 @@ def glob_files(pattern: str, *, special: bool = False) -> list[Stored]:
 
 
 def open_read(uri: str, *, version: str = "") -> io.BufferedReader:
-    """A binary file for reading forward or at random; close it.
+    """Open a binary file for reading forward or at random; close it.
 
-    A version that differs from the one given, and a change while it is read, is a ChangedError
+    Another version than the one given, and a change while it is read, is a ChangedError
     (S3: every ranged GET asks for the ETag seen at the start; local: size and times of the file).
     """
     with storage_errors(uri):
@@ -127,7 +127,7 @@ def open_read(uri: str, *, version: str = "") -> io.BufferedReader:
 
 
 def read_bytes(uri: str, *, limit_bytes: int = 5 * 2**40, version: str = "") -> bytes:
-    """A whole file, or its first `limit_bytes`; one request on S3, unless it is large.
+    """Read a whole file, or its first `limit_bytes`; one request on S3, unless it is large.
 
     With a version, another one and a change while it is read are a ChangedError, as in open_read.
     """
@@ -140,7 +140,7 @@ def read_bytes(uri: str, *, limit_bytes: int = 5 * 2**40, version: str = "") -> 
 
 
 def write_bytes(uri: str, data: bytes) -> None:
-    """Writes or replaces a file; a reader sees the old one or the whole new one."""
+    """Write or replace a file; a reader sees the old one or the whole new one."""
     if is_s3(uri):
         put_object(uri, data)
         return
@@ -148,7 +148,7 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 
 def write_new(uri: str, data: bytes) -> None:
-    """Writes a file that must not exist yet: of several writers one wins.
+    """Create a file: of several writers one wins.
 
     The others get FileExistsError. A reader sees nothing or the whole file. A local folder must
     be on a file system with hard links; of S3 servers see `ignores_create_only`.
@@ -160,9 +160,9 @@ def write_new(uri: str, data: bytes) -> None:
 
 
 def replace_file(uri: str, data: bytes, version: str) -> None:
-    """Replaces a file that still has this version (see stat_file).
+    """Replace a file of this version (see stat_file).
 
-    Raises ChangedError where it has another by now, NotFoundError where it is gone. On a local file
+    Raises ChangedError if it has another by now, NotFoundError if it is gone. On a local file
     system without locks two replacements in the same instant may both succeed.
     """
     if is_s3(uri):
@@ -176,7 +176,7 @@ def replace_file(uri: str, data: bytes, version: str) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: str) -> Iterator[None]:
-    """Holds the lock of a local folder, which the kernel lets go with the process."""
+    """Hold the lock of a local folder; the kernel releases it with the process."""
     with storage_errors(folder):
         handle = os.open(folder, os.O_RDONLY)
     try:
@@ -188,10 +188,10 @@ def _locked(folder: str) -> Iterator[None]:
 
 
 def ignores_create_only(folder: str, *, write: Callable[[str, bytes], None] = write_new) -> bool:
-    """Whether a server lets `write` overwrite: some S3 servers ignore that it must not.
+    """Whether a server ignores create-only conditions, as some S3 servers do.
 
-    Tried with files of a few bytes, which are deleted afterwards: with several, since another
-    process may delete one between its two writes.
+    Writes files of a few bytes and deletes them: several, because another process may delete one
+    between its two writes.
     """
     return all(_overwrites(folder, write) for _ in range(_PROBES))
 
@@ -209,7 +209,7 @@ def _overwrites(folder: str, write: Callable[[str, bytes], None]) -> bool:
 
 
 def put_file(path: str | Path, uri: str) -> None:
-    """Copies a finished local file to a URI; a reader sees the old one or the whole new one."""
+    """Copy a finished local file to a URI; a reader sees the old one or the whole new one."""
     if is_s3(uri):
         put_object(uri, Path(path))
         return
@@ -217,7 +217,7 @@ def put_file(path: str | Path, uri: str) -> None:
 
 
 def delete_file(uri: str) -> None:
-    """Deletes one file, which need not exist."""
+    """Delete one file, if it exists."""
     if is_s3(uri):
         s3.delete_object(uri)
         return
@@ -226,9 +226,9 @@ def delete_file(uri: str) -> None:
 
 
 def delete_folder(uri: str) -> None:
-    """Deletes everything below a folder, which need not exist; never a bucket or the root.
+    """Delete everything below a folder, if it exists; never a bucket or the root.
 
-    What others write there meanwhile may stay.
+    Files written there meanwhile may stay.
     """
     if parent(uri) == uri:
         raise UsageError(f"{uri}: refusing to delete a whole bucket or file system")

@@ -74,7 +74,7 @@ def open_regular(path: str) -> io.FileIO:
 
 
 class LocalFile(io.RawIOBase):
-    """A local file whose faults are StorageErrors, and so is a change underneath."""
+    """A local file with StorageErrors for its faults, and for a change underneath."""
 
     def __init__(self, path: str, file: io.FileIO):
         self._path, self._file = path, file

@@ -1,7 +1,7 @@
-"""The one retry layer: a request that met a passing fault is sent again, against one clock.
+"""The one retry layer: requests with transient faults are sent again until a timeout.
 
-The clients below storage try nothing twice themselves. Each request has the clock for itself, so
-that a listing of many pages or an upload in parts may take as long as it makes progress.
+The clients below storage retry nothing themselves. Each request has a timeout of its own, so that a
+listing of many pages or an upload in parts may take as long as it makes progress.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ T = TypeVar("T")
 
 
 def set_storage_timeout(timeout_s: float) -> None:
-    """For this process and those it starts: seconds for which a failing request is tried again."""
+    """Set the seconds to retry a failing request, for this process and its children."""
     os.environ[TIMEOUT_VARIABLE] = str(timeout_s)
 
 
 def storage_timeout() -> float:
-    """Seconds for which a failing request is tried again."""
+    """Seconds to retry a failing request."""
     try:
         timeout_s = float(os.environ.get(TIMEOUT_VARIABLE, ""))
     except ValueError:
@@ -43,8 +43,8 @@ def storage_timeout() -> float:
 def persist(uri: str, attempt: Callable[[], T], *, timeout_s: float | None = None) -> T:
     """Call `attempt` until it meets no TransientError, or until the timeout has passed.
 
-    `attempt` may raise what the client raises; what comes out is a StorageError (see
-    storage_errors). A TransientError says how long it was tried; other errors come out at once.
+    Errors of the client inside `attempt` come out as a StorageError (see storage_errors). A
+    TransientError tells the time of all attempts; other errors come out at once.
     The last attempt starts before the timeout and may outlast it, by a hang of `patience_s`.
     """
     timeout_s = storage_timeout() if timeout_s is None else timeout_s

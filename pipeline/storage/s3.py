@@ -2,8 +2,7 @@
 
 Requests go to the client inside s3fs, past its own retries and with those of botocore off:
 `retry.persist` is the only layer that sends a request again.
-Everything here is one request, or pages that are requests of their own: what has arrived before a
-fault is kept.
+Everything here is one request, or pages with a request each: pages before a fault are kept.
 """
 
 from __future__ import annotations
@@ -36,10 +35,9 @@ def _client_of(pid: int, patience_s: float) -> _Client:
 
 
 class _Client:
-    """The S3 client of s3fs, whose methods are coroutines, called from threads.
+    """The S3 client of s3fs, its coroutines called from threads.
 
-    Methods and parameters are botocore's (get_object, put_object, ...). The loop that they run on
-    is that of fsspec.
+    Methods and parameters are botocore's (get_object, put_object, ...). They run on fsspec's loop.
     """
 
     def __init__(self, patience_s: float):
@@ -147,7 +145,7 @@ def _folder_exists(folder: str, but: tuple[str, ...]) -> bool:
 
 
 def list_objects(folder: str, *, recursive: bool = True) -> Iterator[Stored]:
-    """The objects below a folder, without the empty ones that stand for folders."""
+    """The objects below a folder, without empty markers of folders."""
     with contextlib.suppress(NotFoundError):
         for found in _list_all(prefix_of(folder), "" if recursive else "/"):
             if isinstance(found, Stored) and not _is_marker(found):
@@ -159,7 +157,7 @@ def _is_marker(found: Stored) -> bool:
 
 
 def glob_objects(pattern: str) -> Iterator[Stored | str]:
-    """What a pattern matches: objects, and the URIs of folders. One listing per folder."""
+    """Objects and URIs of folders that match a pattern. One listing per folder."""
     bucket, key = split(pattern)
     with contextlib.suppress(NotFoundError):  # of a bucket that is not there
         yield from _expand(f"s3://{bucket}/", key.split("/"))
@@ -228,12 +226,12 @@ def stored(uri: str, size_bytes: int, found: dict[str, Any]) -> Stored:
 
 
 def delete_object(uri: str) -> None:
-    """Deletes one object, which need not exist."""
+    """Delete one object, if it exists."""
     request(uri, "delete_object", Key=split(uri)[1])
 
 
 def delete_objects(folder: str) -> None:
-    """Deletes every object below a folder, which need not exist."""
+    """Delete every object below a folder, if it exists."""
     bucket, _ = split(folder)
     with contextlib.suppress(NotFoundError):
         found = [f.uri for f in _list_all(prefix_of(folder), "") if isinstance(f, Stored)]

@@ -1,4 +1,4 @@
-"""Reading objects from S3, in pieces that survive a fault."""
+"""Read objects from S3 in pieces; a fault costs at most one."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _PIECE_BYTES = 2**20  # of a body, kept as it arrives
 class ObjectFile(io.RawIOBase):
     """One version of an object as a file, fetched in blocks.
 
-    Its position and block change only when a block has arrived, so a read that failed can be
-    repeated: nothing is lost and nothing comes twice.
+    Position and block change only after a block has arrived, so a failed read can be repeated:
+    nothing is lost and nothing comes twice.
     """
 
     def __init__(self, uri: str):

@@ -1,8 +1,8 @@
-"""Writing objects to S3 whole: in one request, or in parts that appear together at the end.
+"""Write whole objects to S3: in one request, or as a multipart upload.
 
-A reply can be lost after the write has happened. Writing once more is harmless, except where a
-file must not exist yet: there the second attempt is refused because of the first. So after a
-refusal what is stored is compared with what was to be written.
+A reply can be lost after the write has happened. Writing once more is harmless, except for a
+create-only write: there the second attempt is refused because of the first. After a refusal the
+stored bytes are therefore compared with the new ones.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ _ABORT_TIMEOUT_S = 5.0  # the upload has failed already: nobody should wait long
 
 
 def replace_object(uri: str, data: bytes, version: str) -> None:
-    """Writes bytes in place of the object with this ETag; ChangedError where it is another.
+    """Replace the object with this ETag; ChangedError if it has another.
 
-    A server that ignores the condition replaces whatever is there.
+    A server that ignores the condition replaces any object.
     """
     condition = {"IfMatch": f'"{version}"'}
     _finish(uri, "put_object", data, False, Key=split(uri)[1], **condition, Body=data)
 
 
 def put_object(uri: str, source: bytes | Path, *, create: bool = False) -> None:
-    """Writes bytes or a local file. With `create`, FileExistsError if there is an object already.
+    """Write bytes or a local file. With `create`, FileExistsError if there is an object already.
 
-    Equal bytes that another writer stored pass for ours, since the reply to ours may have been
-    lost: whoever needs to know which of several writers won puts a name of its own into the bytes.
+    Equal bytes of another writer pass for ours, since the reply to ours may have been lost. To tell
+    which of several writers won, put a unique name into the bytes.
     """
     size = _size(source)
     kind, _ = mimetypes.guess_type(uri)
@@ -59,10 +59,10 @@ def _put_parts(
     wanted: dict[str, Any],
     condition: dict[str, str],
 ) -> None:
-    """Upload in parts; when that fails, the parts are removed, which would be paid for unseen.
+    """Upload in parts; after a failure the parts are removed, which would be billed unseen.
 
-    An upload whose very beginning was answered by nobody has no name by which to remove it: a
-    lifecycle rule for incomplete uploads clears those.
+    An upload without an answer to its first request has no id to remove it by: a lifecycle rule for
+    incomplete uploads clears those.
     """
     upload: dict[str, Any] = {"Key": wanted["Key"]}
     upload["UploadId"] = request(uri, "create_multipart_upload", **wanted)["UploadId"]
@@ -85,7 +85,7 @@ def _put_parts(
 
 
 def _finish(uri: str, method: str, source: bytes | Path, create: bool, **parameters: Any) -> None:
-    """The request that makes the object appear."""
+    """Send the request that completes the object."""
     try:
         request(uri, method, **parameters)
     except (ChangedError, NotFoundError) as error:  # it exists; or the upload is over already

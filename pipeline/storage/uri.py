@@ -1,4 +1,4 @@
-"""URIs as users write them, in the one form that the rest uses, and what was found under one.
+"""URIs in one form, and the files found under them.
 
 A URI is a local path, `file://` or `s3://`. Credentials are never part of one. An S3 key is exact:
 `a//b`, `a/../b` and `/a/b` are keys of their own, and nothing here makes one of another. A folder
@@ -89,7 +89,7 @@ def split_list(uri: str) -> list[str]:
 
 
 def prefix_of(folder: str) -> str:
-    """How the URIs of all that is in a folder begin."""
+    """The common start of all URIs in a folder."""
     return folder if folder.endswith("/") else f"{folder}/"
 
 

@@ -1,11 +1,11 @@
-"""A shard whose rows are all there becomes final: decision, parts, receipt.
+"""Commit a shard once all its rows are there: decision, parts, receipt.
 
     _staging/<id>/<version>.decision     the fragments that the shard is made of; create-only
     <table>/<id>.parquet                 the parts, made of these fragments and of no others
     _receipts/<id>/...json               the shard is finished (see receipts); create-only
 
-Whoever is killed in between, or works on the same shard at the same time, follows the decision that
-is there: every attempt writes the same parts, so it does not matter how many do, or how often. A
+An attempt after a kill, or beside another one, follows the decision that is there. So every attempt
+writes the same parts, and their number does not matter. A
 decision is deleted only after its receipt exists, so look for a receipt again after creating one;
 if there is one, delete your decision.
 """
@@ -43,7 +43,7 @@ def finish_shard(
     read: tuple[int, int],
     tables: dict[str, schema.Table],
 ) -> dict[str, Any]:
-    """Make a shard's fragments its parts, and write its receipt, which is returned.
+    """Merge the fragments of a shard into its parts, then write its receipt. Returns the receipt.
 
     `read`: the numbers of records in the shard, and of samples without an image. Memory is bounded
     by a row group of each table and a few fragments, whatever the shard. Raises JobError if the
@@ -116,7 +116,7 @@ def _write(
     skipped: int,
     tables: dict[str, schema.Table],
 ) -> dict[str, Any]:
-    """The parts, then the receipt; the same bytes whoever does it."""
+    """Write the parts, then the receipt; every attempt writes the same bytes."""
     id_ = shard_id(shard.name)
     schemas = schemas_of(tables)
     merged = merge_fragments(fragments, lambda f: read_fragment(ledger, id_, f), schemas)
@@ -150,7 +150,7 @@ def _write_parts(
 ) -> tuple[list[dict[str, Any]], int, list[tuple[int | None, str]]]:
     """Write the rows of all tables, streamed, and publish the parts.
 
-    Returns what the receipt says of each part, the number of images, and (row, reason) of errors.
+    Returns the facts of each part for the receipt, the number of images, (row, reason) of errors.
     """
     writers: dict[str, PartWriter] = {}
     failed: list[tuple[int | None, str]] = []
@@ -180,9 +180,9 @@ def _write_parts(
 
 
 def _receipt_there(ledger: Ledger, shard: Shard) -> dict[str, Any]:
-    """The receipt that another attempt wrote.
+    """Read the receipt of another attempt.
 
-    Raises JobError where there is none; a decision that cannot be followed any more is taken back.
+    Without one, delete the decision, whose fragments are gone, and raise JobError.
     """
     for receipt in receipts_of(ledger, shard):
         return read_receipt(ledger, shard_id(shard.name), receipt)
@@ -191,6 +191,6 @@ def _receipt_there(ledger: Ledger, shard: Shard) -> dict[str, Any]:
 
 
 def _empty_staging(ledger: Ledger, shard: Shard) -> None:
-    """Delete what is finished; what another driver is just adding goes when the run is closed."""
+    """Delete the staged files of a finished shard; later additions go when the run is closed."""
     with contextlib.suppress(StorageError):
         storage.delete_folder(storage.join(ledger.staging, shard_id(shard.name)))

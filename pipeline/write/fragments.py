@@ -1,4 +1,4 @@
-"""Rows of the tables -> fragments: the last stage of every stream.
+"""Rows of the tables -> fragments in the staging folder: the last stage of every stream.
 
 A batch mixes rows of several shards, so a worker writes its rows of each shard as a fragment and
 hands on an account row. A fragment's name says which rows it holds and hashes its bytes: listings
@@ -39,7 +39,7 @@ class Fragment(NamedTuple):
     version: str
     """As Ledger.version gives it."""
     rows: str
-    """The rows of the shard that it holds (read.ranges)."""
+    """Its rows of the shard (read.ranges)."""
     run: int
     """Number of the first prompt in it; above 0 where the prompts of an image came in runs."""
     images: int
@@ -156,7 +156,7 @@ def _describe(record: dict[str, Any]) -> str:
 
 
 def _most_frequent(values: pa.ChunkedArray) -> str:
-    """The value that is there most often; "" where there is none."""
+    """The most frequent value; "" for no values."""
     return max(Counter(values.to_pylist()).items(), key=lambda item: item[1], default=("", 0))[0]
 
 

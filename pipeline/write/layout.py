@@ -37,8 +37,8 @@ DECISION = ".decision"
 def shard_id(name: str) -> str:
     """The file name, without ending, for a shard: readable, safe and unique.
 
-    The readable part is cut and cleaned, since shard names are whatever the storage holds; the
-    hash makes it unique.
+    The readable part is cut and cleaned, because a storage may hold any name; the hash makes it
+    unique.
     """
     readable = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")[-60:]
     return f"{readable}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
@@ -48,18 +48,18 @@ def shard_id(name: str) -> str:
 class Ledger:
     """The account of one pass over the shards of a run: names of its files, nothing else.
 
-    A run has one ledger, and one more for each time that prompts were added to it.
+    A run has one ledger, and one more for each addition of prompts.
     """
 
     output: str
     run: str = ""
-    """Hash that names the run: results of one run are nothing to another."""
+    """Hash of the run: files of another run are ignored."""
     first_prompt: int = 0
-    """prompt_id of the first prompt of the pass; above 0 for prompts that were added."""
+    """prompt_id of the first prompt of the pass; above 0 for added prompts."""
 
     @property
     def added(self) -> bool:
-        """Whether the pass is of prompts that were added to the run."""
+        """Whether the pass is of prompts added later."""
         return self.first_prompt > 0
 
     @property

@@ -80,7 +80,7 @@ class PartWriter:
         )
 
     def add(self, table: pa.Table) -> None:
-        """Add rows after those that were added."""
+        """Append rows."""
         self.rows += len(table)
         table = table.combine_chunks()
         ends = np.cumsum(_row_bytes(table))

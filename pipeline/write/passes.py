@@ -1,7 +1,6 @@
-"""Prompts that were added to a run: one more pass over the shards, with a ledger of its own.
+"""Prompts added to a run: one more pass over the shards, with a ledger of its own.
 
-An addition covers the rows that came out well in the run's first pass; rows that failed there are
-accounted for.
+An addition covers the images of the run's first pass; rows that failed there are accounted for.
 """
 
 from __future__ import annotations
@@ -86,7 +85,7 @@ def keep_known_rows(
 
 
 def _first_images(ledger: Ledger, shard: Shard) -> pa.Table:
-    """Row and key of the images that came out well in the first pass."""
+    """Row and key of the images of the first pass."""
     first = replace(ledger, first_prompt=0)
     uri = storage.join(ledger.output, first.part("images", shard_id(shard.name)))
     images = pa.table({"row": pa.array([], pa.int64()), "key": pa.array([], pa.string())})

@@ -1,4 +1,4 @@
-"""Receipts: each finished shard leaves one, whose name closes its account.
+"""Receipts, the commit markers of shards: the name of each closes an account.
 
 A receipt's name, `<version>.<ok>-<error>-<skipped>-<bytes>[.cut].json`, tells which content and run
 of the shard it is of, how many rows came out well and how many failed (`.cut` where damage in the
@@ -135,7 +135,7 @@ def write_receipt(ledger: Ledger, shard: Shard, content: dict[str, Any]) -> None
 
 
 def _parse(name: str) -> Receipt | None:
-    """None for what is no receipt: the unfinished file of a writer that was killed."""
+    """None for other files, such as the unfinished one of a killed writer."""
     match = _NAME.fullmatch(name)
     if not match:
         return None

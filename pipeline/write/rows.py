@@ -1,7 +1,7 @@
 """Records from a model -> rows of the output's tables.
 
-Each maker is called with records of one shard (see fragments.WriteFragments): every image that came
-out well becomes one row of `images`, and every (image, prompt) one row of `masks`.
+Each maker is called with records of one shard (see fragments.WriteFragments). Records that failed
+have no rows here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pipeline.config.segment import SegmentConfig
 
 
 class MakeMaskRows:
-    """schema.LOGITS -> rows of `images` and of `masks`, and of what else the config wants."""
+    """schema.LOGITS -> rows of `images` and `masks`, and of optional tables."""
 
     def __init__(
         self,
@@ -114,7 +114,7 @@ class MakeLabelRows:
 
 
 def embedding_rows(images: pa.Table, columns: pa.Schema) -> pa.Table:
-    """Rows of the embeddings table, from records that came out well and have vectors."""
+    """Records with vectors -> rows of the embeddings table."""
     arrays = [
         _vectors(images[f.name], f.type) if pa.types.is_fixed_size_list(f.type) else images[f.name]
         for f in columns
@@ -139,5 +139,5 @@ def _logits(good: pa.Table) -> Iterable[tuple[dict[str, Any], np.ndarray]]:
 
 
 def image_rows(images: pa.Table) -> pa.Table:
-    """Rows of the images table, from records that came out well."""
+    """Records without a reason -> rows of the images table."""
     return images.select(schema.IMAGES.names).cast(schema.IMAGES)
