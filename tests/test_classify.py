@@ -19,7 +19,6 @@ import transformers
 from embeddings import embedding_part, random_vectors, write_part, write_table
 from PIL import Image
 from shards import make_tar
-from test_jobs import PIXELS, photos
 
 from jobs import classify, embed
 from pipeline import schema
@@ -39,6 +38,7 @@ from pipeline.prepare.processor import ImageProcessor
 from pipeline.read.shard import Shard, shard_to_row
 from pipeline.run.finished import list_finished
 from pipeline.run.manifest import name_run
+from tests.pictures import PIXELS, photos
 
 LABELS = ["cat", "red star", "{}", "猫", "a dog's 12"]
 TEMPLATES = ["a photo of a {}.", "the {}", "{} !! circle"]

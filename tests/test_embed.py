@@ -18,11 +18,11 @@ import torch
 import transformers
 from PIL import Image
 from shards import make_parquet, make_tar
-from test_jobs import PIXELS, photos
 
 from jobs import embed, segment
 from pipeline import schema
 from pipeline.infer.embed import EmbedImages, open_embedder
+from tests.pictures import PIXELS, photos
 
 DIMENSION = checkpoints.PROJECTION
 CLIP_ALWAYS = ["clip", pytest.param("clipseg", marks=pytest.mark.soak)]

@@ -24,7 +24,6 @@ import pyarrow as pa
 import pytest
 import ray
 import ray.cluster_utils
-import skimage.data
 import torch
 import torch.nn.functional as F
 import transformers
@@ -36,20 +35,10 @@ from jobs import segment
 from pipeline import storage
 from pipeline.infer.masks import mask_from_probabilities
 from pipeline.infer.segment import BLOCK_BYTES
+from tests.pictures import PIXELS, photos
 
 PROMPTS = ["a cat", "red circle", "猫"]
 THRESHOLD = 0.48
-PIXELS = {
-    "do_resize": True,
-    "size": {"height": 64, "width": 64},
-    "resample": 2,
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "do_normalize": True,
-    "image_mean": [0.485, 0.456, 0.406],
-    "image_std": [0.229, 0.224, 0.225],
-    "image_processor_type": "ViTImageProcessor",
-}
 
 
 @pytest.fixture(scope="session")
@@ -62,22 +51,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoints.write_vocabulary(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(PIXELS))
     return folder
-
-
-@functools.cache
-def photos() -> list[bytes]:
-    """Real photographs of different sizes as JPEG, and one as PNG."""
-    names = ("astronaut", "chelsea", "coffee", "rocket")
-    pictures = [Image.fromarray(getattr(skimage.data, name)()) for name in names]
-    pictures = [
-        picture.resize((w // 2, h // 2)) for p in pictures for picture in [p] for w, h in [p.size]
-    ]
-    out = []
-    for i, picture in enumerate(pictures):
-        file = io.BytesIO()
-        picture.save(file, "PNG" if i == 3 else "JPEG")
-        out.append(file.getvalue())
-    return out
 
 
 def run(source: str, output: str, checkpoint: Path, *options: str) -> int:

@@ -10,9 +10,9 @@ import imagecodecs
 import numpy as np
 import pytest
 from PIL import Image
-from test_prepare import decode, encode, photo, pixels, refusal
 
 from pipeline.errors import RowError
+from tests.pictures import decode, encode, photo, pixels, refusal
 
 GREY_12 = np.asarray(photo().convert("L")).astype(np.uint16) * 16
 GREY = np.asarray(photo().convert("L"))

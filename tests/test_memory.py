@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from test_prepare import encode, png
+
+from tests.pictures import encode, png
 
 ROOT = Path(__file__).parent.parent
 # The bound that the README states: 20 bytes x max_pixels + 6 x the encoded image + 64 MiB.

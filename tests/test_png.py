@@ -9,7 +9,8 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
-from test_prepare import encode, photo, pixels, png, refusal
+
+from tests.pictures import encode, photo, pixels, png, refusal
 
 BOMB = zlib.compress(bytes(40 << 20), 9)
 TEXT = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import struct
 import warnings
@@ -14,63 +13,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-import skimage.data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps
 
 from pipeline import schema
-from pipeline.errors import REASONS, RowError
-from pipeline.prepare.images import DecodedImage, PrepareImages, decode_image
+from pipeline.errors import RowError
+from pipeline.prepare.images import PrepareImages
 from pipeline.prepare.processor import ImageProcessor
-
-MAX_PIXELS = 1_000_000
-FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"]
-
-
-def encode(image: Image.Image, form: str, **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, form, **options)
-    return file.getvalue()
-
-
-@functools.cache
-def astronaut() -> np.ndarray:
-    return skimage.data.astronaut()
-
-
-def photo(height: int = 60, width: int = 80) -> Image.Image:
-    return Image.fromarray(astronaut()[:height, 180 : 180 + width])
-
-
-def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> DecodedImage:
-    return decode_image(data, max_pixels=max_pixels)
-
-
-def pixels(data: bytes) -> np.ndarray:
-    return np.asarray(decode(data).image)
-
-
-def refusal(data: bytes, max_pixels: int = MAX_PIXELS) -> RowError:
-    with pytest.raises(RowError) as caught:
-        decode(data, max_pixels)
-    error = caught.value
-    assert error.stage == "decode"
-    assert error.reason in REASONS
-    assert error.detail.isprintable()
-    assert len(error.detail) <= 500
-    return error
-
-
-def png(*chunks: tuple[bytes, bytes], size: tuple[int, int] = (4, 4), colour: int = 2) -> bytes:
-    """A PNG from its chunks, with IHDR and IEND around them; size is (height, width)."""
-    header = struct.pack(">IIBBBBB", size[1], size[0], 8, colour, 0, 0, 0)
-    body = bytearray(b"\x89PNG\r\n\x1a\n")
-    for name, data in ((b"IHDR", header), *chunks, (b"IEND", b"")):
-        checksum = zlib.crc32(name + data)
-        body += struct.pack(">I", len(data)) + name + data + struct.pack(">I", checksum)
-    return bytes(body)
-
+from tests.pictures import FORMATS, MAX_PIXELS, decode, encode, photo, pixels, png, refusal
 
 # ---- what decodes ----
 

@@ -12,8 +12,9 @@ import pytest
 import skimage.color
 import tifffile
 from PIL import Image
-from test_prepare import decode, encode, photo, pixels, refusal
 from tiffs import DEFLATE, JPEG, LZW, NONE, PACKBITS, Tiff, file
+
+from tests.pictures import decode, encode, photo, pixels, refusal
 
 HEIGHT, WIDTH = 21, 37
 WHITE_IS_ZERO, GREY, RGB, PALETTE, CMYK, YCBCR, CIELAB = 0, 1, 2, 3, 5, 6, 8
