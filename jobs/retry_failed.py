@@ -11,40 +11,21 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import chain
-from typing import Any
 
-from pipeline.config.classify import ClassifyConfig
 from pipeline.config.command import run_command
-from pipeline.config.embed import EmbedConfig
-from pipeline.config.label import LabelConfig
-from pipeline.config.segment import SegmentConfig
-from pipeline.config.status import RetryConfig, config_from_record
-from pipeline.errors import UsageError
+from pipeline.config.status import RetryConfig
 from pipeline.run.lifecycle import is_unfinished
+from pipeline.run.rerun import config_of_run
 from pipeline.run.resume import read_failures
 from pipeline.run.status import open_output
-from pipeline.write.passes import read_added
-
-JOBS: dict[str, type[SegmentConfig | EmbedConfig | ClassifyConfig | LabelConfig]] = {
-    "segment": SegmentConfig,
-    "embed": EmbedConfig,
-    "classify": ClassifyConfig,
-    "label": LabelConfig,
-}
 
 
 def retry_failed(config: RetryConfig) -> None:
     """Run the job again over the shards with failures, as if they were not done."""
     output, record = open_output(config.output)
-    name = record.get("fingerprint", {}).get("job")
-    if name not in JOBS:
-        raise UsageError(f"{output}/_run.json: of an unknown job {name!r}")
-    job = config_from_record(JOBS[name], record["config"])
-    if isinstance(job, SegmentConfig):
-        job = with_all_phrases(job, record["fingerprint"], chain(*read_added(output).values()))
+    name, job = config_of_run(output, record)
     shards = read_failures(output).choose(every=config.every)
     failures = "failures" if config.every else "retryable failures"
     if not shards and not is_unfinished(output):
@@ -59,15 +40,6 @@ def retry_failed(config: RetryConfig) -> None:
     )
     job = replace(job, workers=config.workers, run=retry)
     getattr(importlib.import_module(f"jobs.{name}"), name)(job)
-
-
-def with_all_phrases(
-    job: SegmentConfig, fingerprint: dict[str, Any], added: Iterable[str]
-) -> SegmentConfig:
-    """The config with every phrase of its run; other prompts come from where they came before."""
-    prompts = [*fingerprint["prompts"], *added]
-    phrases = [prompt for prompt in prompts if prompt not in fingerprint.get("recipes", {})]
-    return replace(job, prompt=tuple(phrases), prompts=None)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from test_commit import drive, is_complete
 
-from jobs import verify
+from jobs import segment, verify
+from pipeline.demo import MODEL, SHARDS
 from pipeline.errors import JobError
 from pipeline.run.verify import verify_run
 from pipeline.write.layout import EMPTY_PART
@@ -86,3 +88,23 @@ def test_bad_samples_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     for sample in ("0", "1.1", "-1"):
         assert verify.main(["out", "--sample", sample]) == 2
         assert "--sample" in capsys.readouterr().err
+
+
+def test_rows_are_made_again_and_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where a part and its receipt agree: another model under the same name, for one."""
+    output = tmp_path / "out"
+    source = [str(SHARDS), str(output), "--model", str(MODEL), "--local", "--quiet"]
+    assert segment.main([*source, "--prompt", "star"]) == 0
+    assert segment.main([*source, "--prompt", "star", "--prompt", "blue"]) == 0  # a pass of its own
+    assert verify.main([str(output), "--recompute", "0.001"]) == 0
+    assert "1 shards recomputed: 2 parts, 0 differ" in capsys.readouterr().out
+    record = json.loads((output / "_run.json").read_text())
+    record["config"]["threshold"] = 0.6
+    (output / "_run.json").write_text(json.dumps(record))
+    assert verify.main([str(output), "--recompute", "1"]) == 1
+    said = capsys.readouterr()
+    assert "2 shards recomputed: 4 parts, 2 differ" in said.out
+    assert "recomputed differently: masks/" in said.out
+    assert said.err.startswith("clipseg-ray verify: error: 2 differences")

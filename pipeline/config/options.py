@@ -86,6 +86,9 @@ class RunOptions:
     retry: tyro.conf.Suppress[Literal["none", "retryable", "all"]] = "none"
     """Finished shards to reprocess: those with retryable failures, or with any (retry-failed)."""
 
+    only: tyro.conf.Suppress[tuple[str, ...]] = ()
+    """Names of the shards to process; all when empty (verify --recompute)."""
+
     def __post_init__(self) -> None:
         if not 0 <= self.max_error_rate <= 1:
             raise UsageError(f"--max-error-rate {self.max_error_rate}: must be between 0 and 1")

@@ -32,9 +32,15 @@ class VerifyConfig:
     """Share of the finished shards to read; above 0, at most 1. The same share is the same
     shards."""
 
+    recompute: float = 0.0
+    """Share of the finished shards to process again, in this process, and compare; at least one
+    shard if above 0. Needs the input and the model, and the kind of CPU that the run had."""
+
     def __post_init__(self) -> None:
         if not 0 < self.sample <= 1:
             raise UsageError(f"--sample {self.sample}: must be above 0, and at most 1")
+        if not 0 <= self.recompute <= 1:
+            raise UsageError(f"--recompute {self.recompute}: must be between 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -104,6 +104,8 @@ def open_run(
     source, output = storage.check_uri(config.input), storage.check_uri(config.output)
     if f"{output}/".startswith(f"{source}/"):
         raise UsageError(f"{output}: lies inside the input, which would then read its own tables")
+    if config.run.only:
+        shards = [shard for shard in shards if shard.name in config.run.only]
     record = new_record(config, shards, source, output, model, tables)
     found = read_run(output)
     if found is not None and (config.run.restart or found.get("status") == DELETING):

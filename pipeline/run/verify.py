@@ -113,6 +113,15 @@ def _read(uri: str) -> Iterator[bytes]:
             yield block
 
 
+def read_parts(output: str, share: float) -> dict[str, dict[str, str]]:
+    """A share of the shards of the first pass, at least one: name -> path of a part -> sha256."""
+    ledger = Ledger(output=output)
+    receipts = sorted(list_receipts(ledger).items())
+    chosen = [(id_, found) for id_, found in receipts if _chosen(id_, share)] or receipts[:1]
+    contents = [read_receipt(ledger, id_, found[0]) for id_, found in chosen]
+    return {c["shard"]: {p["path"]: p["sha256"] for p in c["parts"]} for c in contents}
+
+
 def describe(output: str, found: Verified, record: dict[str, Any]) -> str:
     """Some lines on a verification."""
     job = record.get("fingerprint", {}).get("job", "?")
