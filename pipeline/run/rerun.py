@@ -30,7 +30,8 @@ def config_of_run(
 ) -> tuple[str, JobConfig]:
     """The name of the job of a run, and its config with every prompt.
 
-    `added`: also the prompts that were added to it. Raises UsageError for a record of another version.
+    `added`: also the prompts that were added to it. Raises UsageError for a record of another
+    version.
     """
     name = record.get("fingerprint", {}).get("job")
     if name not in JOBS:
