@@ -133,6 +133,13 @@ def is_complete(output: str, record: dict[str, Any]) -> bool:
 
 def refuse_other_run(output: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Raise UsageError naming each field in which two fingerprints differ."""
+    for name in ("schema_version", "results_version"):
+        if found.get(name) != wanted[name]:
+            raise UsageError(
+                f"{output}: made by another version of clipseg-ray ({name} was {found.get(name)}, "
+                f"now {wanted[name]}), whose layout or rows differ; choose another output, or "
+                "--restart to delete it and start over"
+            )
     fields = [k for k in {**found, **wanted} if found.get(k) != wanted.get(k)]
     if fields:
         differences = "; ".join(
