@@ -319,7 +319,9 @@ def test_the_timeout_on_the_command_line_counts(
     assert retry.storage_timeout() == 12.5
 
 
-def test_a_local_fault_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_local_file_that_is_not_there_is_not_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("waited"))
     with pytest.raises(NotFoundError):
         storage.read_bytes(str(tmp_path / "no"))

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import errno
+import io
+import itertools
 import os
 import re
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,6 +28,9 @@ from pipeline.errors import (
     TransientError,
     UsageError,
 )
+from pipeline.storage import files as files_module
+from pipeline.storage import local
+from pipeline.storage.faults import sort_fault
 from pipeline.storage.uri import folder_of, prefix_of, split_s3
 
 ROOT = Path(__file__).parent.parent
@@ -490,6 +498,8 @@ def test_a_storage_that_overwrites_is_told(folder: str):
 
 # --------------------------------------------------------------------------------- faults
 
+PASSING = ("EIO", "ESTALE", "EMFILE", "ENFILE", "ENOMEM", "ETIMEDOUT")
+
 
 def test_a_local_fault_is_one_line_with_the_path(tmp_path: Path):
     (tmp_path / "file").write_bytes(b"")
@@ -498,6 +508,49 @@ def test_a_local_fault_is_one_line_with_the_path(tmp_path: Path):
     assert str(tmp_path) in str(caught.value)
     with pytest.raises(StorageError, match="directory"):
         storage.read_bytes(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [
+        *((getattr(errno, name), TransientError) for name in PASSING),
+        *((number, CredentialsError) for number in (errno.EACCES, errno.EPERM)),
+        *((number, NotFoundError) for number in (errno.ENOENT, errno.ENOTDIR)),
+        *((number, StorageError) for number in (errno.ENOSPC, errno.EROFS, errno.ELOOP)),
+    ],
+)
+def test_faults_of_the_operating_system_are_sorted(number: int, kind: type[StorageError]):
+    assert type(sort_fault("/x", OSError(number, "said"))) is kind
+
+
+@pytest.mark.parametrize("name", PASSING)
+def test_a_local_read_is_tried_again_where_that_may_help(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    """Opened anew at its place, since a handle on a mount that went away stays stale."""
+    path = tmp_path / "file"
+    path.write_bytes(bytes(range(256)) * 4096)
+    faults: Iterator[OSError] = iter([OSError(getattr(errno, name), "said")] * 2)
+
+    class Failing(io.FileIO):
+        def readinto(self, buffer: Any) -> int:
+            if self.tell() and (fault := next(faults, None)):
+                raise fault
+            return super().readinto(buffer) or 0
+
+    def open_failing(path: str) -> io.FileIO:
+        return Failing(path)
+
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    monkeypatch.setattr(local, "open_regular", open_failing)
+    monkeypatch.setattr(files_module, "open_regular", open_failing)
+    with storage.open_read(str(path)) as file:
+        assert file.read(1000) + file.read() == path.read_bytes()
+    assert next(faults, None) is None
+    monkeypatch.setenv("CLIPSEG_RAY_STORAGE_TIMEOUT_S", "0.01")
+    faults = itertools.repeat(OSError(getattr(errno, name), "said"))
+    with storage.open_read(str(path)) as file, pytest.raises(TransientError, match="tried"):
+        file.read()
 
 
 def test_a_bucket_that_is_not_there(s3: Any):

@@ -135,6 +135,12 @@ def holds_keys(schema: pa.Schema, name: str) -> bool:
     return kind is not None and (holds_text(schema, name) or pa.types.is_integer(_plain(kind)))
 
 
+def holds_lists(schema: pa.Schema, name: str) -> bool:
+    """Whether a row of a column may hold several images."""
+    kind = column_type(schema, name)
+    return kind is None or (_is_list(_plain(kind)) and not _is_uint8s(_plain(kind)))
+
+
 def list_columns(schema: pa.Schema) -> str:
     """The columns with their types, for messages."""
     shown = [f"{field.name} ({str(field.type)[:60]})" for field in schema]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,12 +19,14 @@ from pipeline.read.columns import (
     Cell,
     find_image_column,
     holds_keys,
+    holds_lists,
     holds_text,
     list_columns,
     read_cells,
     read_text,
     take_column,
 )
+from pipeline.read.ranges import RowSet
 from pipeline.read.shard import IMAGE_LIMIT_BYTES, Sample
 
 _BATCH_ROWS = 64
@@ -83,15 +86,17 @@ def read_parquet(
     groups: range | None = None,
     limit_bytes: int = IMAGE_LIMIT_BYTES,
     read_path: ReadPath = _refuse_path,
+    skip: str = "",
 ) -> Iterator[Sample]:
     """The samples of each row in order; in memory are one page and at most 64 rows or 32 MB.
 
     `column`: the image column (see find_image_column); found by name when empty. `text`: the text
     column, if any. `groups`: the row groups to read, of which alone bytes are fetched; all when
-    None. `read_path`: the bytes of a file that a cell names, or a RowError. The key is the first of
-    KEY_COLUMNS that holds text or whole numbers, else the path in a Hugging Face struct, else the
-    row's number in the file; a row of several images gives each its key and, as the member, its
-    place in the list.
+    None. `read_path`: the bytes of a file that a cell names, or a RowError. `skip`: numbers of
+    samples, as read.ranges has them, which come out empty; row groups of nothing else are not read.
+    The key is the first of KEY_COLUMNS that holds text or whole numbers, else the path in a Hugging
+    Face struct, else the row's number in the file; a row of several images gives each its key and,
+    as the member, its place in the list.
     Raises RowError (shard_empty, shard_corrupt, shard_encrypted, column_missing).
     """
     with _damage():
@@ -100,8 +105,8 @@ def read_parquet(
         if groups and groups.stop > len(whole):
             detail = f"{len(whole):,} row groups, of which number {groups.stop:,} is wanted"
             raise RowError("read", "shard_corrupt", detail)
-        cells = _read_cells(parquet, groups or whole, column, text)
-        yield from _load(cells, text, limit_bytes, read_path)
+        cells = _read_cells(parquet, groups or whole, column, text, RowSet(skip))
+        yield from _load(_leave_out(cells, RowSet(skip)), text, limit_bytes, read_path)
 
 
 class _Row(NamedTuple):
@@ -112,7 +117,16 @@ class _Row(NamedTuple):
     text: str | None
 
 
-def _read_cells(parquet: pq.ParquetFile, groups: range, column: str, text: str) -> Iterator[_Row]:
+_DONE = _Row("", Cell(), None)
+
+
+def _leave_out(rows: Iterator[_Row], skip: RowSet) -> Iterator[_Row]:
+    return (_DONE if number in skip else row for number, row in enumerate(rows))
+
+
+def _read_cells(
+    parquet: pq.ParquetFile, groups: range, column: str, text: str, skip: RowSet
+) -> Iterator[_Row]:
     schema = parquet.schema_arrow
     image = find_image_column(schema, column or None)
     if image is None:
@@ -124,15 +138,24 @@ def _read_cells(parquet: pq.ParquetFile, groups: range, column: str, text: str) 
         raise RowError("read", "column_missing", detail)
     names = list(dict.fromkeys(name for name in (image, key, text) if name))
     row = first = _count_rows(parquet.metadata, range(groups.start))
-    for batch in _batches(parquet, groups, names):
-        columns = {name: take_column(batch, name) for name in names}
-        for index in range(len(batch)):
-            known = read_text(columns[key][index]) if key else None
-            words = read_text(columns[text][index]) if text else None
-            for cell in read_cells(columns[image][index], image):
-                own = known if key else cell.path or None
-                yield _Row(str(row) if own is None else own, cell, words)
-            row += 1
+    samples = 0
+    for group in groups:
+        count = parquet.metadata.row_group(group).num_rows
+        # Of lists nobody knows without reading how many samples they are.
+        if count and not holds_lists(schema, image) and skip.holds(range(samples, samples + count)):
+            yield from itertools.repeat(_DONE, count)
+            row, samples = row + count, samples + count
+            continue
+        for batch in _batches(parquet, group, names):
+            columns = {name: take_column(batch, name) for name in names}
+            for index in range(len(batch)):
+                known = read_text(columns[key][index]) if key else None
+                words = read_text(columns[text][index]) if text else None
+                for cell in read_cells(columns[image][index], image):
+                    own = known if key else cell.path or None
+                    yield _Row(str(row) if own is None else own, cell, words)
+                    samples += 1
+                row += 1
     whole = len(groups) == parquet.num_row_groups
     said = parquet.metadata.num_rows if whole else _count_rows(parquet.metadata, groups)
     if row - first != said:
@@ -196,18 +219,12 @@ def _count_rows(metadata: pq.FileMetaData, groups: range) -> int:
     return sum(metadata.row_group(group).num_rows for group in groups)
 
 
-def _batches(
-    parquet: pq.ParquetFile, groups: range, columns: list[str]
-) -> Iterator[pa.RecordBatch]:
-    """By row group, so that damage in one does not take back rows of another."""
+def _batches(parquet: pq.ParquetFile, group: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """Of one row group, so that damage in it does not take back rows of another."""
     size = _batch_rows(parquet.metadata)
-    for group in groups:
-        yield from parquet.iter_batches(
-            batch_size=size,
-            row_groups=[group],
-            columns=columns,
-            use_threads=False,
-        )
+    yield from parquet.iter_batches(
+        batch_size=size, row_groups=[group], columns=columns, use_threads=False
+    )
 
 
 def _open(file: BinaryIO) -> pq.ParquetFile:

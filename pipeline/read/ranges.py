@@ -33,6 +33,12 @@ class RowSet:
         self._ranges = parse_rows(text)[::-1]
 
     def __contains__(self, row: int) -> bool:
-        while self._ranges and self._ranges[-1].stop <= row:
+        return self.holds(range(row, row + 1))
+
+    def holds(self, rows: range) -> bool:
+        """Whether all of some consecutive rows, one or more, are in the set."""
+        while self._ranges and self._ranges[-1].stop <= rows.start:
             self._ranges.pop()
-        return bool(self._ranges) and row in self._ranges[-1]
+        return (
+            bool(self._ranges) and rows.start in self._ranges[-1] and rows[-1] in self._ranges[-1]
+        )

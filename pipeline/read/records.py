@@ -153,7 +153,10 @@ def _end(shard: Shard, total: int, failure: RowError | None, skipped: int = 0) -
 
 
 def _read_samples(shard: Shard) -> Iterator[Sample | None]:
-    """The samples of a shard; None for one without an image, which is no row."""
+    """The samples of a shard; None for one without an image, which is no row.
+
+    Those of rows in Shard.skip are empty: they are not loaded.
+    """
     if shard.format == "images":
         yield from read_images(shard)
         return
@@ -161,7 +164,9 @@ def _read_samples(shard: Shard) -> Iterator[Sample | None]:
         raise NotFoundError(f"{shard.uri}: not there when the input was listed")
     with storage.open_read(shard.uri, version=shard.version) as file:
         if shard.format == "tar":
-            yield from read_tar(file, text=shard.text, suffix=shard.member_suffix)
+            yield from read_tar(
+                file, text=shard.text, suffix=shard.member_suffix, skip=RowSet(shard.skip)
+            )
         else:
             first, count = shard.first_row_group, shard.row_groups
             groups = range(first, first + count) if count else None
@@ -171,6 +176,7 @@ def _read_samples(shard: Shard) -> Iterator[Sample | None]:
                 text=shard.text,
                 groups=groups,
                 read_path=PathReader(shard),
+                skip=shard.skip,
             )
 
 
@@ -188,17 +194,26 @@ def read_images(shard: Shard) -> Iterator[Sample]:
     """One sample per loose image file, in order; the key is its path without the extension.
 
     Its text, where one is wanted, is in the .json or .txt file of the same name (see find_text), if
-    that was listed with it.
+    that was listed with it. A file of a row in Shard.skip is not opened.
     """
-    versions = dict(shard.listed)
+    versions, skip = dict(shard.listed), RowSet(shard.skip)
     pending: deque[Future[Sample]] = deque()
     with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
-        for path in shard.files:
-            pending.append(pool.submit(_read_image, shard, versions, path))
+        for row, path in enumerate(shard.files):
+            if row in skip:
+                pending.append(_done(Sample("", "")))
+            else:
+                pending.append(pool.submit(_read_image, shard, versions, path))
             if len(pending) > _FILES_AT_ONCE:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+
+
+def _done(sample: Sample) -> Future[Sample]:
+    future: Future[Sample] = Future()
+    future.set_result(sample)
+    return future
 
 
 def _read_image(shard: Shard, versions: dict[str, str], path: str) -> Sample:

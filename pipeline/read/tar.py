@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 from pipeline.errors import RowError, StorageError
 from pipeline.read.archive import Member, TarStream
+from pipeline.read.ranges import RowSet
 from pipeline.read.shard import (
     CAPTION_LIMIT_BYTES,
     IMAGE_EXTENSIONS,
@@ -112,7 +114,12 @@ class _OpenSample:
 
 
 def read_tar(
-    file: BinaryIO, *, text: str = "", suffix: str = "", limit_bytes: int = IMAGE_LIMIT_BYTES
+    file: BinaryIO,
+    *,
+    text: str = "",
+    suffix: str = "",
+    limit_bytes: int = IMAGE_LIMIT_BYTES,
+    skip: RowSet | None = None,
 ) -> Iterator[Sample | None]:
     """The images of a tar, plain or compressed, in order; None for each sample without any.
 
@@ -121,6 +128,7 @@ def read_tar(
     whether the member is an image; the first bytes do where it is no suffix of an image or text.
     `suffix`: the extension of the members to take for images instead ("left.png"). Hidden files,
     folders, links and devices are passed over, the last two unless they are named like an image.
+    `skip`: numbers of images that are passed over, too, and come out empty.
     `text`: what to look for in the .json or .txt members of a sample (see find_text).
     In memory are one image of at most `limit_bytes` (in a compressed tar INFLATED_LIMIT_BYTES),
     HELD_BYTES of images that wait for their text, SAMPLE_MEMBERS texts of 64 KiB, and what
@@ -131,6 +139,7 @@ def read_tar(
     stream = TarStream(file)
     limit = min(limit_bytes, INFLATED_LIMIT_BYTES) if stream.compression else limit_bytes
     sample: _OpenSample | None = None
+    rows = itertools.count()
     try:
         while (member := stream.next_member()) is not None:
             name = _split(member.name)
@@ -147,6 +156,10 @@ def read_tar(
             sniffed = not (named or suffix or is_text) and member.is_plain
             start = stream.take_start(member, SNIFF_BYTES) if sniffed else b""
             if named or is_image(start, name.suffix):
+                if skip and next(rows) in skip:
+                    stream.skip(member, start)
+                    yield from sample.add_image(name, Sample(printable(name.key), ""))
+                    continue
                 yield from sample.make_room(min(member.size_bytes, limit) if text else 0)
                 # No name for the image here: it would stay while the next one is read.
                 yield from sample.add_image(

@@ -7,6 +7,7 @@ line holds the URI and nothing secret. `retry` decides about further attempts.
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,6 +49,11 @@ _TRANSIENT_CODES = {
     "ThrottlingException",
     "XAmzContentSHA256Mismatch",
 }
+# Of the operating system: a network mount that is away, or a machine that is short of something.
+_TRANSIENT_ERRNOS = {
+    *(errno.EAGAIN, errno.EBUSY, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOBUFS),
+    *(errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH),
+}
 
 
 @contextlib.contextmanager
@@ -83,7 +89,7 @@ def sort_fault(uri: str, error: Exception) -> StorageError:
     if not is_s3(uri):
         if isinstance(error, (FileNotFoundError, NotADirectoryError)):
             return NotFoundError(f"{uri}: not found")
-        return StorageError(f"{uri}: {error.strerror or kind}")  # type: ignore[attr-defined]
+        return _sort_local(uri, error, kind)
     code, status = error_code(error)
     if code:
         return sort_code(uri, code, status)
@@ -95,6 +101,15 @@ def sort_fault(uri: str, error: Exception) -> StorageError:
     if kind.startswith(("Credential", "Token", "SSO", "ProfileNotFound", "UnauthorizedSSO")):
         return CredentialsError(f"{uri}: the AWS credentials cannot be obtained ({kind})")
     return _sort_broken_answer(uri, error, kind)
+
+
+def _sort_local(uri: str, error: Exception, kind: str) -> StorageError:
+    """For a fault of the operating system."""
+    said = getattr(error, "strerror", None) or kind
+    if isinstance(error, PermissionError):
+        return CredentialsError(f"{uri}: {said}: check who may read and write there")
+    passing = getattr(error, "errno", None) in _TRANSIENT_ERRNOS
+    return (TransientError if passing else StorageError)(f"{uri}: {said}")
 
 
 def sort_code(uri: str, code: str, status: int = 200) -> StorageError:

@@ -2,8 +2,8 @@
 
 Functions take URIs (see `uri`), not file system objects. Endpoint and credentials come from the
 usual AWS environment (AWS_ENDPOINT_URL, AWS_PROFILE, ...), never from the URI and never
-anonymously. Every failure is a StorageError (see `faults`). Transient faults of S3 are retried (see
-`retry`), faults of a local disk are not.
+anonymously. Every failure is a StorageError (see `faults`). Transient faults are retried (see
+`retry`), but those of local writes are not.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from pipeline.storage.local import (
     stored_local,
     walk_local,
 )
+from pipeline.storage.retry import persist
 from pipeline.storage.s3_read import ObjectFile, read_object
 from pipeline.storage.s3_write import put_object, replace_object
 from pipeline.storage.uri import Stored, is_s3, join, parent
@@ -45,11 +46,10 @@ def stat_file(uri: str) -> Stored:
     """Size and version of one file; NotFoundError when there is none (a folder is none)."""
     if is_s3(uri):
         return s3.stat_object(uri)
-    with storage_errors(uri):
-        found = os.stat(uri)
-        if not stat.S_ISREG(found.st_mode):
-            raise FileNotFoundError(uri)
-        return stored_local(uri, found)
+    found = persist(uri, lambda: os.stat(uri))
+    if not stat.S_ISREG(found.st_mode):
+        raise NotFoundError(f"{uri}: not found")
+    return stored_local(uri, found)
 
 
 def exists(uri: str) -> bool:
@@ -118,8 +118,11 @@ def open_read(uri: str, *, version: str = "") -> io.BufferedReader:
     Another version than the one given, and a change while it is read, is a ChangedError
     (S3: every ranged GET asks for the ETag seen at the start; local: size and times of the file).
     """
-    with storage_errors(uri):
-        file = ObjectFile(uri) if is_s3(uri) else LocalFile(uri, open_regular(uri))
+    if is_s3(uri):
+        with storage_errors(uri):
+            file: ObjectFile | LocalFile = ObjectFile(uri)
+    else:
+        file = persist(uri, lambda: LocalFile(uri, open_regular(uri)))
     if version and version != file.version:
         file.close()
         raise ChangedError(f"{uri}: overwritten since the input was listed")
@@ -133,10 +136,15 @@ def read_bytes(uri: str, *, limit_bytes: int = 5 * 2**40, version: str = "") -> 
     """
     if is_s3(uri):
         return read_object(uri, limit_bytes, version)
-    with storage_errors(uri):
-        file = open_read(uri, version=version) if version else io.BufferedReader(open_regular(uri))
-        with file:
+    if version:
+        with open_read(uri, version=version) as seen:
+            return seen.read(min(limit_bytes, os.fstat(seen.fileno()).st_size))
+
+    def attempt() -> bytes:
+        with io.BufferedReader(open_regular(uri)) as file:
             return file.read(min(limit_bytes, os.fstat(file.fileno()).st_size))
+
+    return persist(uri, attempt)
 
 
 def write_bytes(uri: str, data: bytes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import io
 import os
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipeline.errors import ChangedError
-from pipeline.storage.faults import storage_errors
+from pipeline.storage.retry import persist
 from pipeline.storage.uri import Stored
 
 SPECIAL = "special"  # the version of what is neither a file nor a folder
@@ -93,11 +94,25 @@ class LocalFile(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        with storage_errors(self._path):
-            count = self._file.readinto(buffer)
-            if self._version() != self.version:
+        def attempt() -> int:
+            try:
+                count, version = self._file.readinto(buffer), self._version()
+            except OSError:
+                self._reopen()
+                raise
+            if version != self.version:
                 raise ChangedError(f"{self._path}: overwritten while it was being read")
-        return count or 0
+            return count or 0
+
+        return persist(self._path, attempt)
+
+    def _reopen(self) -> None:
+        """Open the file again at the same place: a handle of a mount that went away stays stale."""
+        with contextlib.suppress(OSError):
+            file = open_regular(self._path)
+            file.seek(self._file.tell())
+            self._file.close()
+            self._file = file
 
     def seek(self, offset: int, whence: int = 0) -> int:
         return self._file.seek(offset, whence)

@@ -81,19 +81,19 @@ class WriteFragments:
         rows = [row for records in _split(batch) for row in self._write(records)]
         return pa.Table.from_pylist(rows, schema=schema.ACCOUNTS)
 
-    def _write(self, records: pa.Table) -> Iterator[dict[str, Any]]:
-        first = records.slice(0, 1).to_pylist()[0]
-        lost = pc.is_in(records["reason"], pa.array(sorted(STORAGE_REASONS)))
-        fault = next(map(_describe, records.filter(lost).to_pylist()), "")
-        records = records.filter(pc.invert(lost))
+    def _write(self, given: pa.Table) -> Iterator[dict[str, Any]]:
+        first = given.slice(0, 1).to_pylist()[0]
+        lost = pc.is_in(given["reason"], pa.array(sorted(STORAGE_REASONS)))
+        fault = next(map(_describe, given.filter(lost).to_pylist()), "")
+        records = given.filter(pc.invert(lost))
         failed = records.filter(pc.not_equal(records["reason"], ""))
         tables = {**self.make_rows(records), ERRORS: error_rows(failed)}
         run = first.get("first_prompt", 0)
         fragment, data = pack_fragment(tables, self.ledger.version(first["version"]), run)
         if len(fragment.rows) > MAX_RANGES_CHARACTERS:
-            half = len(records) // 2
-            yield from self._write(records.slice(0, half))
-            yield from self._write(records.slice(half))
+            half = len(given) // 2
+            yield from self._write(given.slice(0, half))
+            yield from self._write(given.slice(half))
             return
         if data:
             folder = storage.join(self.ledger.staging, shard_id(first["shard"]))
@@ -141,12 +141,27 @@ def _split(batch: pa.Table) -> Iterator[pa.Table]:
         is_end = pc.equal(of_shard["row"], -1)
         records, end = of_shard.filter(pc.invert(is_end)), of_shard.filter(is_end)
         if "first_prompt" in batch.column_names:
-            for run in pc.unique(records["first_prompt"]).to_pylist():
-                yield records.filter(pc.equal(records["first_prompt"], run))
+            yield from _split_runs(records)
         elif len(records):
             yield records
         if len(end):
             yield end
+
+
+def _split_runs(records: pa.Table) -> Iterator[pa.Table]:
+    """The records of each run of prompts, apart by the runs of the same row that are there.
+
+    So fragments of one row hold the same rows, also where a block ends between two of its runs.
+    """
+    runs_of: dict[int, list[int]] = defaultdict(list)
+    pairs = zip(records["row"].to_pylist(), records["first_prompt"].to_pylist(), strict=True)
+    for row, run in pairs:
+        runs_of[row].append(run)
+    for runs in dict.fromkeys(map(tuple, runs_of.values())):
+        rows = pa.array([row for row, some in runs_of.items() if tuple(some) == runs], pa.int64())
+        some = records.filter(pc.is_in(records["row"], rows))
+        for run in runs:
+            yield some.filter(pc.equal(some["first_prompt"], run))
 
 
 def _describe(record: dict[str, Any]) -> str:
