@@ -77,11 +77,12 @@ def test_a_shard_that_cannot_be_read_counts_by_its_share_of_the_input(
 ) -> None:
     """It used to count as one row, so that half of an input could go with success."""
     lost = {"fault": "shard_missing: x"} if fault else {"reason": "shard_corrupt", "total": 0}
-    rows = [*made(tmp_path, SHARDS[0], 600), {"shard": SHARDS[1].name, **lost}]
-    with pytest.raises(
-        JobError, match="600 of the first 1,200 rows failed, most often with shards"
-    ):
-        follow(tmp_path, rows)
+    why = "did not give 25%" if fault else "1,000 of the first 2,000 rows failed, most often with"
+    for turn in (1, -1) if fault else (1,):
+        output = tmp_path / str(turn)
+        rows = [*made(output, SHARDS[0], 1_000), {"shard": SHARDS[1].name, **lost}]
+        with pytest.raises(JobError, match=why):
+            follow(output, rows[::turn])
 
 
 def test_a_shard_that_the_storage_did_not_give_stays_open(tmp_path: Path) -> None:
@@ -100,7 +101,25 @@ def test_a_shard_that_the_storage_did_not_give_stays_open(tmp_path: Path) -> Non
 
 
 def test_a_storage_that_gives_nothing_ends_the_job_early(tmp_path: Path) -> None:
-    shards = [replace(SHARD, name=f"{i}.tar") for i in range(1000)]
+    """One that answers is asked for every shard: those that are there are finished."""
+    shards = [replace(SHARD, name=f"{i:03}.tar", size_bytes=1) for i in range(100)]
     lost = [{"shard": shard.name, "fault": "shard_unreadable: silent"} for shard in shards]
     with pytest.raises(JobError, match="the storage gave nothing of the first 10 shards"):
         follow(tmp_path, lost, shards)
+    record = read_run(str(tmp_path))
+    assert record is not None
+    assert (record["status"], len(record["missing"])) == ("incomplete", 10)
+    gone = [{"shard": shard.name, "fault": "shard_missing: gone"} for shard in shards[1:]]
+    rest = {"shard": shards[0].name, "total": 0}
+    with pytest.raises(JobError, match="99 of 100 shards are not complete"):
+        follow(tmp_path, [*gone, rest], shards)
+    assert len(list(tmp_path.glob("_receipts/*/*"))) == 1
+
+
+def test_shards_that_are_lost_first_do_not_stop_the_others(tmp_path: Path) -> None:
+    """Not more than the share that may fail, though the first that came is less."""
+    shards = [replace(SHARD, name=f"{i:03}.tar", size_bytes=100) for i in range(100)]
+    lost = [{"shard": shard.name, "fault": "shard_missing: gone"} for shard in shards[:10]]
+    rest = [{"shard": shard.name, "errors": 0, "images": 100} for shard in shards[10:]]
+    with pytest.raises(JobError, match=r"100 of 100 shards are not complete"):
+        follow(tmp_path, [*lost, *rest], shards)

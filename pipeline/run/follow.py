@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.config.options import WorkerOptions
-from pipeline.errors import JobError
+from pipeline.errors import JobError, PipelineError
 from pipeline.run.engine import Dataset, Engine
 from pipeline.run.launch import open_engine
-from pipeline.run.lifecycle import Pass, Run, close_run
+from pipeline.run.lifecycle import Pass, Run, close_run, note_missing
 from pipeline.run.progress import ProgressDisplay
 from pipeline.write.commit import finish_shard, outputs_per_image
 
@@ -21,8 +21,9 @@ from pipeline.write.commit import finish_shard, outputs_per_image
 FINISHING_AT_ONCE = 8
 # Rows after which a job may be stopped for too many that failed.
 ERROR_RATE_ROWS = 1_000
-# Shards that the storage did not give, after which a job that got none at all is stopped.
-LOST_SHARDS = 10
+# Shards for which the storage did not answer, each for --storage-timeout, after which a job that got
+# nothing at all is stopped.
+SILENT_SHARDS = 10
 
 
 def follow_run(
@@ -47,7 +48,12 @@ def follow_run(
     ):
         for each, stream in zip(run.passes, streams(engine), strict=True):
             if each.todo and not lost:  # an addition needs the whole of the first pass
-                lost = _Follower(run, each, engine, progress).follow(stream)
+                follower = _Follower(run, each, engine, progress)
+                try:
+                    lost = follower.follow(stream)
+                except PipelineError:
+                    note_missing(run, follower.lost)
+                    raise
     return close_run(run, time.monotonic() - started, lost)
 
 
@@ -83,7 +89,7 @@ class _Follower:
         self.outputs = outputs_per_image(of_pass.tables)
         self.finishing: set[Future[dict[str, Any]]] = set()
         self.lost: dict[str, str] = {}
-        self.rates = ErrorRate(run.max_error_rate)
+        self.rates = ErrorRate(run.max_error_rate, [s.size_bytes for s in of_pass.shards])
         self.accounts = {name: self._resumed(name) for name in of_pass.kept}
 
     def _resumed(self, name: str) -> _Account:
@@ -141,9 +147,11 @@ class _Follower:
 class ErrorRate:
     """The failed share of an input; rows never read count by the bytes of their shard."""
 
-    def __init__(self, limit: float):
-        self.limit = limit
-        self.images = self.closed_rows = self.closed_bytes = self.lost_bytes = self.lost_shards = 0
+    def __init__(self, limit: float, sizes: Sequence[int]):
+        self.limit, self.whole_bytes = limit, sum(sizes)
+        self.usual_bytes = self.whole_bytes / max(sum(map(bool, sizes)), 1)
+        self.images = self.closed_rows = self.closed_bytes = self.cut_bytes = self.silent = 0
+        self.lost_bytes = 0.0
         self.reasons: Counter[str] = Counter()
 
     def add(self, images: int, errors: int, reason: str) -> None:
@@ -152,6 +160,8 @@ class ErrorRate:
         if errors:
             self.reasons[reason] += errors
             self._check()
+        if self.lost_bytes:
+            self._check_lost()
 
     def close(self, size_bytes: int, rows: int) -> None:
         """Count a complete shard."""
@@ -159,20 +169,30 @@ class ErrorRate:
         self.closed_bytes += size_bytes
 
     def cut(self, size_bytes: int, rows: int) -> None:
-        """Count the rows lost to damage in a shard; `rows` came before it."""
-        self.lost_bytes += max(size_bytes - int(rows / max(self.rows_per_byte, 1e-12)), 0)
+        """Count the rows that damage took from a shard, of which so many came."""
+        self.cut_bytes += max(size_bytes - int(rows / max(self.rows_per_byte, 1e-12)), 0)
         self._check()
 
     def lose(self, size_bytes: int, fault: str) -> None:
-        """Count a shard with a storage fault. Raises JobError after too many."""
-        self.lost_bytes += size_bytes
-        self.lost_shards += 1
-        if self.lost_shards >= LOST_SHARDS and not self.images and not self.reasons:
+        """Count a shard that the storage did not give; one that was never there has no size."""
+        self.lost_bytes += size_bytes or self.usual_bytes
+        self.silent += fault.startswith("shard_unreadable")
+        if self.silent >= SILENT_SHARDS and not self.images and not self.reasons:
             raise JobError(
-                f"the storage gave nothing of the first {self.lost_shards} shards ({fault}); "
+                f"the storage gave nothing of the first {self.silent} shards ({fault}); "
                 "the same command takes them up again"
             )
-        self._check()
+        self._check_lost()
+
+    def _check_lost(self) -> None:
+        """Hold what was lost against the whole input: it may have come first."""
+        rows = self.images + self.reasons.total()
+        if rows >= ERROR_RATE_ROWS and self.lost_bytes > self.limit * self.whole_bytes:
+            raise JobError(
+                f"the storage did not give {self.lost_bytes / (self.whole_bytes or 1):.0%} of the "
+                f"input's bytes, which is more than --max-error-rate {self.limit:g} allows; "
+                "the same command takes them up again"
+            )
 
     @property
     def rows_per_byte(self) -> float:
@@ -180,7 +200,7 @@ class ErrorRate:
         return self.closed_rows / self.closed_bytes if self.closed_bytes else 0.0
 
     def _check(self) -> None:
-        never_read = round(self.lost_bytes * self.rows_per_byte)
+        never_read = round(self.cut_bytes * self.rows_per_byte)
         failed = self.reasons.total() + never_read
         rows = self.images + failed
         if rows < ERROR_RATE_ROWS or failed <= self.limit * rows:

@@ -246,19 +246,24 @@ def _covers_first(shard: Shard, receipts: Receipts, first: Receipts) -> bool:
 def _refuse_unfinished(run: Run, missing: set[str], lost: dict[str, str]) -> None:
     """Record the missing shards, and raise JobError."""
     order = sorted(missing, key=lambda name: (name not in lost, name))
-    run.record["status"] = "incomplete"
-    run.record["missing"] = {name: lost.get(name, "not finished") for name in order[:100]}
-    replace_run(run.output, run.record)
+    note_missing(run, {name: lost.get(name, "not finished") for name in order})
     size = sum(shard.size_bytes for shard in run.first.shards if shard.name in missing)
     whole = sum(shard.size_bytes for shard in run.first.shards)
     what = f"{len(missing):,} of {len(run.first.shards):,} shards are not complete"
-    share = f" ({size / whole:.0%} of the bytes)" if whole else ""
+    share = f" ({size / whole:.0%} of the bytes)" if size else ""
     some = "; ".join(
         f"{one_line(name)} {one_line(lost[name], 200)}".strip() if name in lost else one_line(name)
         for name in order[:3]
     )
     more = ", ..." if len(order) > 3 else ""
     raise JobError(f"{what}{share}: {some}{more}; the same command takes them up again")
+
+
+def note_missing(run: Run, missing: dict[str, str]) -> None:
+    """Write down for `status` that the run is not complete: the names of shards, and why."""
+    run.record["status"] = "incomplete"
+    run.record["missing"] = dict(list(missing.items())[:100])
+    replace_run(run.output, run.record)
 
 
 def is_unfinished(output: str, *, new: bool = False) -> bool:
