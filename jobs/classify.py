@@ -72,7 +72,7 @@ def classify(config: ClassifyConfig) -> None:
         write = WriteFragments(run.first.ledger, rows)
         return ranked.map_batches(engine.guard(write), **engine.task)
 
-    counts = follow_run(run, lambda engine: [stream(engine)], config.workers)
+    counts = follow_run(run, lambda _, engine: stream(engine), config.workers)
     tell(run.notes)
     print(summary(run, counts))
 

@@ -71,7 +71,7 @@ def embed(config: EmbedConfig) -> None:
             .map_batches(engine.guard(WriteFragments(run.first.ledger, rows)), **engine.task)
         )
 
-    counts = follow_run(run, lambda engine: [stream(engine)], config.workers)
+    counts = follow_run(run, lambda _, engine: stream(engine), config.workers)
     tell(run.notes)
     print(summary(run, counts))
 

@@ -41,7 +41,7 @@ def label(config: LabelConfig) -> None:
     run = open_run(config, shards, model=kept.facts(), tables=config.tables())
     tell(run.notes)
     cut = CutAnnotations(ontology, kept.prompt_ids)
-    counts = follow_run(run, lambda engine: [stream(cut, run, engine)], config.workers)
+    counts = follow_run(run, lambda _, engine: stream(cut, run, engine), config.workers)
     tell(run.notes)
     print(summary(run, counts))
     print("\n".join(describe_classes(count_annotations(run.output), ontology)))

@@ -57,9 +57,7 @@ def segment(config: SegmentConfig) -> None:
     tell(run.notes)
     # One pass over the shards, and one more for each time that prompts were added.
     counts = follow_run(
-        run,
-        lambda engine: [stream(config, spec, each, engine) for each in run.passes],
-        config.workers,
+        run, lambda each, engine: stream(config, spec, each, engine), config.workers
     )
     tell(run.notes)
     print(summary(run, counts))

@@ -38,7 +38,7 @@ def follow(output: Path, rows: list[dict[str, Any]], shards: list[Shard] = SHARD
         input="in", output=str(output), prompt=("x", "y"), run=RunOptions(max_error_rate=0.1)
     )
     run = open_run(config, shards, model={"weights_hash": "abc"}, tables=TABLES)
-    follow_run(run, lambda _: [Accounts(rows)], WorkerOptions(local=True, quiet=True))
+    follow_run(run, lambda *_: Accounts(rows), WorkerOptions(local=True, quiet=True))
 
 
 def made(output: Path, shard: Shard, rows: int) -> list[dict[str, Any]]:

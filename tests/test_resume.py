@@ -18,7 +18,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from jobs import segment
+from jobs import segment, status
 from pipeline import storage
 from pipeline.infer.segment import SegmentImages
 from pipeline.prepare.images import PrepareImages
@@ -151,6 +151,41 @@ def test_a_job_killed_at_any_table_makes_no_row_of_a_fragment_again(
         assert tables_of(output) == wanted
         assert not staged & made.keys()
     assert most >= 3
+
+
+@pytest.mark.parametrize("added", [False, True])
+def test_shards_that_are_away_for_a_while_cost_no_row_that_is_done(
+    tmp_path: Path, made: Counter[str], capfd: pytest.CaptureFixture[str], added: bool
+) -> None:
+    """Named by braces; one is missing at first, one is finished by then, one not."""
+    write_inputs(tmp_path / "in")
+    for name in "acd":
+        (tmp_path / name).mkdir()
+        shutil.copy(tmp_path / "in/a.tar", tmp_path / name / "x.tar")
+    source, calm, output = str(tmp_path / "{a,c,d}/x.tar"), tmp_path / "calm", tmp_path / "out"
+    away = tmp_path / "away"
+    prompts = ("blue", "star") if added else ("blue",)
+    for folder in (calm, output):
+        if added:
+            assert segment.main(command(source, folder, prompts=("blue",))) == 0
+    assert segment.main(command(source, calm, prompts=prompts)) == 0
+    for folder in ("a", "c"):
+        gone = f"{folder}/x.tar"
+        (tmp_path / folder).rename(away)  # the files stay as they are, as on a mount that is away
+        capfd.readouterr()
+        assert segment.main(command(source, output, prompts=prompts)) == 1
+        [line] = [line for line in capfd.readouterr().err.splitlines() if "error" in line]
+        assert f"1 of 3 shards are not complete: {gone} shard_missing: " in line
+        assert line.endswith("the same command takes them up again")
+        assert not (output / "_SUCCESS").exists()
+        assert status.main([str(output)]) == 0
+        assert f"missing: {gone} shard_missing" in capfd.readouterr().out
+        away.rename(tmp_path / folder)
+        made.clear()
+        made["limit"] = 10**9
+    assert segment.main(command(source, output, prompts=prompts)) == 0
+    assert tables_of(output) == tables_of(calm)
+    assert not [name for name in made if name.startswith(("c-x-tar", "d-x-tar"))]
 
 
 def test_rows_that_are_done_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline.config.options import WorkerOptions
@@ -21,19 +21,19 @@ from pipeline.write.commit import finish_shard, outputs_per_image
 FINISHING_AT_ONCE = 8
 # Rows after which a job may be stopped for too many that failed.
 ERROR_RATE_ROWS = 1_000
-# Shards for which the storage did not answer, each for --storage-timeout, after which a job that got
-# nothing at all is stopped.
+# Shards for which the storage did not answer, each for --storage-timeout, after which a job that
+# got nothing at all is stopped.
 SILENT_SHARDS = 10
 
 
 def follow_run(
-    run: Run, streams: Callable[[Engine], list[Dataset]], options: WorkerOptions
+    run: Run, stream: Callable[[Pass, Engine], Dataset], options: WorkerOptions
 ) -> dict[str, int]:
     """Run the stream of each of the run's passes to its end, and close the run.
 
-    `streams` makes the stream of every pass; it is not called where nothing is left to do, and no
-    engine started. Returns the counts over all shards. Raises JobError when a shard or a row is
-    missing.
+    `stream` makes the stream of a pass over its shards to do; it is not called where there are
+    none, and with none at all no engine started. Returns the counts over all shards. Raises
+    JobError when a shard or a row is missing.
     """
     started = time.monotonic()
     todo = [shard for each in run.passes for shard in each.todo]
@@ -46,14 +46,18 @@ def follow_run(
         open_engine(options) as engine,
         ProgressDisplay(size_bytes, len(todo), quiet=options.quiet) as progress,
     ):
-        for each, stream in zip(run.passes, streams(engine), strict=True):
-            if each.todo and not lost:  # an addition needs the whole of the first pass
-                follower = _Follower(run, each, engine, progress)
-                try:
-                    lost = follower.follow(stream)
-                except PipelineError:
-                    note_missing(run, follower.lost)
-                    raise
+        for of_pass in run.passes:
+            # An addition needs what the first pass has of the shard.
+            left = [shard for shard in of_pass.todo if shard.name not in lost]
+            if not left:
+                continue
+            each = replace(of_pass, todo=left)
+            follower = _Follower(run, each, engine, progress)
+            try:
+                lost |= follower.follow(stream(each, engine))
+            except PipelineError:
+                note_missing(run, lost | follower.lost)
+                raise
     return close_run(run, time.monotonic() - started, lost)
 
 

@@ -73,6 +73,9 @@ def find_left(
         done = is_borne_out(found, version, parts.get(id_, 0)) and id_ not in forget
         if done and (not ledger.added or _covers(ledger, shard, found[0], first.get(id_, []))):
             continue
+        if not shard.version:  # it was not there when the input was listed, and may come back
+            todo.append(shard)
+            continue
         here = staged.get(id_, Staged(set(), []))
         if found or here.decisions - {version} or (id_ in parts and not here.decisions):
             stale.append(id_)
