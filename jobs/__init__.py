@@ -6,9 +6,12 @@ Before any of them is imported, the package that they are made of must be the on
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 _OURS = Path(__file__).parent.parent / "pipeline" / "__init__.py"
 
@@ -25,5 +28,17 @@ def _refuse_foreign_package() -> None:
         )
         raise SystemExit(2)
 
+
+def _end_at_once(number: int, _: Any) -> None:
+    """Leave on a signal in one line while modules are imported, which takes a second."""
+    how = "interrupted" if number == signal.SIGINT else "terminated"
+    os.write(2, f"clipseg-ray: error: {how}\n".encode())
+    os._exit(128 + number)
+
+
+# Not where tests or other programs import a job. config.command takes the signals over.
+if os.path.basename(sys.argv[0]) in ("-m", "clipseg-ray"):
+    for _number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(_number, _end_at_once)
 
 _refuse_foreign_package()

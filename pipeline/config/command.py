@@ -25,6 +25,7 @@ from pipeline.errors import PipelineError, UsageError, one_line
 ISOLATE = "CLIPSEG_RAY_ISOLATE"
 
 _SAID_CHARACTERS = 4000
+_ENDING = (signal.SIGINT, signal.SIGTERM)
 _CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
 
 Config = TypeVar("Config")
@@ -65,13 +66,16 @@ def run_command(
         ended, code = (
             ("terminated", 143) if isinstance(interrupt, Terminated) else ("interrupted", 130)
         )
+        if argv is None:  # another signal does not wait for threads, and leaves no traceback
+            for number in _ENDING:
+                signal.signal(number, lambda *_: os._exit(code))
         return _say(prog, f"{ended}{hint}", code)
     return 0
 
 
 @contextlib.contextmanager
 def _terminated_by_signal() -> Iterator[None]:
-    """Raise Terminated on SIGTERM in this block."""
+    """Raise Terminated on SIGTERM in this block, and KeyboardInterrupt on SIGINT."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -80,11 +84,15 @@ def _terminated_by_signal() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise Terminated
 
-    before = signal.signal(signal.SIGTERM, end)
+    before = [signal.getsignal(number) for number in _ENDING]
+    signal.signal(signal.SIGTERM, end)
+    if before[0] != signal.SIG_IGN:  # as in a script's background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in zip(_ENDING, before, strict=True):
+            signal.signal(number, handler)
 
 
 def _fork_until_it_survives(prog: str) -> None:
@@ -93,16 +101,26 @@ def _fork_until_it_survives(prog: str) -> None:
     Where a decoder ends the child, another one takes the run up, with each image in a process of
     its own. Called before threads exist.
     """
+    before = [signal.getsignal(number) for number in _ENDING]
     while True:
+        # A signal in between would end this process and leave the child.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
         child = os.fork()
         if child == 0:
+            for number, handler in zip(_ENDING, before, strict=True):
+                signal.signal(number, handler)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
             return
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the child gets it from the terminal, too
         signal.signal(signal.SIGTERM, lambda *_, child=child: os.kill(child, signal.SIGTERM))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        if -code not in _CRASHES or ISOLATE in os.environ:
-            os._exit(code if code >= 0 else 128 - code)
+        if code >= 0:
+            os._exit(code)
         name = signal.Signals(-code).name
+        if -code not in _CRASHES or ISOLATE in os.environ:
+            _say(prog, f"ended by {name}; the same command again goes on where it was", 128 - code)
+            os._exit(128 - code)
         print(f"{prog}: ended by {name}; going on with each image apart", file=sys.stderr)
         os.environ[ISOLATE] = "1"
 

@@ -35,7 +35,12 @@ def run_apart(function: Callable[..., Iterator[T]], *args: Any) -> Iterator[T]:
     spawn = multiprocessing.get_context("spawn")
     receiver, sender = spawn.Pipe(duplex=False)
     process = spawn.Process(target=_send_all, args=(sender, function, args), daemon=True)
-    process.start()
+    # Ctrl-C in a terminal reaches it, too: this process ends it then, without a traceback.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     sender.close()
     try:
         while True:
