@@ -31,10 +31,6 @@ _CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal
 Config = TypeVar("Config")
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM: from a spot machine that is taken back, Kubernetes, SLURM, timeout."""
-
-
 def run_command(
     config: type[Config],
     job: Callable[[Config], None],
@@ -48,8 +44,9 @@ def run_command(
     `resumes`: a job that was interrupted is continued where it was, not begun anew.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
+    told: list[int] = []
     try:
-        with _terminated_by_signal():
+        with _ended_by_signals(told):
             asked = _parse(config, prog, arguments)
             if argv is None and getattr(getattr(asked, "workers", None), "local", False):
                 _fork_until_it_survives(prog)
@@ -60,12 +57,11 @@ def run_command(
         return _say(prog, error, 1)
     except BrokenPipeError:  # who read our output, `head` for one, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt as interrupt:
+    except KeyboardInterrupt:
         how = "without --restart" if "--restart" in arguments else "again"
         hint = f"; the same command {how} completes the run" if resumes else ""
-        ended, code = (
-            ("terminated", 143) if isinstance(interrupt, Terminated) else ("interrupted", 130)
-        )
+        # From a spot machine that is taken back, Kubernetes, SLURM, timeout; or a terminal.
+        ended, code = ("terminated", 143) if signal.SIGTERM in told else ("interrupted", 130)
         if argv is None:  # another signal does not wait for threads, and leaves no traceback
             for number in _ENDING:
                 signal.signal(number, lambda *_: os._exit(code))
@@ -74,20 +70,22 @@ def run_command(
 
 
 @contextlib.contextmanager
-def _terminated_by_signal() -> Iterator[None]:
-    """Raise Terminated on SIGTERM in this block, and KeyboardInterrupt on SIGINT."""
+def _ended_by_signals(told: list[int]) -> Iterator[None]:
+    """Raise KeyboardInterrupt on SIGINT and SIGTERM in this block, and add which to `told`."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def end(*_: Any) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise Terminated
+    def end(number: int, _: Any) -> None:
+        if number == signal.SIGTERM:  # some send it again and again
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        told.append(number)
+        raise KeyboardInterrupt  # itself: C++ that calls back into Python knows no other
 
     before = [signal.getsignal(number) for number in _ENDING]
     signal.signal(signal.SIGTERM, end)
     if before[0] != signal.SIG_IGN:  # as in a script's background
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, end)
     try:
         yield
     finally:

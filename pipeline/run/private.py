@@ -72,6 +72,23 @@ def fewer_processes() -> Iterator[None]:
             setattr(node, name, method)
 
 
+@contextmanager
+def no_sigterm_handler() -> Iterator[None]:
+    """Let ray.init set no handler for SIGTERM in this block: its own ends the process in silence.
+
+    The job has one that ends it as Ctrl-C does. A version of Ray without this name sets its own.
+    """
+    utils = getattr(getattr(ray, "_private", None), "utils", None)
+    known = getattr(utils, "set_sigterm_handler", None)
+    if known:
+        utils.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        if known:
+            utils.set_sigterm_handler = known
+
+
 def mute_native_stderr() -> None:
     """Keep lines that Ray's C++ writes past Python, on no fault of anybody's, off the terminal.
 

@@ -26,6 +26,7 @@ from pipeline.run.private import (
     fewer_processes,
     job_with_path,
     mute_native_stderr,
+    no_sigterm_handler,
     reload_auth_mode,
 )
 from pipeline.run.progress import phase
@@ -117,7 +118,7 @@ def _start() -> None:
         # Not any cluster that /tmp says is running on this machine: it may be another user's.
         options |= {"address": "local", "include_dashboard": False}
     try:
-        with fewer_processes() if alone else contextlib.nullcontext():
+        with fewer_processes() if alone else contextlib.nullcontext(), no_sigterm_handler():
             ray.init(**options)
     # A node that is slow to start raises a plain Exception.
     except Exception as error:
