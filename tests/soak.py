@@ -38,6 +38,7 @@ from PIL import Image
 from shards import make_tar
 
 from pipeline import storage
+from pipeline.run.manifest import read_run
 from pipeline.storage import s3_write
 from pipeline.write.fragments import unpack_tables
 
@@ -228,8 +229,8 @@ def refuse(kind: str) -> Callable[[World, subprocess.Popen[bytes]], None]:
 
 
 def change(disturbance: Callable[[str], None]) -> Callable[[World, subprocess.Popen[bytes]], None]:
-    """Half of a shard is read, then the object is another, or gone. Afterwards it is there again,
-    with other bytes and the same rows.
+    """Half of a shard is read, then the object is another, or gone: the job ends with that shard
+    open. Afterwards it is there again, with other bytes and the same rows.
     """
 
     def disturb(world: World, job: subprocess.Popen[bytes]) -> None:
@@ -239,11 +240,11 @@ def change(disturbance: Callable[[str], None]) -> Callable[[World, subprocess.Po
         world.proxy.add(Fault("cut", operation="GetObject", key=key))
         first = Fault("pass", operation="GetObject", key=key, first=lambda: disturbance(uri))
         world.proxy.add(first)
-        assert job.wait(300) == 0
+        assert job.wait(300) == 1
         assert first.hits
-        rows, _ = rows_of(world.output)
-        [row] = [r for r in rows.values() if r.get("reason", "").startswith("shard_")]
-        assert row["shard"] == uri.rpartition("/")[2]
+        record = read_run(world.output)
+        assert record is not None
+        assert list(record["missing"]) == [uri.rpartition("/")[2]]
         storage.write_bytes(uri, before + bytes(512))
 
     return disturb

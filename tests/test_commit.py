@@ -80,6 +80,15 @@ def drive(
     close_run(run, 1.0)
 
 
+def begin(output: str) -> None:
+    """What a job leaves that is killed with a fragment of each shard, and one that is in part."""
+    config = SegmentConfig(input="in", output=output, prompt=("x", "y"), threshold=THRESHOLD)
+    run = open_run(config, SHARDS, model={"weights_hash": "abc"}, tables=TABLES)
+    for shard in SHARDS:
+        some = {"images": images(1), "masks": masks(1), "errors": errors(2)}
+        write(run.first.ledger, shard, some, {"images": images(3)})
+
+
 def outcome(shard: Shard) -> tuple[list[int], list[int]]:
     """Which of a shard's four records come out well, and which fail."""
     return ([0, 1, 2, 3], []) if shard.version == "v2" else ([0, 1, 3], [2])
@@ -204,11 +213,11 @@ def test_a_driver_killed_at_any_step_is_completed_by_the_same_command(
 
 
 @settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=45, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     what=st.sampled_from(sorted(ANOTHER)),
-    before=st.booleans(),
+    before=st.sampled_from(["nothing", "begun", "done"]),
     turns=st.lists(st.integers(0, 1), max_size=120),
     kills=st.sets(st.integers(0, 80), max_size=3),
 )
@@ -216,18 +225,19 @@ def test_two_drivers_at_once_leave_every_row_once(
     tmp_path_factory: pytest.TempPathFactory,
     step: list[Callable[[str], None]],
     what: str,
-    before: bool,
+    before: str,
     turns: list[int],
     kills: set[int],
 ) -> None:
     """`turns`: whose step is next; `kills`: the steps at which the driver dies whose turn it is.
 
-    `before`: whether there is a run already. Each driver ends well, or with an error of ours or
+    `before`: which run there is already; of one that has begun, both drivers list half-written
+    fragments, which either may finish with, and delete. Each driver ends well, or with an error of ours or
     killed; the second's command afterwards completes it.
     """
     output = tmp_path_factory.mktemp("out") / "run"
-    if before:
-        drive(str(output))
+    if before != "nothing":
+        (drive if before == "done" else begin)(str(output))
     commands = ({}, ANOTHER[what])
     schedule = Schedule(turns, kills)
     step[:] = [schedule.wait]
