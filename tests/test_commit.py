@@ -232,8 +232,8 @@ def test_two_drivers_at_once_leave_every_row_once(
     """`turns`: whose step is next; `kills`: the steps at which the driver dies whose turn it is.
 
     `before`: which run there is already; of one that has begun, both drivers list half-written
-    fragments, which either may finish with, and delete. Each driver ends well, or with an error of ours or
-    killed; the second's command afterwards completes it.
+    fragments, which either may finish with, and delete. Each driver ends well, or with an error of
+    ours or killed; the second's command afterwards completes it.
     """
     output = tmp_path_factory.mktemp("out") / "run"
     if before != "nothing":

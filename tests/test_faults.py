@@ -613,6 +613,37 @@ def test_a_job_under_faults_gives_the_same_tables(
     assert rows_of(f"{bucket}/stormy") == calm
 
 
+@pytest.mark.parametrize("kind", ["hang", "slow_down", "missing"])
+def test_a_shard_that_the_storage_does_not_give_stays_open(
+    proxy: FaultProxy,
+    shards: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+):
+    """In one line; the other shard is finished, and the same command reads nothing else."""
+    monkeypatch.setenv(TIMEOUT, "300")
+    options = [*WORDS, "--local", "--storage-timeout", "1"]
+    calm, output = tmp_path / "calm", tmp_path / "out"
+    assert segment.main([shards, str(calm), *options]) == 0
+    wanted = {p.relative_to(calm): p.read_bytes() for p in calm.glob("*/*.parquet")}
+    away = proxy.add(Fault(kind, operation="GetObject", key="*.tar", times=None))
+    capfd.readouterr()
+    assert segment.main([shards, str(output), *options]) == 1
+    [line] = [line for line in capfd.readouterr().err.splitlines() if "error:" in line]
+    assert "1 of 2 shards are not complete" in line
+    assert line.endswith("the same command takes them up again")
+    assert away.hits
+    assert len(list(output.glob("_receipts/*/*"))) == 1
+    assert not (output / "_SUCCESS").exists()
+    proxy.clear()
+    assert segment.main([shards, str(output), *options]) == 0
+    assert proxy.count("GetObject", "*.tar") >= 1
+    assert proxy.count("GetObject", "*.parquet") == 1  # its footer, for the listing
+    assert wanted == {p.relative_to(output): p.read_bytes() for p in output.glob("*/*.parquet")}
+
+
 @pytest.mark.parametrize(
     "key", ["*_staging/.*", pytest.param("*_staging/*/*", marks=pytest.mark.soak)]
 )

@@ -6,6 +6,7 @@ Whole jobs run in this process (--local), and a stop is an exception out of a st
 from __future__ import annotations
 
 import io
+import json
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -186,6 +187,36 @@ def test_shards_that_are_away_for_a_while_cost_no_row_that_is_done(
     assert segment.main(command(source, output, prompts=prompts)) == 0
     assert tables_of(output) == tables_of(calm)
     assert not [name for name in made if name.startswith(("c-x-tar", "d-x-tar"))]
+
+
+def test_a_loose_image_that_goes_after_the_listing_leaves_its_group_open(
+    tmp_path: Path, made: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its folder is away for a while, after the listing; with it back only that image is made."""
+    source = write_inputs(tmp_path / "in")
+    output, calm, away = tmp_path / "out", tmp_path / "calm", tmp_path / "away"
+    for name in ("x", "y"):
+        (tmp_path / "in" / name).mkdir()
+        (tmp_path / "in" / name / "1.png").write_bytes(picture(100))
+    assert segment.main(command(source, calm, prompts=("blue",))) == 0
+    listed = segment.list_shards
+
+    def list_and_lose(*args: Any, **options: Any) -> Any:
+        found = listed(*args, **options)
+        (tmp_path / "in/x").rename(away)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(segment, "list_shards", list_and_lose)
+        assert segment.main(command(source, output, prompts=("blue",))) == 1
+    [why] = json.loads((output / "_run.json").read_text())["missing"].values()
+    assert why.startswith("x/1.png: file_missing: ")
+    away.rename(tmp_path / "in/x")
+    made.clear()
+    made["limit"] = 10**9
+    assert segment.main(command(source, output, prompts=("blue",))) == 0
+    assert tables_of(output) == tables_of(calm)
+    assert len([name for name in made if " " in name and not name.endswith("-1")]) == 1
 
 
 def test_rows_that_are_done_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
