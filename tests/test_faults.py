@@ -613,7 +613,9 @@ def test_a_job_under_faults_gives_the_same_tables(
     assert rows_of(f"{bucket}/stormy") == calm
 
 
-@pytest.mark.parametrize("kind", ["hang", "slow_down", "missing"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("hang", marks=pytest.mark.soak), "slow_down", "missing"]
+)
 def test_a_shard_that_the_storage_does_not_give_stays_open(
     proxy: FaultProxy,
     shards: str,
