@@ -6,10 +6,12 @@ OUT ?= demo-output
 
 .PHONY: demo test soak check bench model clean
 
-demo: $(VENV)/.installed  ## segment the bundled shards with the bundled model
+demo: $(VENV)/.installed  ## segment the bundled shards with the bundled model, label and export them
 	$(BIN)/clipseg-ray segment pipeline/demo/shards $(OUT) --model pipeline/demo/model \
 	    --prompt blue --prompt star --prompt "a purple star" \
-	    --contact-sheet $(OUT)/contact-sheet.png
+	    --ontology pipeline/demo/ontology.yaml --contact-sheet $(OUT)/contact-sheet.png
+	$(BIN)/clipseg-ray label $(OUT) $(OUT)-labels --ontology pipeline/demo/ontology.yaml --local
+	$(BIN)/clipseg-ray export $(OUT)-labels $(OUT)-coco --format coco
 
 test: $(VENV)/.installed-dev  ## all tests, two files of them at a time
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -38,12 +40,14 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
+	@echo "installing clipseg-ray with PyTorch, Ray and Arrow into $(VENV): some minutes and 2 GB, once"
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/bin/python pyproject.toml constraints.txt
+	@echo "installing clipseg-ray, and what tests and checks need, into $(VENV): some minutes and 3 GB, once"
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $(VENV)/.installed $@
 
 clean:
-	rm -rf $(VENV) $(OUT) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OUT) $(OUT)-labels $(OUT)-coco build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -64,7 +64,8 @@ def segment(config: SegmentConfig) -> None:
     if config.ontology:
         print(f"  cut labels: clipseg-ray label {run.output} LABELS --ontology {config.ontology}")
     if config.contact_sheet:
-        write_contact_sheet(config.contact_sheet, run.output, listing.shards, max_pixels)
+        colors = config.colors()
+        write_contact_sheet(config.contact_sheet, run.output, listing.shards, max_pixels, colors)
         print(f"  {config.contact_sheet}")
 
 

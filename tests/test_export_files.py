@@ -323,9 +323,14 @@ def test_other_folders_are_refused(folder: str, capsys: pytest.CaptureFixture[st
     dest = f"{folder}/dest"
     storage.write_bytes(f"{folder}/other/x.txt", b"mine")
     assert export_labels(labels, dest) == 0
-    capsys.readouterr()
+    said = capsys.readouterr().out
+    before = files_of(dest)
+    assert export_labels(labels, dest) == 0
+    assert capsys.readouterr().out == said.rstrip("\n") + "\n  nothing was left to do\n"
+    assert files_of(dest) == before
+    assert export_labels(labels, dest, "yolo") == 2
+    assert "holds another export, finished" in capsys.readouterr().err
     for where, says in [
-        (dest, "holds a finished export"),
         (f"{folder}/other", "holds files that are not from an export"),
         (labels, "lies inside LABELS"),
         (f"{labels}/x", "lies inside LABELS"),

@@ -12,14 +12,15 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageFilter, ImageFont
 from pycocotools import mask as coco
 
 from pipeline import storage
@@ -38,8 +39,9 @@ MAX_HEIGHT_PX = 320  # of a cell, for tall images
 
 _MASKS_AT_ONCE = 256
 _PAPER, _INK, _FADED = (255, 255, 255), (32, 34, 38), (126, 130, 138)
-# One accent for every mask: a colour per prompt would be read as the colour of what was found.
-_ACCENT = (226, 0, 116)
+# One accent for every mask that the ontology gives no colour: a colour per prompt would be read as
+# the colour of what was found.
+_ACCENT = "#e20074"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,8 @@ class Cell:
     """The largest probability, 0..1."""
     share: float
     """Of the image's area that is covered, 0..1."""
+    color: str = _ACCENT
+    """Of tint and outline: #rrggbb."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,20 +77,28 @@ def contact_sheet(
     max_pixels: int,
     max_images: int = 8,
     max_prompts: int = 6,
+    colors: Mapping[str, str] = MappingProxyType({}),
 ) -> Image.Image:
     """Draw the first images of a few shards, evenly spread over the input, from the tables in the
     folder `output` and the images in their shards. Images that cannot be read (any more) are grey.
 
-    Holds one decoded image of at most `max_pixels` at a time. Raises StorageError.
+    `colors`: #rrggbb of the masks of a prompt, by its name. Holds one decoded image of at most
+    `max_pixels` at a time. Raises StorageError.
     """
     rows = _rows_of_output(output, shards, max_pixels, max_images, max_prompts)
-    return draw_sheet(rows, title="Masks by prompt")
+    colored = (
+        replace(row, cells=[replace(c, color=colors.get(c.prompt, c.color)) for c in row.cells])
+        for row in rows
+    )
+    return draw_sheet(colored, title="Masks by prompt")
 
 
-def write_contact_sheet(file: str, output: str, shards: Sequence[Shard], max_pixels: int) -> None:
+def write_contact_sheet(
+    file: str, output: str, shards: Sequence[Shard], max_pixels: int, colors: Mapping[str, str]
+) -> None:
     """Draw the contact sheet of a run into a PNG file."""
     picture = io.BytesIO()
-    contact_sheet(output, shards, max_pixels=max_pixels).save(picture, "PNG")
+    contact_sheet(output, shards, max_pixels=max_pixels, colors=colors).save(picture, "PNG")
     storage.write_bytes(storage.check_uri(file), picture.getvalue())
 
 
@@ -223,7 +235,7 @@ def _draw_row(row: SheetRow) -> Image.Image:
     _text(strip, (0, top + LINE_PX), f"{row.size[0]} x {row.size[1]} px", faded=True)
     for i, cell in enumerate(row.cells):
         left = (i + 1) * (CELL_PX + GAP_PX)
-        strip.paste(_overlay(image, cell.mask), (left, 0))
+        strip.paste(_overlay(image, cell), (left, 0))
         _text(strip, (left, top), cell.prompt)
         found = f"{_percent(cell.share)} of the image" if cell.share > 0 else "no mask"
         _text(strip, (left, top + LINE_PX), f"p {cell.score:.2f}, {found}", faded=True)
@@ -234,18 +246,18 @@ def _percent(share: float) -> str:
     return "under 0.1 %" if share < 0.0005 else f"{100 * share:.1f} %"
 
 
-def _overlay(image: Image.Image, mask: np.ndarray) -> Image.Image:
+def _overlay(image: Image.Image, cell: Cell) -> Image.Image:
     """The image, grey and pale but in its own colours under the mask, tinted and outlined."""
     grey = Image.blend(image, image.convert("L").convert("RGB"), 0.85)
     pale = Image.blend(grey, Image.new("RGB", image.size, _PAPER), 0.4)
-    tinted = Image.blend(image, Image.new("RGB", image.size, _ACCENT), 0.2)
-    cover = Image.fromarray(mask).resize(image.size, Image.Resampling.BILINEAR)
+    tinted = Image.blend(image, Image.new("RGB", image.size, cell.color), 0.2)
+    cover = Image.fromarray(cell.mask).resize(image.size, Image.Resampling.BILINEAR)
     pale.paste(tinted, mask=cover)
     solid = cover.point(lambda value: 255 * (value > 127))
     outline = ImageChops.difference(
         solid.filter(ImageFilter.MaxFilter(3)), solid.filter(ImageFilter.MinFilter(3))
     )
-    pale.paste(_ACCENT, mask=outline)
+    pale.paste(ImageColor.getrgb(cell.color), mask=outline)
     return pale
 
 

@@ -126,6 +126,21 @@ class JsonEntries:
         self.count += 1
 
 
+def read_finished(folder: str, asked: dict[str, Any]) -> dict[str, Any] | None:
+    """What `finish` was given for the export of `asked` in a folder; None where it is not done."""
+    try:
+        found: dict[str, Any] = json.loads(storage.read_bytes(storage.join(folder, MARKER)))
+        same = (found.pop("status"), found.pop("asked")) == ("complete", _as_read(asked))
+    except (NotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # _refuse_other_files says which
+    return found if same else None
+
+
+def _as_read(asked: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(json.dumps(asked))
+    return found
+
+
 def _refuse_other_files(folder: str, asked: dict[str, Any]) -> None:
     try:
         found = json.loads(storage.read_bytes(storage.join(folder, MARKER)))
@@ -139,8 +154,10 @@ def _refuse_other_files(folder: str, asked: dict[str, Any]) -> None:
         message = f"{folder}/{MARKER}: damaged; delete the folder or choose another"
         raise UsageError(message) from error
     if status == "complete":
-        raise UsageError(f"{folder}: holds a finished export; delete it or choose another folder")
-    if before != json.loads(json.dumps(asked)):
+        raise UsageError(
+            f"{folder}: holds another export, finished; delete it or choose another folder"
+        )
+    if before != _as_read(asked):
         differs = [k for k in {**before, **asked} if before.get(k) != asked.get(k)]
         raise UsageError(
             f"{folder}: holds an unfinished export with other options ({', '.join(differs)}); "

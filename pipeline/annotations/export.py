@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -11,7 +11,7 @@ import pyarrow as pa
 from pipeline import storage
 from pipeline.annotations.coco import WriteCoco
 from pipeline.annotations.cvat import WriteCvat
-from pipeline.annotations.destination import Destination
+from pipeline.annotations.destination import Destination, read_finished
 from pipeline.annotations.huggingface import WriteHuggingFace
 from pipeline.annotations.item import Item, Writer
 from pipeline.annotations.labelled import (
@@ -94,13 +94,18 @@ def export_labels(
 ) -> Account:
     """Write the export of a config; `on_image` is called for each image with their number, or 0.
 
-    Raises UsageError, JobError, StorageError.
+    One that is finished is left as it is. Raises UsageError, JobError, StorageError.
     """
     labels, dest = storage.check_uri(config.labels), storage.check_uri(config.dest)
     record, parts = open_labels(labels)
     classes, shares = read_classes(labels), config.shares()
     if f"{dest}/".startswith(f"{labels}/"):
         raise UsageError(f"{dest}: lies inside LABELS; choose another folder")
+    asked = _asked(config, labels, record)
+    if counts := read_finished(dest, asked):
+        account = Account(**counts)
+        account.lines.append("nothing was left to do")
+        return account
     splits = Splits(shares, config.group)
     pictures = None if config.images == "none" else Pictures(labels, config.images)
     sources = split_list(pictures.source.source) if pictures else []
@@ -108,7 +113,7 @@ def export_labels(
         raise UsageError(f"{dest}: lies inside the images' folder, which would hold them twice")
     account = Account(of_class=[0] * len(classes), of_split=dict.fromkeys(shares, 0))
     total = int(record.get("counts", {}).get("rows_ok", 0))
-    with Destination(dest, _asked(config, labels, record)) as files:
+    with Destination(dest, asked) as files:
         writer = _open_writer(config, files, classes, list(shares))
         index = RowFiles(files, "_images", IMAGES)
         for part in parts:
@@ -121,8 +126,7 @@ def export_labels(
                 on_image(total)
         account.lines = writer.close()
         index.close()
-        counts = {n: getattr(account, n) for n in ("images", "empty", "annotations", "of_split")}
-        files.finish(counts)
+        files.finish(asdict(account))
     return account
 
 

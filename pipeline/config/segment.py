@@ -112,6 +112,14 @@ class SegmentConfig:
             prompts += [p for p in read_ontology(self.ontology).prompts if p not in prompts]
         return prompts
 
+    def colors(self) -> dict[str, str]:
+        """By a prompt's name, the colour of the first class in the ontology that it is of."""
+        found: dict[str, str] = {}
+        for each in read_ontology(self.ontology).classes if self.ontology else ():
+            if each.color:
+                found = {prompt.name: each.color for prompt in each.prompts} | found
+        return found
+
     def fingerprint(self) -> dict[str, Any]:
         """Options that decide results: with another value of any, the output is another run's."""
         asked = self.asked()
