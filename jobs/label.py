@@ -2,57 +2,89 @@
 
     python -m jobs.label RUN OUTPUT --ontology ontology.yaml
 
-RUN is the OUTPUT of `clipseg-ray segment` with --ontology, or with --keep-probabilities.
+RUN is the OUTPUT of `clipseg-ray segment` with --ontology, or with --keep-probabilities. With
+--model RUN may be images: they are segmented first, into OUTPUT/segment.
 
 `clipseg-ray label` is the same. RAY_ADDRESS names a running cluster; without it Ray starts here.
 """
 
 from __future__ import annotations
 
+import importlib
+import json
 import sys
 from collections.abc import Sequence
 
+from pipeline import storage
 from pipeline.annotations.kept_maps import KeptMaps, ReadKeptMaps, open_kept_maps
 from pipeline.annotations.label import (
     CutAnnotations,
     count_annotations,
     describe_classes,
     refuse_missing_prompts,
+    refuse_missing_vectors,
 )
 from pipeline.config.command import run_command
 from pipeline.config.label import LabelConfig
+from pipeline.errors import UsageError
 from pipeline.run.engine import Dataset, Engine
 from pipeline.run.finished import list_finished
 from pipeline.run.follow import follow_run
 from pipeline.run.lifecycle import Run, open_run, summary
+from pipeline.run.manifest import is_free, read_run, refuse_other_run
 from pipeline.run.progress import tell
 from pipeline.storage import set_storage_timeout
 from pipeline.write.fragments import WriteFragments
+from pipeline.write.passes import read_prompt_vectors
 
 
 def label(config: LabelConfig) -> None:
     """Read the kept maps of each shard -> cut annotations -> Parquet tables."""
     set_storage_timeout(config.run.storage_timeout)
     ontology = config.read_ontology()
+    if config.model is not None:
+        segment_images(config)
+        config = config.of_maps()
     kept = open_kept_maps(config.input)
     refuse_missing_prompts(ontology, kept.output, kept.prompts, kept.recipes)
+    wants_vectors = refuse_missing_vectors(ontology, kept.output, embedded=kept.embedded)
+    vectors = read_prompt_vectors(kept.output) if wants_vectors else None
     tell_unfinished(kept)
     shards = list_finished(kept.output, "probabilities")
     run = open_run(config, shards, model=kept.facts(), tables=config.tables())
     tell(run.notes)
-    cut = CutAnnotations(ontology, kept.prompt_ids)
+    cut = CutAnnotations(ontology, kept.prompt_ids, vectors)
     counts = follow_run(run, lambda _, engine: stream(cut, run, engine), config.workers)
     tell(run.notes)
     print(summary(run, counts))
     print("\n".join(describe_classes(count_annotations(run.output), ontology)))
 
 
+def segment_images(config: LabelConfig) -> None:
+    """Keep the maps of images, in a run of `segment`, before they are cut.
+
+    Raises UsageError, before, where the labels could not be written.
+    """
+    output, asked = storage.check_uri(config.output), config.of_images()
+    if read_run(storage.check_uri(config.input)) is not None:
+        raise UsageError(f"{config.input}: is a run, whose maps are cut; leave out --model")
+    found = read_run(output)
+    if found is None and not is_free(output, asked.output, config.tables()):
+        raise UsageError(f"{output}: holds files that are not from a run; choose another output")
+    if found is not None and not config.run.restart:
+        wanted = json.loads(json.dumps(config.of_maps().fingerprint()))  # as it was written
+        before = {name: found.get("fingerprint", {}).get(name) for name in wanted}
+        refuse_other_run(output, before, wanted)
+    importlib.import_module("jobs.segment").segment(asked)
+
+
 def stream(cut: CutAnnotations, run: Run, engine: Engine) -> Dataset:
     """The chain over the shards that are left to do."""
+    read = ReadKeptMaps(cut.wanted, vectors=bool(cut.text_vectors))
     write = WriteFragments(run.first.ledger, cut)
     return (
         engine.dataset(run.first.todo)
-        .map_batches(engine.guard(ReadKeptMaps(cut.wanted)), **engine.read)
+        .map_batches(engine.guard(read), **engine.read)
         .map_batches(engine.guard(write), **engine.task)
     )
 

@@ -15,6 +15,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+import numpy as np
+
 from pipeline import infer
 from pipeline.annotations.contact_sheet import write_contact_sheet
 from pipeline.config.command import run_command
@@ -29,6 +31,7 @@ from pipeline.run.lifecycle import Pass, open_run, summary
 from pipeline.run.progress import tell
 from pipeline.storage import set_storage_timeout
 from pipeline.write.fragments import WriteFragments
+from pipeline.write.passes import write_prompt_vectors
 from pipeline.write.rows import MakeMaskRows
 
 
@@ -55,6 +58,8 @@ def segment(config: SegmentConfig) -> None:
     tables = config.tables(checkpoint.dimension, checkpoint.weights_hash)
     run = open_run(config, *listing, model=checkpoint.fingerprint(), tables=tables)
     tell(run.notes)
+    conditional = [spec.only(each.prompts, embed=False).conditional for each in run.passes]
+    write_prompt_vectors(run.output, np.concatenate(conditional))
     # One pass over the shards, and one more for each time that prompts were added.
     counts = follow_run(
         run, lambda each, engine: stream(config, spec, each, engine), config.workers

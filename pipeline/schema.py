@@ -76,6 +76,7 @@ KEPT_MAPS = pa.schema(
         ("map_height", pa.int32()),
         ("map_width", pa.int32()),
         ("maps", pa.large_binary()),
+        ("vector", pa.large_binary()),  # the image's embedding, float32, where it is wanted
     ]
 )
 

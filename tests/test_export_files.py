@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import tempfile
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -34,9 +39,12 @@ from pipeline import schema, storage
 from pipeline.annotations.labelled import LabelledImage, read_labels
 from pipeline.annotations.pictures import name_file
 from pipeline.annotations.splits import Splits, name_image
+from pipeline.annotations.temporary import TemporaryFolder
 from pipeline.config.export import ExportConfig
 from pipeline.errors import JobError, UsageError
 from pipeline.prepare.images import _formats
+
+ROOT = Path(__file__).parent.parent
 
 
 def labelled(shard: str, row: int, key: str) -> LabelledImage:
@@ -316,6 +324,57 @@ def stop_and_run_again(form: str, folder: str) -> None:
     assert found.keys() == wanted.keys()
     for name, data in wanted.items():
         assert found[name].replace(dest.encode(), whole.encode()) == data, name
+
+
+KILLED = """
+import os, signal, sys
+from pipeline.annotations.export import export_labels
+from pipeline.config.export import ExportConfig
+seen = []
+def on_image(total):
+    seen.append(total)
+    if len(seen) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+export_labels(ExportConfig(labels=sys.argv[1], dest=sys.argv[2], format=sys.argv[3]), on_image)
+"""
+
+
+def test_an_export_that_was_killed_is_completed_to_the_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels, _ = photo_labels(str(tmp_path), "tar")
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    assert export.main([labels, f"{tmp_path}/whole", "--format", "labelme"]) == 0
+    assert not list(temporary.iterdir())
+    command = [sys.executable, "-c", KILLED, labels, f"{tmp_path}/dest", "labelme"]
+    env = {**os.environ, "TMPDIR": str(temporary)}
+    killed = subprocess.run(command, env=env, cwd=ROOT, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert read_json(f"{tmp_path}/dest/_export.json")["status"] == "running"
+    (left,) = temporary.iterdir()
+    (temporary / "clipseg-ray-export-mine").mkdir()  # without a lock: just being made
+    assert export.main([labels, f"{tmp_path}/dest", "--format", "labelme"]) == 0
+    assert [path.name for path in temporary.iterdir()] == ["clipseg-ray-export-mine"]
+    assert not left.exists()
+    wanted, found = files_of(f"{tmp_path}/whole"), files_of(f"{tmp_path}/dest")
+    # A file that was just being written stays, hidden: whose it was is not known.
+    found = {name: data for name, data in found.items() if not name.endswith(".tmp")}
+    told = found["_export.json"].replace(b"/dest/", b"/whole/")
+    assert found | {"_export.json": told} == wanted
+
+
+def test_an_export_at_work_keeps_its_temporary_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    first = TemporaryFolder()
+    second = TemporaryFolder()
+    assert {first.path, second.path} == set(tmp_path.iterdir())
+    first.cleanup()
+    assert list(tmp_path.iterdir()) == [second.path]
+    second.cleanup()
 
 
 def test_other_folders_are_refused(folder: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,6 +31,7 @@ _EIGHT_CONNECTED = np.ones((3, 3), np.int8)
 class Asked:
     """A class and the prompt_ids, in the run, of its prompts and of its negatives."""
 
+    class_id: int
     of: OntologyClass
     prompt_ids: tuple[int, ...]
     negative_ids: tuple[int, ...]
@@ -54,11 +55,12 @@ def ask(ontology: Ontology, prompt_ids: Mapping[str, int]) -> list[Asked]:
     """The classes with their prompts' ids in a run; KeyError for a prompt that is not there."""
     return [
         Asked(
+            class_id=class_id,
             of=each,
             prompt_ids=tuple(prompt_ids[prompt.name] for prompt in each.prompts),
             negative_ids=tuple(prompt_ids[text] for text in each.negatives),
         )
-        for each in ontology.classes
+        for class_id, each in enumerate(ontology.classes)
     ]
 
 
@@ -67,7 +69,8 @@ def cut_image(
 ) -> list[dict[str, Any]]:
     """The annotations of one image, in the order of the classes and, in a class, of the columns.
 
-    maps: by prompt_id, (h, w) uint8, round(255 * probability); size: of the image. Each dict has
+    maps: by prompt_id, (h, w) uint8, round(255 * probability); size: of the image; asked: the
+    classes of the ontology, without those that are absent. Each dict has
     the columns of schema.ANNOTATIONS but for the ids of the row. Peak memory is 36 bytes a pixel,
     whatever the number of classes.
     """
@@ -76,10 +79,10 @@ def cut_image(
     owner = None
     if ontology.overlap != "multilabel":
         owner, found = _share(asked, maps, size, by_priority=ontology.overlap == "priority")
-    for class_id, each in enumerate(asked):
-        one = found.pop(class_id, None) or _find(each, maps, size)
+    for each in asked:
+        one = found.pop(each.class_id, None) or _find(each, maps, size)
         if one is not None:
-            rows += _annotations(class_id, each, one, maps, size, owner, ontology.instances)
+            rows += _annotations(each, one, maps, size, owner, ontology.instances)
     return [row | {"instance": i} for i, row in enumerate(rows)]
 
 
@@ -134,26 +137,23 @@ def _share(
     settled = np.zeros(size[::-1], np.bool_)
     found: dict[int, _Found] = {}
     kept_px, level = 0, None
-    for class_id in sorted(
-        range(len(asked)), key=lambda i: (-asked[i].of.priority * by_priority, i)
-    ):
-        priority = asked[class_id].of.priority
-        one = _find(asked[class_id], maps, size)
+    for each in sorted(asked, key=lambda a: (-a.of.priority * by_priority, a.class_id)):
+        priority = each.of.priority
+        one = _find(each, maps, size)
         if one is None:
             continue
         if by_priority and priority != level:
             settled, level = owner >= 0, priority
         wins = one.inside & ~settled[one.window] & (one.logits > best[one.window])
-        owner[one.window][wins] = class_id
+        owner[one.window][wins] = each.class_id
         best[one.window][wins] = one.logits[wins]
         kept_px += wins.size
         if kept_px <= _KEPT_PX:
-            found[class_id] = one
+            found[each.class_id] = one
     return owner, found
 
 
 def _annotations(
-    class_id: int,
     each: Asked,
     one: _Found,
     maps: Mapping[int, np.ndarray],
@@ -164,7 +164,7 @@ def _annotations(
     """The parts of a class, or the class as a whole; those that are too small are left out."""
     inside, free = one.inside, None
     if owner is not None:
-        inside, free = owner[one.window] == class_id, owner[one.window] == -1
+        inside, free = owner[one.window] == each.class_id, owner[one.window] == -1
     if each.of.fill_holes:
         inside = fill_holes(inside, each.of.fill_holes, free)
     labels = label_parts(inside) if instances else inside.astype(np.int32)
@@ -181,7 +181,7 @@ def _annotations(
         np.where(large[labels], labels, 0), size, (one.window[0].start, one.window[1].start)
     )
     facts = {
-        "class_id": class_id,
+        "class_id": each.class_id,
         "class": each.of.name,
         "presence": presence_of(each, maps),
         "height": size[0],

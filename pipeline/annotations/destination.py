@@ -7,7 +7,6 @@ DEST/_images.parquet  for each image its file name, split, shard, row, key and m
 from __future__ import annotations
 
 import json
-import tempfile
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +14,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from pipeline import storage
+from pipeline.annotations.temporary import TemporaryFolder
 from pipeline.errors import JobError, NotFoundError, UsageError
 
 MARKER = "_export.json"
@@ -37,11 +37,11 @@ class Destination:
         self._asked = asked
         self._pending: deque[tuple[int, Future[None]]] = deque()
         self._pending_bytes = 0
-        self._temporary = tempfile.TemporaryDirectory(prefix="clipseg-ray-export-")
         self._streams: dict[str, TextIO] = {}
         self._made = 0
         _refuse_other_files(self.folder, asked)
         self._mark({"status": "running"})
+        self._temporary = TemporaryFolder()
 
     def __enter__(self) -> Destination:
         self._pool = ThreadPoolExecutor(_AT_ONCE)
@@ -93,7 +93,7 @@ class Destination:
 
     def local_path(self, name: str) -> Path:
         """Where to write a local file for publish_path."""
-        return Path(self._temporary.name, name)
+        return self._temporary.path / name
 
     def finish(self, counts: dict[str, Any]) -> None:
         """Wait for all files, and mark the export as complete. Raises StorageError."""

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from pipeline import storage
@@ -41,6 +42,11 @@ class KeptMaps:
     unfinished: bool
 
     @property
+    def embedded(self) -> bool:
+        """Whether the run has embeddings of its images, too."""
+        return bool(self.fingerprint.get("embed"))
+
+    @property
     def prompt_ids(self) -> dict[str, int]:
         """By the prompt's name."""
         return {name: i for i, name in enumerate(self.prompts)}
@@ -56,7 +62,10 @@ def open_kept_maps(source: str) -> KeptMaps:
     output = storage.check_uri(source)
     record = read_run(output)
     if record is None:
-        raise UsageError(f"{output}: not the OUTPUT of `segment`: it has no _run.json")
+        raise UsageError(
+            f"{output}: not the OUTPUT of `segment`: it has no _run.json; to label images, name "
+            "the --model that segments them first"
+        )
     asked = record.get("fingerprint", {})
     if asked.get("job") != "segment":
         raise UsageError(
@@ -79,31 +88,32 @@ def open_kept_maps(source: str) -> KeptMaps:
 
 class ReadKeptMaps:
     """The read stage: rows of shard_to_row -> schema.KEPT_MAPS, with the maps of `wanted` prompts
-    in that order."""
+    in that order, and with the images' embeddings if `vectors`."""
 
-    def __init__(self, wanted: Sequence[int]):
-        self.wanted = list(wanted)
+    def __init__(self, wanted: Sequence[int], *, vectors: bool = False):
+        self.wanted, self.vectors = list(wanted), vectors
 
     def __call__(self, shards: pa.Table) -> Iterator[pa.Table]:
         for row in shards.to_pylist():
-            yield from read_kept_maps(shard_from_row(row), self.wanted)
+            yield from read_kept_maps(shard_from_row(row), self.wanted, vectors=self.vectors)
 
 
 def read_kept_maps(
-    shard: Shard, wanted: list[int], *, batch_bytes: int = BATCH_BYTES
+    shard: Shard, wanted: list[int], *, vectors: bool = False, batch_bytes: int = BATCH_BYTES
 ) -> Iterator[pa.Table]:
     """The images of a shard with their maps, then those that failed, then the end record.
 
-    An image without a map of every wanted prompt fails as no_map; otherwise as read_finished has
+    An image without a map of every wanted prompt fails as no_map, one without the embedding that
+    is wanted as no_vector; otherwise as read_finished has
     it. Raises CredentialsError.
     """
 
     def read(parts: list[str]) -> Iterator[pa.Table]:
         batch: list[dict[str, Any]] = []
         size_bytes = 0
-        for record in _records(parts, wanted):
+        for record in _records(parts, wanted, vectors):
             batch.append(empty | record)
-            size_bytes += len(record["maps"])
+            size_bytes += len(batch[-1]["maps"])
             if size_bytes >= batch_bytes:
                 yield pa.Table.from_pylist(batch, schema=KEPT_MAPS)
                 batch, size_bytes = [], 0
@@ -113,7 +123,7 @@ def read_kept_maps(
     yield from read_finished(shard, read, KEPT_MAPS, lost="no_map")
 
 
-def _records(parts: list[str], wanted: list[int]) -> Iterator[dict[str, Any]]:
+def _records(parts: list[str], wanted: list[int], vectors: bool) -> Iterator[dict[str, Any]]:
     """The images of a shard, in order, of its parts of probabilities; without maps if one lacks.
 
     Raises JobError and StorageError where a part is damaged or gone.
@@ -121,9 +131,25 @@ def _records(parts: list[str], wanted: list[int]) -> Iterator[dict[str, Any]]:
     if not parts:
         return
     folder, _, name = min(parts, key=len).rpartition("/")  # of the first pass
-    images = read_part(storage.join(storage.parent(folder), "images", name), IMAGES.names)
+    beside = storage.parent(folder)
+    images = read_part(storage.join(beside, "images", name), IMAGES.names)
+    known = _vectors(storage.join(beside, "embeddings", name)) if vectors else {}
     for image, found in _with_maps(images.sort_by("row").to_pylist(), parts, wanted):
-        yield image | (_join(found, wanted) or {"maps": b"", "stage": "read", "reason": "no_map"})
+        record = image | (_join(found, wanted) or {"stage": "read", "reason": "no_map"})
+        if vectors:
+            lost = {"maps": b"", "stage": "read", "reason": "no_vector"}
+            record |= {"vector": known[image["row"]]} if image["row"] in known else lost
+        yield record
+
+
+def _vectors(uri: str) -> dict[int, bytes]:
+    """The embedding of each row in a part, as float32."""
+    part = read_part(uri, ["row", "vector"])
+    vectors = part["vector"].combine_chunks().flatten().to_numpy().astype(np.float32)
+    rows = part["row"].to_pylist()
+    return {
+        row: each.tobytes() for row, each in zip(rows, vectors.reshape(len(rows), -1), strict=True)
+    }
 
 
 def _with_maps(

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import schema, storage
-from pipeline.annotations.cut import ask, cut_image
+from pipeline.annotations.cut import Asked, ask, cut_image
 from pipeline.config.ontology import Ontology, OntologyClass
 from pipeline.config.prompt import Prompt
 from pipeline.errors import UsageError
@@ -26,11 +26,21 @@ class CutAnnotations:
     """schema.KEPT_MAPS of one shard -> rows of `images` and of `annotations`.
 
     `prompt_ids`: of every prompt in the run, by name. The maps of a record are those of `wanted`,
-    in its order.
+    in its order. `vectors`: the embedding of each prompt, (P, E), where a class has a clip_score.
     """
 
-    def __init__(self, ontology: Ontology, prompt_ids: Mapping[str, int]):
+    def __init__(
+        self,
+        ontology: Ontology,
+        prompt_ids: Mapping[str, int],
+        vectors: np.ndarray | None = None,
+    ):
         self.ontology, self.asked = ontology, ask(ontology, prompt_ids)
+        self.text_vectors = {
+            each.class_id: _text_vector(each, vectors)
+            for each in self.asked
+            if vectors is not None and each.of.clip_score is not None
+        }
         self.wanted = sorted(prompt_ids[prompt.name] for prompt in ontology.prompts)
 
     def __call__(self, records: pa.Table) -> dict[str, pa.Table]:
@@ -45,13 +55,29 @@ class CutAnnotations:
         """The annotations of one image, of its maps (P, h, w)."""
         by_id = dict(zip(self.wanted, maps, strict=True))
         size = (record["height"], record["width"])
-        found = cut_image(by_id, size, self.asked, self.ontology)
+        vector = np.frombuffer(record.pop("vector"), np.float32)
+        there = [each for each in self.asked if not self._is_absent(each, vector)]
+        found = cut_image(by_id, size, there, self.ontology)
         return [record | row for row in found]
+
+    def _is_absent(self, each: Asked, vector: np.ndarray) -> bool:
+        """Whether the embedding of an image, of length 1, says that a class is not in it."""
+        text = self.text_vectors.get(each.class_id)
+        return text is not None and float(vector @ text) < (each.of.clip_score or 0)
+
+
+def _text_vector(each: Asked, vectors: np.ndarray) -> np.ndarray:
+    """(E,) of length 1: the mean direction of the class's texts; of its examples without any."""
+    prompts = list(zip(each.of.prompts, each.prompt_ids, strict=True))
+    ids = [i for prompt, i in prompts if prompt.texts] or [i for _, i in prompts]
+    unit = vectors[ids] / np.linalg.norm(vectors[ids], axis=1, keepdims=True)
+    mean: np.ndarray = unit.mean(axis=0)
+    return mean / np.linalg.norm(mean)
 
 
 def _records(good: pa.Table) -> Iterable[tuple[dict[str, Any], np.ndarray]]:
     """Each record with its maps (P, h, w) uint8."""
-    names = ["shard", "row", "key", "height", "width"]
+    names = ["shard", "row", "key", "height", "width", "vector"]
     sizes = zip(good["map_height"], good["map_width"], good["maps"], strict=True)
     for record, (height, width, data) in zip(good.select(names).to_pylist(), sizes, strict=True):
         maps = np.frombuffer(data.as_buffer(), np.uint8)
@@ -82,6 +108,18 @@ def refuse_missing_prompts(
                 f"{_field(each, prompt)} needs the model, and {why}: "
                 f"run `segment` with --ontology {ontology.file}"
             )
+
+
+def refuse_missing_vectors(ontology: Ontology, run: str, *, embedded: bool) -> bool:
+    """Whether a class has a clip_score. Raises UsageError where the run has no embeddings then."""
+    asked = [each for each in ontology.classes if each.clip_score is not None]
+    if asked and not embedded:
+        raise UsageError(
+            f"{ontology.file}:{asked[0].line}: class {asked[0].name!r}: clip_score needs the "
+            f"images' embeddings, and {run} has none: run `segment` with --embed into another "
+            "output"
+        )
+    return bool(asked)
 
 
 def _field(each: OntologyClass, prompt: Prompt) -> str:
@@ -120,7 +158,10 @@ def describe_classes(counts: Mapping[int, int], ontology: Ontology) -> list[str]
         lines.append(f"  {each.name}: {count:,} annotations")
         if not count:
             gates: dict[str, Any] = {"threshold": each.threshold, "presence": each.presence}
-            gates |= {"min_area": each.min_area - 1 and each.min_area}
+            gates |= {
+                "clip_score": each.clip_score,
+                "min_area": each.min_area - 1 and each.min_area,
+            }
             gates |= {"negatives": ", ".join(each.negatives)}
             asked = ", ".join(f"{name} {value}" for name, value in gates.items() if value)
             lines[-1] += f" (warning: nothing passes {asked})"

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any
 
 import tyro
 
 from pipeline.config.ontology import Ontology, read_ontology
-from pipeline.config.options import Input, Output, RunOptions, WorkerOptions, check_file
+from pipeline.config.options import (
+    ImageOptions,
+    Input,
+    Output,
+    RunOptions,
+    WorkerOptions,
+    check_file,
+)
 from pipeline.config.prompt import recipes
+from pipeline.config.segment import SegmentConfig
+from pipeline.errors import UsageError
 from pipeline.schema import ANNOTATIONS, IMAGES, Table
+from pipeline.storage import check_uri, join
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +28,8 @@ class LabelConfig:
     """Cut annotations from the kept probability maps of a `segment` run, without the model."""
 
     input: Annotated[Input, tyro.conf.arg(metavar="RUN")]
-    """The OUTPUT of `segment` with --ontology, or with --keep-probabilities; local or s3://."""
+    """The OUTPUT of `segment` with --ontology, or with --keep-probabilities; local or s3://. With
+    --model: images, as `segment` takes them."""
 
     output: Output
     """Folder for the tables, local or s3://. The same command again completes it."""
@@ -26,11 +37,39 @@ class LabelConfig:
     ontology: Annotated[str, tyro.conf.arg(metavar="FILE")]
     """YAML file with the classes; docs/labels.md describes its fields."""
 
+    model: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
+    """Segment images first, with this checkpoint, into OUTPUT/segment; as `segment` takes it."""
+
+    images: tyro.conf.OmitArgPrefixes[ImageOptions] = field(default_factory=ImageOptions)
     workers: tyro.conf.OmitArgPrefixes[WorkerOptions] = field(default_factory=WorkerOptions)
     run: tyro.conf.OmitArgPrefixes[RunOptions] = field(default_factory=RunOptions)
 
     def __post_init__(self) -> None:
         check_file("--ontology", self.ontology)
+        if self.model is None and self.images != ImageOptions():
+            raise UsageError(
+                "--image-column, --member-suffix, --max-pixels: are for images; name the --model "
+                "that segments them first"
+            )
+
+    def of_images(self) -> SegmentConfig:
+        """The run of `segment` whose maps are cut, inside the output; with --model."""
+        embed = any(each.clip_score is not None for each in self.read_ontology().classes)
+        return SegmentConfig(
+            input=self.input,
+            output=join(check_uri(self.output), "segment"),
+            model=self.model or "",
+            ontology=self.ontology,
+            embed=embed,
+            images=self.images,
+            workers=self.workers,
+            run=self.run,
+        )
+
+    def of_maps(self) -> LabelConfig:
+        """The rest of the work, after the run of of_images."""
+        maps = self.of_images().output
+        return replace(self, input=maps, model=None, images=ImageOptions())
 
     def read_ontology(self) -> Ontology:
         """The classes. Raises UsageError as config.ontology.read_ontology."""

@@ -43,6 +43,8 @@ class OntologyClass:
     threshold: float = 0.5
     presence: float = 0.0
     """The class is absent from an image whose largest probability of it is below this."""
+    clip_score: float | None = None
+    """The class is absent from an image whose CLIP cosine with its texts is below this."""
     min_area: int = 1
     fill_holes: int = 0
     """Holes of at most this area are filled."""
@@ -143,6 +145,7 @@ def _parse_class(item: Field) -> OntologyClass:
         "negatives": lambda f: tuple(f.texts()),
         "threshold": lambda f: f.number(0, 1),
         "presence": lambda f: f.number(0, 1),
+        "clip_score": lambda f: f.number(-1, 1),
         "min_area": lambda f: f.integer(1),
         "fill_holes": lambda f: f.integer(0),
         "priority": lambda f: f.integer(-(10**6), 10**6),

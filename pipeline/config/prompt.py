@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from typing import Any
 from pipeline import storage
 from pipeline.config.options import check_file
 from pipeline.errors import StorageError, UsageError
+from pipeline.storage import is_s3
 
 VISUAL_MODES = ("crop_blur_highlight", "crop", "blur_highlight", "blur", "highlight", "image")
 # A mask follows its image after a colon; the one of s3:// is none.
@@ -74,6 +76,16 @@ def parse_image_prompts(values: Iterable[str]) -> list[Prompt]:
         known = found.setdefault(name, Prompt(name=name))
         found[name] = replace(known, examples=(*known.examples, example))
     return list(found.values())
+
+
+def locate_image_prompts(values: Iterable[str]) -> list[str]:
+    """The same values with absolute paths, for a command in another folder."""
+    located = []
+    for value in values:
+        name, image, mask = _IMAGE_PROMPT.fullmatch(value).groups()  # type: ignore[union-attr]
+        paths = [p if is_s3(p) else os.path.abspath(p) for p in (image, mask) if p]
+        located.append(f"{name}={':'.join(paths)}")
+    return located
 
 
 def _facts(example: Example) -> dict[str, Any]:

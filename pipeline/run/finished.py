@@ -21,8 +21,9 @@ from pipeline.read.ranges import iter_rows
 from pipeline.read.records import shard_failure
 from pipeline.read.shard import Shard, printable
 from pipeline.storage import Stored
-from pipeline.write.layout import EMPTY_PART, ERRORS
+from pipeline.write.layout import EMPTY_PART, ERRORS, Ledger
 from pipeline.write.parts import open_part, read_part
+from pipeline.write.receipts import list_receipts
 
 _AT_ONCE = 32  # parts whose shard is looked up
 _WHY = ("stage", "reason", "detail", "retryable")
@@ -35,7 +36,7 @@ def list_finished(output: str, table: str) -> list[Shard]:
 
     A shard's `files` are its parts, of all passes, and its part of the errors, relative to
     `output`. Reads the first row of one part of each. Raises UsageError where two are of one
-    shard, JobError for a damaged part, StorageError.
+    shard, JobError for a damaged part and one that a receipt tells of and is gone, StorageError.
     """
     parts: dict[str, list[Stored]] = {}
     for name in (table, ERRORS):
@@ -48,6 +49,7 @@ def list_finished(output: str, table: str) -> list[Shard]:
                 parts.setdefault(base.removesuffix(".parquet").partition(".from-")[0], []).append(
                     file
                 )
+    _refuse_lost_parts(output, table, parts)
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         names = pool.map(_read_name, [files[0] for files in parts.values()])
         shards = [_shard(output, *pair) for pair in zip(names, parts.values(), strict=True)]
@@ -57,6 +59,22 @@ def list_finished(output: str, table: str) -> list[Shard]:
             files = f"{one.files[0]} and {other.files[0]}"
             raise UsageError(f"{output}: {files} are both of the shard {one.name}")
     return shards
+
+
+def _refuse_lost_parts(output: str, table: str, parts: dict[str, list[Stored]]) -> None:
+    """Raise JobError where a finished shard of the run's first pass lacks a part with rows."""
+    for id_, receipts in list_receipts(Ledger(output=output)).items():
+        there = {storage.relative(output, file.uri) for file in parts.get(id_, [])}
+        wanted = {
+            f"{table}/{id_}.parquet": any(receipt.ok for receipt in receipts),
+            f"{ERRORS}/{id_}.parquet": any(receipt.error or receipt.cut for receipt in receipts),
+        }
+        for file, has_rows in wanted.items():
+            if has_rows and file not in there:
+                raise JobError(
+                    f"{storage.join(output, file)}: gone, of a shard that was finished: restore "
+                    "it, or run the command that made it again, which makes the shard anew"
+                )
 
 
 def _read_name(file: Stored) -> str:

@@ -18,6 +18,7 @@ from pipeline.run.manifest import (
     DELETING,
     JobConfig,
     is_complete,
+    is_free,
     name_run,
     new_record,
     now,
@@ -31,7 +32,17 @@ from pipeline.run.manifest import (
 from pipeline.run.resume import discard_shard, find_left, read_failures, read_names
 from pipeline.schema import Table
 from pipeline.write.fragments import Fragment
-from pipeline.write.layout import ERRORS, PROMPTS, RECEIPTS, RUN, STAGING, SUCCESS, Ledger, shard_id
+from pipeline.write.layout import (
+    ERRORS,
+    PROMPT_VECTORS,
+    PROMPTS,
+    RECEIPTS,
+    RUN,
+    STAGING,
+    SUCCESS,
+    Ledger,
+    shard_id,
+)
 from pipeline.write.parts import write_empty_parts
 from pipeline.write.passes import add_prompts, read_added, tables_of_pass
 from pipeline.write.receipts import Receipt, covers, is_borne_out, list_parts, list_receipts
@@ -331,7 +342,7 @@ def summary(run: Run, counts: dict[str, int]) -> str:
 
 def _start(output: str, record: dict[str, Any]) -> dict[str, Any]:
     """Write the record of a new run; returns a faster driver's if there is one."""
-    if not storage.is_empty(output):
+    if not is_free(output, str(record["config"]["input"]), record["tables"]):
         found = read_run(output)  # of a driver that began a moment ago
         if found is None:
             raise UsageError(
@@ -359,6 +370,7 @@ def _delete_run(output: str, record: dict[str, Any]) -> None:
     write_run(output, record | {"status": DELETING})
     storage.delete_file(storage.join(output, SUCCESS))
     tables = [str(name) for name in record.get("tables", ())]
+    storage.delete_file(storage.join(output, PROMPT_VECTORS))
     for name in (*tables, ERRORS, STAGING, RECEIPTS, PROMPTS):
         if "/" not in name and name not in ("", ".", ".."):
             storage.delete_folder(storage.join(output, name))

@@ -7,16 +7,18 @@ import hashlib
 import json
 import os
 import platform
+from collections.abc import Iterable
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any, ClassVar, Protocol
 
 from pipeline import __version__, storage
 from pipeline.config.options import RunOptions
+from pipeline.config.prompt import locate_image_prompts
 from pipeline.errors import ChangedError, JobError, NotFoundError, UsageError
 from pipeline.read.shard import Shard
 from pipeline.schema import SCHEMA_VERSION, Table
-from pipeline.write.layout import RUN, SUCCESS
+from pipeline.write.layout import ERRORS, PROMPTS, RECEIPTS, RUN, STAGING, SUCCESS
 
 DELETING = "being deleted"
 """The status of a run half deleted by --restart: the next command does the rest."""
@@ -68,6 +70,8 @@ def new_record(
     for name in ("model", "labels", "ontology", "contact_sheet"):
         if isinstance(path := asked.get(name), str) and os.path.exists(path):
             asked[name] = os.path.abspath(path)
+    if asked.get("image_prompt"):
+        asked["image_prompt"] = locate_image_prompts(asked["image_prompt"])
     return {
         "status": "running",
         "fingerprint": json.loads(json.dumps(decides)),  # as it will be read back
@@ -91,6 +95,15 @@ def read_run(output: str) -> dict[str, Any] | None:
     if not isinstance(record, dict):
         raise UsageError(f"{uri}: not the record of a run; choose another output")
     return record
+
+
+def is_free(output: str, source: str, tables: Iterable[str]) -> bool:
+    """Whether a run with these tables may start in a folder: it is empty, or holds its input."""
+    if not source.startswith(f"{output}/"):
+        return storage.is_empty(output)
+    folders = (*tables, ERRORS, STAGING, RECEIPTS, PROMPTS)
+    nothing = all(storage.is_empty(storage.join(output, name)) for name in folders)
+    return nothing and not storage.list_files(output, recursive=False)
 
 
 def write_run(output: str, record: dict[str, Any]) -> None:

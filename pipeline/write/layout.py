@@ -7,6 +7,7 @@
     _receipts/<id>/<receipt>.json           the shard is finished; written last, never overwritten
     _staging/<id>/<fragment>.arrows         rows of a shard that is in work
     _staging/<id>/<version>.decision        the fragments that the shard is made of; create-only
+    _prompts.npy                            embeddings of the prompts of segment, (P, E) float32
     _prompts/<first>.json                   prompts that were added, from number <first> on
     _prompts/<first>/{_receipts,_staging}/  the ledger of their pass over the shards
     <table>/<id>.from-<first>.parquet       and its parts
@@ -27,6 +28,7 @@ SUCCESS = "_SUCCESS"
 RECEIPTS = "_receipts"
 STAGING = "_staging"
 PROMPTS = "_prompts"
+PROMPT_VECTORS = "_prompts.npy"
 ERRORS = "errors"
 # The file of each table that exists from the start and holds no rows, so that a reader's glob
 # always matches something, even where no row ever failed.

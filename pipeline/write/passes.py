@@ -6,11 +6,13 @@ An addition covers the images of the run's first pass; rows that failed there ar
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -18,7 +20,7 @@ from pipeline import schema, storage
 from pipeline.errors import JobError, NotFoundError, UsageError
 from pipeline.read.shard import Shard
 from pipeline.schema import Table
-from pipeline.write.layout import ERRORS, PROMPTS, Ledger, shard_id
+from pipeline.write.layout import ERRORS, PROMPT_VECTORS, PROMPTS, Ledger, shard_id
 from pipeline.write.parts import read_part
 from pipeline.write.receipts import receipts_of
 
@@ -41,6 +43,25 @@ def add_prompts(output: str, first: int, prompts: list[str]) -> None:
         if json.loads(storage.read_bytes(uri)) != prompts:
             message = f"{output}: another command is adding other prompts; try again when it ends"
             raise UsageError(message) from error
+
+
+def write_prompt_vectors(output: str, vectors: np.ndarray) -> None:
+    """Keep the embeddings (P, E) float32 of a run's prompts, in the order of their prompt_id."""
+    data = io.BytesIO()
+    np.save(data, vectors)
+    storage.write_bytes(storage.join(output, PROMPT_VECTORS), data.getvalue())
+
+
+def read_prompt_vectors(output: str) -> np.ndarray:
+    """What write_prompt_vectors kept. Raises JobError where it is gone or damaged."""
+    uri = storage.join(output, PROMPT_VECTORS)
+    try:
+        vectors: np.ndarray = np.load(io.BytesIO(storage.read_bytes(uri)), allow_pickle=False)
+    except (NotFoundError, ValueError, EOFError, SyntaxError, MemoryError) as error:
+        raise JobError(
+            f"{uri}: gone or damaged; the command that made the run writes it"
+        ) from error
+    return vectors
 
 
 def tables_of_pass(tables: dict[str, Table], ledger: Ledger, prompts: int) -> dict[str, Table]:
