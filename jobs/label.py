@@ -81,7 +81,7 @@ def segment_images(config: LabelConfig) -> None:
 def stream(cut: CutAnnotations, run: Run, engine: Engine) -> Dataset:
     """The chain over the shards that are left to do."""
     read = ReadKeptMaps(cut.wanted, vectors=bool(cut.text_vectors))
-    write = WriteFragments(run.first.ledger, cut)
+    write = WriteFragments(run.first.ledger, cut, ["annotations"])
     return (
         engine.dataset(run.first.todo)
         .map_batches(engine.guard(read), **engine.read)

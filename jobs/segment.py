@@ -24,11 +24,13 @@ from pipeline.config.segment import SegmentConfig
 from pipeline.prepare.images import PrepareImages, fail_crashed_image
 from pipeline.read.inputs import list_shards
 from pipeline.read.records import end_crashed_shard, read_batches, read_one_by_one
+from pipeline.read.shard import as_phrases
 from pipeline.run.engine import Dataset, Engine
 from pipeline.run.follow import follow_run
 from pipeline.run.launch import load_beside
 from pipeline.run.lifecycle import Pass, open_run, summary
 from pipeline.run.progress import tell
+from pipeline.run.prompted import count_masks
 from pipeline.storage import set_storage_timeout
 from pipeline.write.fragments import WriteFragments
 from pipeline.write.passes import write_prompt_vectors
@@ -42,6 +44,7 @@ def segment(config: SegmentConfig) -> None:
     listing = list_shards(
         config.input,
         image_column=config.images.image_column,
+        text_column=as_phrases(config.prompt_column) if config.prompt_column else None,
         member_suffix=config.images.member_suffix,
         strict=config.run.strict,
     )
@@ -50,7 +53,11 @@ def segment(config: SegmentConfig) -> None:
         config.workers,
         config.output,
         lambda: infer.open_segmenter(
-            config.model, config.asked(), embed=config.embed, max_pixels=max_pixels
+            config.model,
+            config.asked(),
+            per_row=config.prompt_column is not None,
+            embed=config.embed,
+            max_pixels=max_pixels,
         ),
     )
     tell([f"clipseg-ray segment: {note}" for note in spec.notes])
@@ -66,6 +73,8 @@ def segment(config: SegmentConfig) -> None:
     )
     tell(run.notes)
     print(summary(run, counts))
+    if config.prompt_column:
+        print(f"  {count_masks(run.output)}")
     if config.ontology:
         print(f"  cut labels: clipseg-ray label {run.output} LABELS --ontology {config.ontology}")
     if config.contact_sheet:
@@ -81,6 +90,8 @@ def stream(
     asked = spec.only(of_pass.prompts, embed="embeddings" in of_pass.tables)
     prepare = PrepareImages(spec.checkpoint.processor, config.images.max_pixels)
     rows = MakeMaskRows(config, of_pass.tables, of_pass.prompts, of_pass.ledger.first_prompt)
+    uncounted = [name for name, table in of_pass.tables.items() if not table.rows_per_image]
+    write = WriteFragments(of_pass.ledger, rows, uncounted)
     return (
         engine.dataset(of_pass.todo)
         .map_batches(engine.guard(read_batches, end_crashed_shard, read_one_by_one), **engine.read)
@@ -90,7 +101,7 @@ def stream(
             fn_constructor_args=(asked, engine.device, engine.threads),
             **engine.actor,
         )
-        .map_batches(engine.guard(WriteFragments(of_pass.ledger, rows)), **engine.task)
+        .map_batches(engine.guard(write), **engine.task)
     )
 
 

@@ -71,6 +71,11 @@ def open_kept_maps(source: str) -> KeptMaps:
         raise UsageError(
             f"{output}: of the job {asked.get('job')!r}; labels are cut from segment's"
         )
+    if asked.get("prompt_column"):
+        raise UsageError(
+            f"{output}: its images have prompts of their own, from {asked['prompt_column']!r}: an "
+            "ontology's classes need the same prompts for all"
+        )
     if asked.get("keep_probabilities", "none") == "none":
         raise UsageError(
             f"{output}: kept no probability maps: run `segment` into another output, with "

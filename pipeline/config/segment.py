@@ -51,6 +51,10 @@ class SegmentConfig:
     ontology: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """YAML file with classes; their phrases and examples are prompts, too. See `label`."""
 
+    prompt_column: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """Instead of prompts for all: each image's own phrase or list of phrases, from a Parquet
+    column, a field of the .json member, or else the .txt member."""
+
     model: str = "CIDAS/clipseg-rd64-refined"
     """Checkpoint: a local folder, an s3:// folder, or a hub id, with @revision if wanted."""
 
@@ -77,10 +81,16 @@ class SegmentConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.threshold <= 1:
             raise UsageError(f"--threshold {self.threshold}: must be between 0 and 1")
-        if not (self.prompt or self.prompts or self.image_prompt or self.ontology):
+        for_all = self.prompt or self.prompts or self.image_prompt or self.ontology
+        if not (for_all or self.prompt_column):
             raise UsageError(
                 'nothing to segment: give at least one --prompt "..." or --prompts FILE, or an '
-                "--ontology or --image-prompt"
+                "--ontology, --image-prompt or --prompt-column"
+            )
+        if for_all and self.prompt_column:
+            raise UsageError(
+                f"--prompt-column {self.prompt_column}: each image has its own prompts then; leave "
+                "out --prompt, --prompts, --image-prompt and --ontology"
             )
         if any(not p.strip() for p in self.prompt):
             raise UsageError("--prompt: an empty prompt; say what to segment")
@@ -129,6 +139,7 @@ class SegmentConfig:
             "input": self.input,
             "prompts": [prompt.name for prompt in asked],
             **({"recipes": made} if made else {}),
+            **({"prompt_column": self.prompt_column} if self.prompt_column else {}),
             "threshold": self.threshold,
             "mask_size": self.mask_size,
             "keep_probabilities": self.keep_probabilities,

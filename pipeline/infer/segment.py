@@ -19,8 +19,10 @@ from pipeline import schema
 from pipeline.config.prompt import Prompt
 from pipeline.infer.checkpoint import Checkpoint, OpenModel
 from pipeline.infer.device import Device, fail_rows, has_pixels, scale_to_unit
+from pipeline.infer.phrases import PhraseVectors
 from pipeline.infer.visual_prompt import encode_prompts
 from pipeline.model.clipseg import CLIPSeg
+from pipeline.read.shard import parse_phrases
 
 # Logits handed on at once: a block of Ray Data's, which lies in the object store as one piece.
 BLOCK_BYTES = 64 * 1024**2
@@ -37,6 +39,8 @@ class SegmentSpec:
     """(P, projection_dim) float32."""
     embed: bool
     """Whether images are embedded, too."""
+    per_row: bool = False
+    """Whether each image has phrases of its own, in its `text`, and `prompts` is empty."""
     notes: tuple[str, ...] = ()
     """Lines for the user about the prompts."""
 
@@ -50,14 +54,15 @@ def open_segmenter(
     name: str,
     prompts: Sequence[str | Prompt],
     *,
+    per_row: bool = False,
     embed: bool = False,
     max_pixels: int = 50_000_000,
 ) -> SegmentSpec:
     """Load a checkpoint, encode phrases and other prompts with it, and let its weights go again.
 
-    `max_pixels` of an example image. Raises CheckpointError naming the file, field or tensor that
-    is wrong, and UsageError for prompts that are one to the model and naming an example that cannot
-    be used.
+    `per_row`: see SegmentSpec; `max_pixels` of an example image. Raises CheckpointError naming the
+    file, field or tensor that is wrong, and UsageError for prompts that are one to the model and
+    naming an example that cannot be used.
     """
     opened = OpenModel(name, CLIPSeg.from_folder, Device("cpu"))
     asked = [Prompt(name=p, texts=(p,)) if isinstance(p, str) else p for p in prompts]
@@ -66,8 +71,11 @@ def open_segmenter(
     return SegmentSpec(
         checkpoint=opened.describe(texts=True),
         prompts=[prompt.name for prompt in asked],
-        conditional=encode_prompts(opened, asked, max_pixels=max_pixels),
+        conditional=encode_prompts(opened, asked, max_pixels=max_pixels)
+        if asked
+        else np.zeros((0, opened.model.config.projection_dim), np.float32),
         embed=embed,
+        per_row=per_row,
         notes=tuple(notes),
     )
 
@@ -91,6 +99,7 @@ class SegmentImages:
         self.device = Device(device, threads)
         opened = OpenModel.on_worker(spec.checkpoint, CLIPSeg.from_folder, self.device)
         self.model = opened.model
+        self.phrases = PhraseVectors(opened)
         self.conditional = torch.from_numpy(spec.conditional.copy()).to(self.device.torch)
         patch = self.model.config.vision_config.patch_size
         height, width = spec.checkpoint.processor.image_size
@@ -110,6 +119,9 @@ class SegmentImages:
         vectors = torch.cat([e[1] for e in encoded]).numpy()
         patch = self.model.config.vision_config.patch_size
         pairs = max(1, self.block_bytes // (4 * self.grid[0] * self.grid[1] * patch**2))
+        if self.spec.per_row:
+            yield from self._decode_own(images, steps, vectors, pairs)
+            return
         prompts = min(len(self.conditional), pairs)
         count = max(1, pairs // prompts)
         for i in range(0, len(images), count):
@@ -154,13 +166,59 @@ class SegmentImages:
         """(B, P, H, W) float32 on the CPU of every image with every prompt (P, E)."""
         shape = (len(steps[0]), len(conditional))
         image, prompt = torch.cartesian_prod(*(torch.arange(n) for n in shape)).T
+        return self._decode_pairs(steps, image, conditional, prompt).unflatten(0, shape)
+
+    def _decode_pairs(
+        self, steps: list[Tensor], image: Tensor, conditional: Tensor, prompt: Tensor
+    ) -> Tensor:
+        """(N, H, W) float32 on the CPU of N pairs: indices of images and of prompts (P, E)."""
 
         def decode(some: slice) -> Tensor:
             states = [step[image[some]] for step in steps]  # indexing copies
             return self.model.decoder(states, conditional[prompt[some]], self.grid).float().cpu()
 
-        pairs = self.device.split(shape[0] * shape[1], PAIRS_AT_ONCE)
-        return torch.cat(self.device.run(decode, pairs)).unflatten(0, shape)
+        return torch.cat(self.device.run(decode, self.device.split(len(image), PAIRS_AT_ONCE)))
+
+    def _decode_own(
+        self, rows: pa.Table, steps: list[Tensor], vectors: np.ndarray, pairs: int
+    ) -> Iterator[pa.Table]:
+        """Tables of about so many `pairs` of images in `rows` and phrases in their `text`."""
+        asked = [parse_phrases(text) for text in rows["text"].to_pylist()]
+        ends = np.cumsum([len(phrases) for phrases in asked])
+        for block in range(int(ends[-1]) // pairs + 1):
+            some = np.flatnonzero(ends // pairs == block)
+            if len(some):
+                yield from self._own_logits(rows, steps, vectors, asked, some)
+
+    def _own_logits(
+        self,
+        rows: pa.Table,
+        steps: list[Tensor],
+        vectors: np.ndarray,
+        asked: list[list[str]],
+        some: np.ndarray,
+    ) -> Iterator[pa.Table]:
+        """The images `some`, with logits of their own phrases."""
+        counts = [len(asked[i]) for i in some]
+        patch = self.model.config.vision_config.patch_size
+        logits = torch.zeros(0, self.grid[0] * patch, self.grid[1] * patch)
+        if phrases := [phrase for i in some for phrase in asked[i]]:
+            conditional = self.phrases.encode(phrases).to(self.device.torch)
+            image = torch.from_numpy(np.repeat(some, counts))
+            logits = self._decode_pairs(steps, image, conditional, torch.arange(len(phrases)))
+        found = [part.contiguous().numpy() for part in logits.split(counts)]
+        masked = np.array([np.isfinite(part).all() for part in found])
+        fine = np.isfinite(vectors[some]).all(axis=1)
+        images = fail_rows(rows.take(some), ~fine, "embed", "the embedding is not finite")
+        images = fail_rows(images, ~masked, "segment", "the model's logits are not finite")
+        good = masked & fine
+        sizes = logits.shape[1:]
+        data = [part.tobytes() if ok else b"" for part, ok in zip(found, good, strict=True)]
+        kept = [v.tobytes() if ok else b"" for v, ok in zip(vectors[some], good, strict=True)]
+        known = [pa.array(np.full(len(some), value, np.int32)) for value in (0, *sizes)]
+        binary = [pa.array(values, pa.large_binary()) for values in (data, kept)]
+        columns = [*images.drop_columns(["pixels"]).columns, *known, *binary]
+        yield pa.table(columns, schema=schema.LOGITS)
 
 
 def _with_logits(

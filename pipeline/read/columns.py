@@ -15,7 +15,7 @@ from urllib.parse import unquote_to_bytes
 
 import pyarrow as pa
 
-from pipeline.read.shard import is_image, printable
+from pipeline.read.shard import format_phrases, is_image, printable, split_wanted
 
 IMAGE_COLUMNS = (
     *("image", "jpg", "jpeg", "png", "webp", "img", "images", "image_bytes", "bytes"),
@@ -124,8 +124,11 @@ def _rank(kind: pa.DataType) -> int:
 
 
 def holds_text(schema: pa.Schema, name: str) -> bool:
-    """Whether a column exists and holds text, or bytes that may be text."""
+    """Whether a column exists and holds text, bytes that may be text, or lists of phrases."""
+    name, phrases = split_wanted(name)
     kind = column_type(schema, name)
+    if phrases and kind is not None and _is_list(kind):
+        kind = kind.value_type
     return kind is not None and (_is_string(_plain(kind)) or _is_bytes(_plain(kind)))
 
 
@@ -162,6 +165,13 @@ def read_text(value: pa.Scalar) -> str | None:
     if found is None:
         return None
     return printable(found) if isinstance(found, bytes) else str(found)
+
+
+def read_phrases(value: pa.Scalar) -> str | None:
+    """A text or a list of texts, as shard.format_phrases has it."""
+    if value.is_valid and _is_list(value.type):
+        return format_phrases([_value(item) for item in value.values])
+    return format_phrases(_value(value))
 
 
 def read_cells(value: pa.Scalar, name: str) -> list[Cell]:

@@ -21,6 +21,7 @@ from pipeline.read.shard import (
     image_key,
     name_rows,
     printable,
+    split_wanted,
 )
 from pipeline.storage import Stored
 
@@ -79,8 +80,10 @@ def divide_parquet(
         raise UsageError(_no_images(*without[0], wanted))
     if lacking and not texts:
         file, footer = lacking[0]
+        name, phrases = split_wanted(str(text))
+        option = "--prompt-column" if phrases else "--text-column"
         raise UsageError(
-            f"{file.uri}: no column {text!r} of text (--text-column); "
+            f"{file.uri}: no column {name!r} of text ({option}); "
             f"it has {list_columns(footer.schema)}"
         )
     return shards, left

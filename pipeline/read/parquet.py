@@ -23,11 +23,12 @@ from pipeline.read.columns import (
     holds_text,
     list_columns,
     read_cells,
+    read_phrases,
     read_text,
     take_column,
 )
 from pipeline.read.ranges import RowSet
-from pipeline.read.shard import IMAGE_LIMIT_BYTES, Sample
+from pipeline.read.shard import IMAGE_LIMIT_BYTES, Sample, split_wanted
 
 _BATCH_ROWS = 64
 _BATCH_BYTES = 32 * 2**20
@@ -134,9 +135,11 @@ def _read_cells(
         raise RowError("read", "column_missing", f"{what} of images in {list_columns(schema)}")
     key = next((name for name in KEY_COLUMNS if holds_keys(schema, name)), "")
     if text and not holds_text(schema, text):
-        detail = f"no column {text!r} of text in {list_columns(schema)}"
+        detail = f"no column {split_wanted(text).name!r} of text in {list_columns(schema)}"
         raise RowError("read", "column_missing", detail)
+    text, phrases = split_wanted(text)
     names = list(dict.fromkeys(name for name in (image, key, text) if name))
+    read = read_phrases if phrases else read_text
     row = first = _count_rows(parquet.metadata, range(groups.start))
     samples = 0
     for group in groups:
@@ -150,7 +153,7 @@ def _read_cells(
             columns = {name: take_column(batch, name) for name in names}
             for index in range(len(batch)):
                 known = read_text(columns[key][index]) if key else None
-                words = read_text(columns[text][index]) if text else None
+                words = read(columns[text][index]) if text else None
                 for cell in read_cells(columns[image][index], image):
                     own = known if key else cell.path or None
                     yield _Row(str(row) if own is None else own, cell, words)

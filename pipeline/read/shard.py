@@ -37,6 +37,7 @@ IMAGE_LIMIT_BYTES = 512 * 2**20
 # columns of strings end at 2 GiB. No path that Linux opens is longer.
 NAME_LIMIT_BYTES = 4096
 CAPTION_LIMIT_BYTES = 2**16  # of the text of a row
+MAX_PHRASES = 100  # of a row
 SNIFF_BYTES = 32
 _MAGIC = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|8BPS\0"
@@ -75,7 +76,7 @@ class Shard:
     inside: str = ""
     """Parquet: its cells may name files below this folder; "" is the file's own."""
     text: str = ""
-    """Place of each row's text (see find_text); "" for no text."""
+    """Place of each row's text (see find_text, as_phrases); "" for no text."""
     member_suffix: str = ""
     """Tar: the extension of the image members; "" takes every image."""
     first_row_group: int = 0
@@ -100,12 +101,18 @@ class Sample(NamedTuple):
         """The sample with its text, or failed if a wanted text is missing."""
         if not wanted or self.reason:
             return self
+        phrases = split_wanted(wanted).phrases
+        if text is None and phrases:
+            return self
         if text is None:
             detail = f"no text {wanted!r} beside the image"
             return self._replace(image=b"", reason="no_text", detail=printable(detail))
         text = printable(text)
         if len(text.encode()) > CAPTION_LIMIT_BYTES:
             detail = f"more than {CAPTION_LIMIT_BYTES:,} bytes"
+            return self._replace(image=b"", reason="text_too_long", detail=detail)
+        if phrases and (count := len(parse_phrases(text))) > MAX_PHRASES:
+            detail = f"{count:,} phrases; at most {MAX_PHRASES}"
             return self._replace(image=b"", reason="text_too_long", detail=detail)
         return self._replace(text=text)
 
@@ -128,14 +135,18 @@ def is_image(start: bytes, suffix: str = "") -> bool:
 
 def find_text(wanted: str, extension: str, data: bytes) -> str | None:
     """The text in a file beside an image: the field `wanted` of a .json, else a .txt as it is."""
+    wanted, phrases = split_wanted(wanted)
     if extension == "txt":
-        return data.removeprefix(codecs.BOM_UTF8).decode("utf-8", "replace").strip()
+        text = data.removeprefix(codecs.BOM_UTF8).decode("utf-8", "replace").strip()
+        return format_phrases(text) if phrases else text
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):
         return None
-    text = value.get(wanted) if isinstance(value, dict) else None
-    return text.strip() if isinstance(text, str) else None
+    found = value.get(wanted) if isinstance(value, dict) else None
+    if phrases:
+        return format_phrases(found)
+    return found.strip() if isinstance(found, str) else None
 
 
 def shard_to_row(shard: Shard) -> dict[str, Any]:
@@ -174,6 +185,39 @@ def image_key(path: str) -> str:
     """The key of a loose image: its path without an image's extension."""
     before, dot, extension = path.rpartition(".")
     return before if dot and extension.lower() in IMAGE_EXTENSIONS else path
+
+
+class Wanted(NamedTuple):
+    """What is read as a row's text."""
+
+    name: str
+    """Of the column or field."""
+    phrases: bool
+    """Whether it is a phrase or a list of them, which a row may lack, as format_phrases has it."""
+
+
+def as_phrases(name: str) -> str:
+    """The name of a text that is phrases: see Wanted. No name that can be given holds a NUL."""
+    return f"{name}\0"
+
+
+def split_wanted(wanted: str) -> Wanted:
+    """The inverse of as_phrases, also of the name of a text."""
+    return Wanted(wanted.removesuffix("\0"), wanted.endswith("\0"))
+
+
+def format_phrases(value: Any) -> str | None:
+    """A phrase, or those of a list that are texts, as a JSON list; None without any."""
+    values = value if isinstance(value, list) else [value]
+    texts = [printable(text).strip() for text in values if isinstance(text, str | bytes)]
+    found = [text for text in texts if text]
+    return json.dumps(found, ensure_ascii=False) if found else None
+
+
+def parse_phrases(text: str) -> list[str]:
+    """The phrases of a row's text, in order; none where it has no text."""
+    found: list[str] = json.loads(text) if text else []
+    return found
 
 
 def printable(name: str | bytes) -> str:

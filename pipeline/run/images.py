@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from typing import Any
 
 from pipeline import storage
 from pipeline.config.options import ImageOptions
 from pipeline.errors import NotFoundError, UsageError
 from pipeline.read.inputs import list_shards
-from pipeline.read.shard import Shard
+from pipeline.read.shard import Shard, as_phrases
 from pipeline.run.manifest import name_run
 from pipeline.write.layout import RUN, Ledger
 from pipeline.write.receipts import receipts_of
@@ -50,7 +51,7 @@ def find_images(output: str) -> Images:
                 run=name_run(record),
                 source=options["input"],
                 image_column=options.get("image_column"),
-                text_column=options.get("text_column"),
+                text_column=_text_column(options),
                 member_suffix=options.get("member_suffix"),
                 max_pixels=options.get("max_pixels", ImageOptions.max_pixels),
             )
@@ -63,6 +64,11 @@ def find_images(output: str) -> Images:
             return found
         output = found.source
     raise UsageError(f"{output}: a run that was made from itself")
+
+
+def _text_column(options: dict[str, Any]) -> str | None:
+    phrases: str | None = options.get("prompt_column")
+    return as_phrases(phrases) if phrases else options.get("text_column")
 
 
 def find_shards(images: Images) -> dict[str, Shard]:

@@ -11,7 +11,7 @@ import hashlib
 import io
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -22,8 +22,7 @@ from pipeline.errors import STORAGE_REASONS, NotFoundError
 from pipeline.read.ranges import format_rows, iter_rows
 from pipeline.write.layout import ERRORS, Ledger, shard_id
 
-# Tables whose rows are counted otherwise, or not fixed in number for an image.
-_UNCOUNTED = ("images", ERRORS, "annotations")
+_UNCOUNTED = ("images", ERRORS)  # counted otherwise
 MAX_RANGES_CHARACTERS = 120  # of a file name, which has 255
 _NAME = re.compile(
     r"(?P<version>[0-9a-f]{8})\.(?P<rows>[\d_-]*)\.(?P<run>\d+)"
@@ -71,11 +70,11 @@ class WriteFragments:
 
     `make_rows` makes the tables of a job from the records of one shard. Failed records become rows
     of `errors` here. Those that the storage failed to give are told in the account row and written
-    nowhere, so that the shard stays open.
+    nowhere, so that the shard stays open. `uncounted`: tables of any number of rows an image.
     """
 
-    def __init__(self, ledger: Ledger, make_rows: MakeRows):
-        self.ledger, self.make_rows = ledger, make_rows
+    def __init__(self, ledger: Ledger, make_rows: MakeRows, uncounted: Collection[str] = ()):
+        self.ledger, self.make_rows, self.uncounted = ledger, make_rows, uncounted
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         rows = [row for records in _split(batch) for row in self._write(records)]
@@ -89,7 +88,8 @@ class WriteFragments:
         failed = records.filter(pc.not_equal(records["reason"], ""))
         tables = {**self.make_rows(records), ERRORS: error_rows(failed)}
         run = first.get("first_prompt", 0)
-        fragment, data = pack_fragment(tables, self.ledger.version(first["version"]), run)
+        version = self.ledger.version(first["version"])
+        fragment, data = pack_fragment(tables, version, run, self.uncounted)
         if len(fragment.rows) > MAX_RANGES_CHARACTERS:
             half = len(given) // 2
             yield from self._write(given.slice(0, half))
@@ -112,11 +112,12 @@ class WriteFragments:
 
 
 def pack_fragment(
-    tables: dict[str, pa.Table], version: str, run: int = 0
+    tables: dict[str, pa.Table], version: str, run: int = 0, uncounted: Collection[str] = ()
 ) -> tuple[Fragment, bytes]:
     """The fragment of some rows of a shard, and its bytes; none for no rows.
 
-    `version` as Ledger.version gives it; `run`: number of the first prompt.
+    `version` as Ledger.version gives it; `run`: number of the first prompt; `uncounted` as
+    WriteFragments has it.
     """
     chunks = [chunk for table in tables.values() for chunk in table["row"].chunks]
     rows = pa.chunked_array(chunks, pa.int64()).drop_null().unique()
@@ -127,7 +128,7 @@ def pack_fragment(
         rows=format_rows(rows.to_pylist()),
         run=run,
         images=len(rows) - failed if run == 0 else 0,
-        outputs=sum(len(t) for name, t in tables.items() if name not in _UNCOUNTED),
+        outputs=sum(len(t) for n, t in tables.items() if n not in (*_UNCOUNTED, *uncounted)),
         errors=failed,
         hash=hash_bytes(data),
     )

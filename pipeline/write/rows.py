@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from pipeline import schema
 from pipeline.config.segment import SegmentConfig
+from pipeline.read.shard import parse_phrases
 
 
 class MakeMaskRows:
@@ -30,11 +31,13 @@ class MakeMaskRows:
         self.embeddings = tables["embeddings"].schema if "embeddings" in tables else None
         self.prompts, self.first_prompt = prompts, first_prompt
         self.threshold, self.mask_size = config.threshold, config.mask_size
+        self.per_row = config.prompt_column is not None
         kept = config.keep_probabilities
         self.probability_side = 0 if kept == "none" else int(kept)
 
     def __call__(self, batch: pa.Table) -> dict[str, pa.Table]:
-        good = batch.filter(pc.greater(pc.binary_length(batch["logits"]), 0))
+        fine = pc.and_(pc.equal(batch["reason"], ""), pc.greater_equal(batch["row"], 0))
+        good = batch.filter(fine)
         # An image whose prompts came in several runs is counted with its first.
         images = good.filter(pc.equal(good["first_prompt"], 0))
         tables = {"images": image_rows(images), **self._per_prompt(good)}
@@ -52,6 +55,9 @@ class MakeMaskRows:
         masks: list[dict[str, Any]] = []
         maps: list[dict[str, Any]] = []
         for record, logits in _logits(good):
+            own = parse_phrases(record.pop("text")) if self.per_row else self.prompts
+            if not len(logits):  # an image without phrases of its own
+                continue
             found = masks_of_image(
                 logits,
                 size=(record["height"], record["width"]),
@@ -61,7 +67,7 @@ class MakeMaskRows:
             for i, mask in enumerate(found):
                 row = record | {
                     "prompt_id": self.first_prompt + record["first_prompt"] + i,
-                    "prompt": self.prompts[record["first_prompt"] + i],
+                    "prompt": own[record["first_prompt"] + i],
                 }
                 masks.append(row | mask | {"threshold": self.threshold})
                 if self.probability_side:
@@ -131,7 +137,7 @@ def _vectors(column: pa.ChunkedArray, kind: pa.DataType) -> pa.Array:
 
 def _logits(good: pa.Table) -> Iterable[tuple[dict[str, Any], np.ndarray]]:
     """Each record with its logits (P, h, w) float32."""
-    names = ["shard", "row", "key", "height", "width", "first_prompt"]
+    names = ["shard", "row", "key", "height", "width", "first_prompt", "text"]
     shapes = zip(good["logits_height"], good["logits_width"], good["logits"], strict=True)
     for record, (h, w, data) in zip(good.select(names).to_pylist(), shapes, strict=True):
         logits = np.frombuffer(data.as_buffer(), np.float32)
