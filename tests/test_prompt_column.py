@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from shards import make_tar, shards_of
 from transformers import AutoTokenizer, CLIPSegForImageSegmentation
 
 from jobs import label, segment
+from pipeline.config.segment import SegmentConfig
 from pipeline.demo import MODEL
 from pipeline.demo.scenes import draw_scene
 from pipeline.infer.checkpoint import OpenModel
@@ -28,7 +32,11 @@ from pipeline.prepare.images import PrepareImages
 from pipeline.read.inputs import list_shards
 from pipeline.read.records import read_batches, read_shard
 from pipeline.read.shard import MAX_PHRASES, as_phrases, shard_to_row
+from pipeline.run.manifest import name_run
+from pipeline.run.resume import find_left
+from pipeline.write.layout import Ledger
 
+ROOT = Path(__file__).parent.parent
 WANTED = as_phrases("caption")
 
 
@@ -205,3 +213,41 @@ def test_own_prompts_and_prompts_for_all_exclude_each_other(
     path = parquet(photos / "a.parquet", ["star"], pa.string())
     assert segment.main([str(path), str(photos / "x"), *command[2:], "--prompt-column", "no"]) == 2
     assert "no column 'no' of text (--prompt-column)" in capsys.readouterr().err
+
+
+KILLED = """
+import os, signal, sys
+from jobs import segment
+class Dying(segment.WriteFragments):
+    calls = 0
+    def __call__(self, batch):
+        Dying.calls += 1
+        if Dying.calls == 7:  # in the middle of the second shard
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(batch)
+segment.WriteFragments = Dying
+segment.main(sys.argv[1:])
+"""
+
+
+def test_rows_that_a_kill_left_in_fragments_are_not_made_again(photos: Path) -> None:
+    command = [str(photos / "in"), "--model", str(MODEL), "--local", "--batch-size", "2"]
+    command += ["--prompt-column", "caption"]
+    assert segment.main([*command, str(photos / "calm")]) == 0
+    output = photos / "out"
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, *command, str(output)], cwd=ROOT, check=False
+    )
+    assert killed.returncode == -signal.SIGKILL
+    staged = {path.name for path in output.glob("_staging/*/*.arrows")}
+    assert staged
+    record = json.loads((output / "_run.json").read_text())
+    tables = SegmentConfig(input="in", output="out", prompt_column="caption").tables(1, "")
+    ledger = Ledger(output=str(output), run=name_run(record))
+    shards = list_shards(str(photos / "in"), text_column=WANTED).shards
+    left = find_left(ledger, shards, tables, forget=set())
+    assert {f.name for kept in left.kept.values() for f in kept} & staged
+    assert any(shard.skip for shard in left.todo)
+    assert segment.main([*command, str(output)]) == 0
+    for table in ("images", "masks", "errors"):
+        assert rows(output, table) == rows(photos / "calm", table)

@@ -55,7 +55,8 @@ class MakeMaskRows:
         masks: list[dict[str, Any]] = []
         maps: list[dict[str, Any]] = []
         for record, logits in _logits(good):
-            own = parse_phrases(record.pop("text")) if self.per_row else self.prompts
+            text = record.pop("text")
+            own = parse_phrases(text) if self.per_row else self.prompts
             if not len(logits):  # an image without phrases of its own
                 continue
             found = masks_of_image(
