@@ -72,9 +72,10 @@ def segment_images(config: LabelConfig) -> None:
     if found is None and not is_free(output, asked.output, config.tables()):
         raise UsageError(f"{output}: holds files that are not from a run; choose another output")
     if found is not None and not config.run.restart:
-        wanted = json.loads(json.dumps(config.of_maps().fingerprint()))  # as it was written
-        before = {name: found.get("fingerprint", {}).get(name) for name in wanted}
-        refuse_other_run(output, before, wanted)
+        before = found.get("fingerprint", {})
+        asked_again = json.loads(json.dumps(config.of_maps().fingerprint()))  # as it was written
+        versions = dict.fromkeys(("schema_version", "results_version"))
+        refuse_other_run(output, before, {**versions, **before, **asked_again})
     importlib.import_module("jobs.segment").segment(asked)
 
 

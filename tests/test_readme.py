@@ -57,7 +57,7 @@ def run(line: str) -> Any:
     name = name.replace("-", "_")
     job: Callable[..., None] = getattr(importlib.import_module(f"jobs.{name}"), name)
     config = tyro.cli(get_type_hints(job)["config"], args=arguments)
-    if hasattr(config, "model"):
+    if hasattr(config, "model") and (config.model or name != "label"):
         config = replace(config, model=str(MODEL))
     if hasattr(config, "workers"):
         config = replace(config, workers=replace(config.workers, local=True, quiet=True))
