@@ -26,7 +26,7 @@ from pipeline.run.engine import Dataset, Engine
 from pipeline.run.follow import follow_run
 from pipeline.run.launch import load_beside
 from pipeline.run.lifecycle import Pass, open_run, summary
-from pipeline.run.progress import tell
+from pipeline.run.progress import phase, tell
 from pipeline.storage import set_storage_timeout
 from pipeline.write.fragments import WriteFragments
 from pipeline.write.rows import MakeMaskRows
@@ -36,18 +36,23 @@ def segment(config: SegmentConfig) -> None:
     """Read shards -> decode and resize -> segment -> masks at image size -> Parquet tables."""
     set_storage_timeout(config.run.storage_timeout)
     config = config.resolve()
-    listing = list_shards(
-        config.input,
-        image_column=config.images.image_column,
-        member_suffix=config.images.member_suffix,
-        strict=config.run.strict,
-    )
+    with phase("listing the input"):
+        listing = list_shards(
+            config.input,
+            image_column=config.images.image_column,
+            member_suffix=config.images.member_suffix,
+            strict=config.run.strict,
+        )
     max_pixels = config.images.max_pixels
     spec = load_beside(
         config.workers,
         config.output,
-        lambda: infer.open_segmenter(
-            config.model, config.asked(), embed=config.embed, max_pixels=max_pixels
+        lambda encoded: infer.open_segmenter(
+            config.model,
+            config.asked(),
+            embed=config.embed,
+            max_pixels=max_pixels,
+            on_progress=encoded,
         ),
     )
     tell([f"clipseg-ray segment: {note}" for note in spec.notes])

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import tyro
 
+from pipeline.config import log
 from pipeline.errors import PipelineError, UsageError, one_line
 
 # Set where a decoder has ended the process of a local job: see run.local.
@@ -48,7 +49,12 @@ def run_command(
     try:
         with _ended_by_signals(told):
             asked = _parse(config, prog, arguments)
-            if argv is None and getattr(getattr(asked, "workers", None), "local", False):
+            workers = getattr(asked, "workers", None)
+            log.set_log(
+                as_json=getattr(workers, "log_format", "text") == "json",
+                quiet=getattr(workers, "quiet", False),
+            )
+            if argv is None and getattr(workers, "local", False):
                 _fork_until_it_survives(prog)
             job(asked)
     except UsageError as error:
@@ -119,7 +125,7 @@ def _fork_until_it_survives(prog: str) -> None:
         if -code not in _CRASHES or ISOLATE in os.environ:
             _say(prog, f"ended by {name}; the same command again goes on where it was", 128 - code)
             os._exit(128 - code)
-        print(f"{prog}: ended by {name}; going on with each image apart", file=sys.stderr)
+        log.say("note", f"{prog}: ended by {name}; going on with each image apart")
         os.environ[ISOLATE] = "1"
 
 
@@ -163,5 +169,5 @@ def _refuse_empty(arguments: list[str]) -> None:
 
 def _say(prog: str, message: object, code: int) -> int:
     said = one_line(" ".join(str(message).split()), _SAID_CHARACTERS)
-    print(f"{prog}: error: {said}", file=sys.stderr)
+    log.say("error", f"{prog}: error: {said}", code=code)
     return code

@@ -57,7 +57,10 @@ class WorkerOptions:
     """Run in this process, without Ray: for a few hundred images. The rows are the same."""
 
     quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """No progress display, only the last line."""
+    """No progress display, only warnings and the summary."""
+
+    log_format: Literal["text", "json"] = "text"
+    """Lines of phases, progress, warnings and errors on stderr: text, or a JSON object each."""
 
     def __post_init__(self) -> None:
         check_positive(self, "actors", "batch_size")

@@ -48,6 +48,8 @@ class Pass:
     """Every shard of the input."""
     todo: list[Shard]
     """Shards without a receipt; `skip` names their finished rows."""
+    rows: int
+    """Rows of the other shards, which are done."""
     kept: dict[str, list[Fragment]]
     """Fragments of the finished rows, by the name of a shard in `todo`."""
     tables: dict[str, Table]
@@ -133,6 +135,7 @@ def open_run(
                 ledger=ledger,
                 shards=shards,
                 todo=left.todo,
+                rows=left.rows,
                 kept=left.kept,
                 tables=of_pass,
                 prompts=prompts[first],
