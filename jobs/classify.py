@@ -31,8 +31,9 @@ from pipeline.run.engine import Dataset, Engine
 from pipeline.run.finished import list_finished
 from pipeline.run.follow import follow_run
 from pipeline.run.launch import Progress, load_beside
-from pipeline.run.lifecycle import Run, open_run, summary
+from pipeline.run.lifecycle import Run, open_run
 from pipeline.run.progress import phase, tell
+from pipeline.run.summary import summary
 from pipeline.storage import set_storage_timeout
 from pipeline.write.fragments import WriteFragments
 from pipeline.write.rows import MakeLabelRows

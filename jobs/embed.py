@@ -23,8 +23,9 @@ from pipeline.read.records import end_crashed_shard, read_batches, read_one_by_o
 from pipeline.run.engine import Dataset, Engine
 from pipeline.run.follow import follow_run
 from pipeline.run.launch import load_beside
-from pipeline.run.lifecycle import open_run, summary
+from pipeline.run.lifecycle import open_run
 from pipeline.run.progress import phase, tell
+from pipeline.run.summary import summary
 from pipeline.storage import set_storage_timeout
 from pipeline.write.fragments import WriteFragments
 from pipeline.write.rows import MakeEmbeddingRows

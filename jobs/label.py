@@ -24,8 +24,9 @@ from pipeline.config.label import LabelConfig
 from pipeline.run.engine import Dataset, Engine
 from pipeline.run.finished import list_finished
 from pipeline.run.follow import follow_run
-from pipeline.run.lifecycle import Run, open_run, summary
+from pipeline.run.lifecycle import Run, open_run
 from pipeline.run.progress import phase, tell
+from pipeline.run.summary import summary
 from pipeline.storage import set_storage_timeout
 from pipeline.write.fragments import WriteFragments
 

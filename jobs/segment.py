@@ -25,8 +25,9 @@ from pipeline.read.records import end_crashed_shard, read_batches, read_one_by_o
 from pipeline.run.engine import Dataset, Engine
 from pipeline.run.follow import follow_run
 from pipeline.run.launch import load_beside
-from pipeline.run.lifecycle import Pass, open_run, summary
+from pipeline.run.lifecycle import Pass, open_run
 from pipeline.run.progress import phase, tell
+from pipeline.run.summary import summary
 from pipeline.storage import set_storage_timeout
 from pipeline.write.fragments import WriteFragments
 from pipeline.write.rows import MakeMaskRows
@@ -66,8 +67,6 @@ def segment(config: SegmentConfig) -> None:
     )
     tell(run.notes)
     print(summary(run, counts))
-    if config.ontology:
-        print(f"  cut labels: clipseg-ray label {run.output} LABELS --ontology {config.ontology}")
     if config.contact_sheet:
         write_contact_sheet(config.contact_sheet, run.output, listing.shards, max_pixels)
         print(f"  {config.contact_sheet}")

@@ -38,4 +38,5 @@ def say(event: str, message: str, **facts: Any) -> None:
     if _state["json"]:
         time = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         line = json.dumps({"time": time, "event": event, "message": message, **facts})
-    print(line, file=sys.stderr, flush=True)
+    sys.stderr.write(f"{line}\n")  # in one piece: threads write here, too
+    sys.stderr.flush()

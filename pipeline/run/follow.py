@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline.config.options import WorkerOptions
 from pipeline.errors import JobError, PipelineError
+from pipeline.read.shard import Shard
 from pipeline.run.engine import Dataset, Engine
 from pipeline.run.launch import open_engine
 from pipeline.run.lifecycle import Pass, Run, close_run, note_missing
