@@ -16,7 +16,6 @@ import sys
 from collections.abc import Sequence
 
 from pipeline import infer
-from pipeline.annotations.contact_sheet import write_contact_sheet
 from pipeline.config.command import run_command
 from pipeline.config.segment import SegmentConfig
 from pipeline.prepare.images import PrepareImages, fail_crashed_image
@@ -68,8 +67,11 @@ def segment(config: SegmentConfig) -> None:
     tell(run.notes)
     print(summary(run, counts))
     if config.contact_sheet:
-        write_contact_sheet(config.contact_sheet, run.output, listing.shards, max_pixels)
-        print(f"  {config.contact_sheet}")
+        from pipeline.annotations.contact_sheet import write_contact_sheet  # 0.3 s of --help
+
+        total = counts["rows_ok"]
+        write_contact_sheet(config.contact_sheet, run.output, listing.shards, max_pixels, total)
+        print(f"contact sheet: {config.contact_sheet}")
 
 
 def stream(

@@ -22,6 +22,8 @@ from pipeline.config.prompt import Prompt, parse_image_prompts, recipes
 from pipeline.errors import UsageError
 from pipeline.schema import IMAGES, MASKS, PROBABILITIES, Table, embeddings
 
+# Of a contact sheet, and Pillow's names of their formats.
+SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 # The smallest maps from which masks agree with the direct ones by .99, see docs/labels.md
 LABEL_SIDE: Literal["352"] = "352"
 
@@ -67,8 +69,8 @@ class SegmentConfig:
     embed: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Also write CLIP embeddings of the images from the same pass, as `embed` does."""
 
-    contact_sheet: Annotated[str | None, tyro.conf.arg(metavar="PNG")] = None
-    """Finally draw a few images with their masks into this PNG file."""
+    contact_sheet: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """Finally draw a few images with their masks into this file: .png, .jpg or .webp."""
 
     images: tyro.conf.OmitArgPrefixes[ImageOptions] = field(default_factory=ImageOptions)
     workers: tyro.conf.OmitArgPrefixes[WorkerOptions] = field(default_factory=WorkerOptions)
@@ -85,6 +87,10 @@ class SegmentConfig:
         if any(not p.strip() for p in self.prompt):
             raise UsageError("--prompt: an empty prompt; say what to segment")
         check_file("--contact-sheet", self.contact_sheet)
+        if self.contact_sheet and not self.contact_sheet.lower().endswith(tuple(SUFFIXES)):
+            raise UsageError(
+                f"--contact-sheet {self.contact_sheet}: end its name in {', '.join(SUFFIXES)}"
+            )
         check_file("--ontology", self.ontology)
         if self.ontology is not None and self.keep_probabilities == "none":
             object.__setattr__(self, "keep_probabilities", LABEL_SIDE)

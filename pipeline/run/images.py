@@ -65,15 +65,18 @@ def find_images(output: str) -> Images:
     raise UsageError(f"{output}: a run that was made from itself")
 
 
-def find_shards(images: Images) -> dict[str, Shard]:
-    """The shards that are there now, by name. Raises UsageError, StorageError as list_shards."""
+def find_shards(images: Images, *, texts: bool = False) -> dict[str, Shard]:
+    """The shards that are there now, by name; with `texts` such as read texts beside the images.
+
+    Raises UsageError, StorageError as list_shards.
+    """
     listed = list_shards(
         images.source,
         image_column=images.image_column,
         text_column=images.text_column,
         member_suffix=images.member_suffix,
     )
-    return {shard.name: replace(shard, text="") for shard in listed.shards}
+    return {shard.name: shard if texts else replace(shard, text="") for shard in listed.shards}
 
 
 def is_unchanged(images: Images, shard: Shard) -> bool:

@@ -203,12 +203,12 @@ class ProgressDisplay:
 
 
 @contextmanager
-def phase(what: str) -> Iterator[Callable[[str], None]]:
+def phase(what: str, *, quiet: bool = False) -> Iterator[Callable[[str], None]]:
     """Say what is waited for, at once on a terminal, else after a second; then how long it took.
 
     Yields a function to be told how far it is.
     """
-    if log.is_quiet():
+    if quiet or log.is_quiet():
         yield lambda how_far: None
         return
     started = told = time.monotonic()
