@@ -103,8 +103,8 @@ def view_run(config: ViewConfig) -> View:
     source = find_images(output)
     pictures = read_wanted(source, set(places), draw, moved_to=config.input_moved_to)
     captions: dict[Place, str] = {}
-    if source.text_column:
-        captions = read_captions(source, set(places), source.text_column, config.input_moved_to)
+    if config.text_column:
+        captions = read_captions(source, set(places), config.text_column, config.input_moved_to)
     total = int(record.get("counts", {}).get("rows_ok", 0))
     among = (
         f", chosen from {SHARDS:,} of {len(masks):,} shards"
@@ -113,11 +113,12 @@ def view_run(config: ViewConfig) -> View:
     )
     of = f" of {total:,}" if total else ""
     facts = {
-        "images": f"{len(found):,}{of}{among}; {_SORTED[config.sort]}; sizes are height x width, shares are of the image",
+        "images": f"{len(found):,}{of}{among}; {_SORTED[config.sort]}",
         "prompts": _name(only or prompts),
         "threshold": f"{record['config'].get('threshold')}",
         "model": str(record["config"].get("model")),
         "input": config.input_moved_to or source.source,
+        "numbers": "size as height x width; p, largest probability; share of the image",
         "run": f"{output}, started {record.get('started_at', '?')}",
     }
     return View(facts=facts, images=found, pictures=pictures, captions=captions, colors=colors)

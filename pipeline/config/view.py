@@ -30,6 +30,10 @@ class ViewConfig:
     """Images first with the largest probability, with the largest share of the image, or with a
     largest probability near the threshold."""
 
+    text_column: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """Caption to show with each image: a column of Parquet, a field of the .json beside it, or the
+    .txt."""
+
     limit: Annotated[int, tyro.conf.arg(metavar="N")] = 24
     """Images on the page."""
 
