@@ -191,7 +191,8 @@ def test_hub_errors_are_one_clear_line(hub: type[FakeHub], single: Path, tmp_pat
     (tmp_path / "bare" / "README.md").write_text("x")
     hub.publish("org/bare", tmp_path / "bare")
     for model, message in {
-        "org/unknown": "no such model on the hub",
+        "org/unknown": "no such model on the hub .a private one",
+        "CIDAS/clipseg-rd64-refine": "on the hub; did you mean CIDAS/clipseg-rd64-refined",
         "org/gated": "accept them on its page",
         "org/bare": r"has no config\.json",
         "org/-x..y--": "no valid hub id|no such model",

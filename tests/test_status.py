@@ -217,3 +217,23 @@ def make_failed(output: Path, source: Path) -> None:
     discard_shard(ledger, shard_id(shard.name), ["images", "masks"])
     failed = rows_of("errors", {"row": 0, "reason": "decoder_crashed", "retryable": True})
     finish(ledger, shard, {"errors": failed})
+
+
+@pytest.mark.parametrize(
+    ("kept", "says"),
+    [("352", "Or cut labels at any threshold"), ("none", "A run with --keep-probabilities 352")],
+)
+def test_another_threshold_points_at_the_way_without_the_model(
+    tmp_path: Path, kept: str, says: str
+) -> None:
+    config = SegmentConfig(
+        input="in", output=str(tmp_path / "a b"), prompt=("x",), keep_probabilities=kept
+    )
+    open_run(config, SHARDS, model={}, tables=TABLES)
+    with pytest.raises(UsageError) as caught:
+        open_run(replace(config, threshold=0.3), SHARDS, model={}, tables=TABLES)
+    assert says in str(caught.value)
+    assert f"clipseg-ray label '{tmp_path}/a b' LABELS --ontology FILE" in str(caught.value)
+    with pytest.raises(UsageError) as caught:
+        open_run(replace(config, threshold=0.3, mask_size="model"), SHARDS, model={}, tables=TABLES)
+    assert "label" not in str(caught.value)

@@ -124,7 +124,8 @@ def read_lines(file: str, option: str, what: str) -> list[str]:
     try:
         lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
-        raise UsageError(f"{option} {file}: {error.strerror}") from error
+        hint = f"; {option} names a text file with one of the {what} a line"
+        raise UsageError(f"{option} {file}: {error.strerror}{hint}") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{option} {file}: not a UTF-8 text file") from error
     found = [line.strip() for line in lines if line.strip()]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Literal
 
@@ -102,6 +104,11 @@ class SegmentConfig:
         """
         prompts = list(self.prompt)
         if self.prompts is not None:
+            if not os.path.exists(self.prompts) and " " in self.prompts:
+                raise UsageError(
+                    f"--prompts {self.prompts!r}: no such file; to segment these words themselves: "
+                    f"--prompt {shlex.quote(self.prompts)}"
+                )
             prompts += read_lines(self.prompts, "--prompts", "prompts")
         resolved = replace(self, prompt=tuple(prompts), prompts=None)
         refuse_repeated([prompt.name for prompt in resolved.asked()], "prompt")

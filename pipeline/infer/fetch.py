@@ -6,6 +6,7 @@ folder is ever run as code.
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import hashlib
 import os
@@ -42,6 +43,12 @@ NEEDED = (
 _FORMS = (SAFETENSORS, PICKLES, SAFETENSORS_VARIANTS, PICKLES_VARIANTS)
 _HUB_ID = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?:@([\w./-]+))?")
 _COPY_BYTES = 8 << 20
+# Repositories on the hub that a mistyped one may have meant.
+KNOWN = (
+    *("CIDAS/clipseg-rd64-refined", "CIDAS/clipseg-rd64", "CIDAS/clipseg-rd16"),
+    *("openai/clip-vit-base-patch16", "openai/clip-vit-base-patch32"),
+    *("openai/clip-vit-large-patch14", "openai/clip-vit-large-patch14-336"),
+)
 
 
 def fetch(model: str) -> Path:
@@ -122,8 +129,8 @@ def _fetch_hub(repo: str, revision: str | None) -> Path:
         raise CheckpointError(f"{name}: the hub's {repo} has no such revision") from error
     except errors.RepositoryNotFoundError as error:
         raise CheckpointError(
-            f"{name}: no such folder, and no such model on the hub (a private one needs "
-            "`hf auth login`)"
+            f"{name}: no such folder, and no such model on the hub{_suggest(repo)} (a private one "
+            "needs `hf auth login`)"
         ) from error
     except errors.LocalEntryNotFoundError as error:
         raise CheckpointError(_offline(name)) from error
@@ -134,6 +141,11 @@ def _fetch_hub(repo: str, revision: str | None) -> Path:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         reason = re.sub(r"://\S*@", "://", reason)  # HF_ENDPOINT may hold a name and a password
         raise CheckpointError(f"{name}: could not be downloaded from the hub: {reason}") from error
+
+
+def _suggest(repo: str) -> str:
+    near = difflib.get_close_matches(repo, KNOWN, 1, cutoff=0.8)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _offline(name: str) -> str:
