@@ -18,6 +18,7 @@ import pytest
 from checkpoints import change_tensors, save, save_bin, small_clipseg, write_vocabulary
 from fake_hub import FakeHub
 
+from pipeline.config import log
 from pipeline.errors import CheckpointError
 from pipeline.infer.fetch import fetch
 from pipeline.model.weights import hash_weights
@@ -115,6 +116,21 @@ def hub(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeH
     thread.join()
     server.server_close()
     huggingface_hub.close_session()
+
+
+def test_a_download_tells_how_far_it_is(hub: type[FakeHub], changing: Path) -> None:
+    """In bytes; the last of it is all of it. What is in the cache is not told of."""
+    hub.publish("org/name", changing)
+    said: list[str] = []
+    log.how_far.append(said.append)
+    try:
+        folder = fetch("org/name")
+        size_bytes = sum(file.stat().st_size for file in folder.iterdir())
+        assert said[-1] == "{0:,.1f} of {0:,.1f} MB downloaded from the hub".format(
+            size_bytes / 1e6
+        )
+    finally:
+        log.how_far.clear()
 
 
 def test_hub_id_downloads_only_what_is_needed(

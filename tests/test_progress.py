@@ -135,7 +135,7 @@ def test_a_job_writes_nothing_but_json_with_log_format_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(progress, "SHORT_PHASE_S", 0.0)
-    monkeypatch.setattr(progress, "LOG_INTERVAL_S", 0.0)
+    monkeypatch.setattr(progress, "LOG_INTERVAL_S", 0.01)
     argv = [str(DEMO / "shards"), str(tmp_path / "out"), "--model", str(DEMO / "model")]
     argv += ["--prompt", "blue", "--local", "--log-format", "json"]
     assert segment.main(argv) == 0
@@ -153,7 +153,7 @@ def test_the_bar_moves_while_a_shard_is_in_work(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One shard of several batches: every one of them is seen before the shard is whole."""
-    monkeypatch.setattr(progress, "LOG_INTERVAL_S", 0.0)
+    monkeypatch.setattr(progress, "LOG_INTERVAL_S", 0.01)
     shard = sorted((DEMO / "shards").iterdir())[0]
     argv = [str(shard), str(tmp_path / "out"), "--model", str(DEMO / "model"), "--prompt", "blue"]
     assert segment.main([*argv, "--local", "--log-format", "json", "--batch-size", "4"]) == 0
@@ -180,15 +180,23 @@ def test_a_phase_is_told_while_it_lasts(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(progress, "SHORT_PHASE_S", 0.0)
-    monkeypatch.setattr(progress, "LOG_INTERVAL_S", 0.0)
-    said = threading.Event()
-    monkeypatch.setattr(log, "say", lambda *a, say=log.say, **k: (say(*a, **k), said.set()))
+    monkeypatch.setattr(progress, "LOG_INTERVAL_S", 0.01)
+    begun, counted = threading.Event(), threading.Event()
+
+    def say(event: str, message: str, **facts: object) -> None:
+        (counted if "5 of 9" in message else begun).set()
+        plain(event, message, **facts)
+
+    plain = log.say
+    monkeypatch.setattr(log, "say", say)
     with phase("loading the model") as show:
-        assert said.wait(60)
+        assert begun.wait(60)
         show("5 of 9 texts encoded")
+        assert counted.wait(60)
     lines = capsys.readouterr().err.splitlines()
-    assert lines[:2] == ["loading the model ...", "loading the model: 5 of 9 texts encoded"]
-    assert lines[2].startswith("loading the model: 0.") and lines[2].endswith(" s")
+    assert lines[0] == "loading the model ..."
+    assert "loading the model: 5 of 9 texts encoded" in lines
+    assert lines[-1].startswith("loading the model: 0.") and lines[-1].endswith(" s")
 
 
 def test_on_a_terminal_the_line_is_redrawn(

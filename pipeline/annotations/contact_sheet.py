@@ -121,7 +121,7 @@ def contact_sheet(
     return draw_sheet(
         _rows(chosen, shards, max_pixels, prompts, colors_of(record.get("config", {}))),
         title=f"Masks by prompt: {len(chosen):,} of {total:,} images",
-        note=f"left out: {len(left_out):,} prompts: {', '.join(left_out)}" if left_out else "",
+        note=f"{len(left_out):,} prompts left out: {', '.join(left_out)}" if left_out else "",
     )
 
 

@@ -8,9 +8,14 @@ from __future__ import annotations
 import datetime
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 _state = {"json": False, "quiet": False}
+
+
+how_far: list[Callable[[str], None]] = []
+"""Functions to be told how far the phase is that lasts; the last one is told."""
 
 
 def set_log(*, as_json: bool = False, quiet: bool = False) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import hashlib
+import io
 import os
 import re
 import shutil
@@ -16,7 +17,9 @@ import tempfile
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+from pipeline.config import log
 from pipeline.errors import CheckpointError, StorageError, UsageError
 from pipeline.model.weight_files import (
     PICKLES,
@@ -110,7 +113,9 @@ def _fetch_hub(repo: str, revision: str | None) -> Path:
 
     # Read now, where the client would have read it when it was imported.
     where = os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
-    download = partial(snapshot_download, repo, revision=revision, endpoint=where)
+    download = partial(
+        snapshot_download, repo, revision=revision, endpoint=where, tqdm_class=_count_bytes()
+    )
     name = f"{repo}@{revision}" if revision else repo
     try:
         for form in _FORMS:
@@ -141,6 +146,24 @@ def _fetch_hub(repo: str, revision: str | None) -> Path:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         reason = re.sub(r"://\S*@", "://", reason)  # HF_ENDPOINT may hold a name and a password
         raise CheckpointError(f"{name}: could not be downloaded from the hub: {reason}") from error
+
+
+def _count_bytes() -> Any:
+    """A bar that draws nothing and tells the phase that lasts how much is downloaded."""
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+    class Bytes(tqdm):  # type: ignore[misc]  # the client wants a subclass
+        def __init__(self, *arguments: Any, **options: Any):
+            # Of the client's own class alone.
+            known = {k: v for k, v in options.items() if k not in ("name", "disable")}
+            super().__init__(*arguments, **known, file=io.StringIO())
+
+        def display(self, *_: Any, **__: Any) -> None:
+            if self.unit == "B" and self.total and log.how_far:
+                done, total = (f"{n / 1e6:,.1f}" for n in (self.n, self.total))
+                log.how_far[-1](f"{done} of {total} MB downloaded from the hub")
+
+    return Bytes
 
 
 def _suggest(repo: str) -> str:

@@ -211,28 +211,34 @@ def phase(what: str, *, quiet: bool = False) -> Iterator[Callable[[str], None]]:
     if quiet or log.is_quiet():
         yield lambda how_far: None
         return
-    started = told = time.monotonic()
+    started = time.monotonic()
     console = Console(stderr=True)
     drawn = console.is_terminal and not log.is_json()
     status = console.status(what) if drawn else None
-    begun = threading.Timer(SHORT_PHASE_S, log.say, ("phase", f"{what} ..."), {"phase": what})
-    begun.daemon = True
+    ended = threading.Event()
+    seen = " ..."
 
     def show(how_far: str) -> None:
-        nonlocal told
+        nonlocal seen
+        seen = f": {how_far}"
         if status:
-            status.update(f"{what}: {how_far}")
-        elif time.monotonic() - told >= LOG_INTERVAL_S:
-            told = time.monotonic()
-            log.say("phase", f"{what}: {how_far}", phase=what)
+            status.update(f"{what}{seen}")
+
+    def keep_telling() -> None:
+        wait_s = SHORT_PHASE_S
+        while not ended.wait(wait_s):
+            log.say("phase", f"{what}{seen}", phase=what)
+            wait_s = LOG_INTERVAL_S
 
     if not status:
-        begun.start()
+        threading.Thread(target=keep_telling, daemon=True).start()
+    log.how_far.append(show)
     try:
         with status or nullcontext():
             yield show
     finally:
-        begun.cancel()
+        ended.set()
+        log.how_far.remove(show)
     seconds = time.monotonic() - started
     if seconds > SHORT_PHASE_S:
         log.say("phase", f"{what}: {seconds:.1f} s", phase=what, seconds=round(seconds, 1))
