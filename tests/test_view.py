@@ -121,6 +121,13 @@ def test_a_key_and_a_prompt_choose(made: Path, capsys: pytest.CaptureFixture[str
         assert says in capsys.readouterr().err
     assert view.main([str(made / "in")]) == 2
     assert "holds no masks; name the OUTPUT of clipseg-ray segment" in capsys.readouterr().err
+    (made / "labels").mkdir()
+    record = {"tables": ["images", "annotations"], "config": {"input": "a b"}}
+    (made / "labels" / "_run.json").write_text(json.dumps(record))
+    assert view.main([str(made / "labels")]) == 2
+    assert (
+        "holds labels; their masks are those of clipseg-ray view 'a b'" in capsys.readouterr().err
+    )
 
 
 def test_an_empty_mask_has_a_cell_only_where_its_prompt_was_named(made: Path) -> None:

@@ -99,11 +99,13 @@ def rank_images(
     `key`: images of this name alone; `prompt`: by this prompt alone. Raises JobError for a damaged
     part, StorageError.
     """
+    asked = {"key": key, "prompt": prompt}
+    only = {name: value for name, value in asked.items() if value is not None}
 
     def rank(pair: tuple[str, list[str]]) -> list[Candidate]:
         found: dict[int, Candidate] = {}
         for uri in pair[1]:
-            for one in _rank_part(pair[0], uri, sort, key, prompt):
+            for one in _rank_part(pair[0], uri, sort, limit, only):
                 other = found.get(one.row)
                 if other:
                     worth, any_ = max(one.worth, other.worth), one.found or other.found
@@ -123,16 +125,17 @@ def _order(one: Candidate) -> tuple[bool, float, str, int]:
 
 
 def _rank_part(
-    id_: str, uri: str, sort: Sort, key: str | None, prompt: str | None
+    id_: str, uri: str, sort: Sort, limit: int, only: dict[str, str]
 ) -> Iterator[Candidate]:
-    """The images of a part; its rows stand in the order of the images."""
+    """The best images of each row group of a part; its rows stand in the order of the images.
+
+    `only`: values of columns that rows must have.
+    """
     with open_part(uri) as parquet:
         for group in range(parquet.num_row_groups):
             table = parquet.read_row_group(group, [*_COLUMNS, "rle.size"], use_threads=False)
-            if key is not None:
-                table = table.filter(pc.equal(table["key"], key))
-            if prompt is not None:
-                table = table.filter(pc.equal(table["prompt"], prompt))
+            for name, value in only.items():
+                table = table.filter(pc.equal(table[name], value))
             if not len(table):
                 continue
             rows = table["row"].to_numpy()
@@ -141,8 +144,9 @@ def _rank_part(
             best = np.maximum.reduceat(worth, starts)
             found = np.add.reduceat(area, starts) > 0
             shard = table["shard"][0].as_py()
-            for i, start in enumerate(starts):
-                yield Candidate(float(best[i]), id_, shard, int(rows[start]), bool(found[i]))
+            # In the order of _order.
+            for i in np.lexsort((rows[starts], -best, ~found))[:limit]:
+                yield Candidate(float(best[i]), id_, shard, int(rows[starts[i]]), bool(found[i]))
 
 
 def _worth(table: pa.Table, sort: Sort) -> np.ndarray:

@@ -7,6 +7,7 @@ something; the other prompts are named. The images come from the shards of the r
 from __future__ import annotations
 
 import io
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,6 +72,11 @@ def view_run(config: ViewConfig) -> View:
     """
     output = storage.check_uri(config.run)
     record = read_run(output)
+    if record is not None and "annotations" in record.get("tables", ()):
+        segmented = shlex.quote(str(record.get("config", {}).get("input")))
+        raise UsageError(
+            f"{config.run}: holds labels; their masks are those of clipseg-ray view {segmented}"
+        )
     if record is None or "masks" not in record.get("tables", ()):
         raise UsageError(f"{config.run}: holds no masks; name the OUTPUT of clipseg-ray segment")
     prompts = _prompts(output, record)
