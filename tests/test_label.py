@@ -20,7 +20,6 @@ import pytest
 from PIL import Image
 
 from jobs.label import label
-from jobs.retry_failed import with_all_phrases
 from jobs.segment import segment
 from pipeline import schema
 from pipeline.annotations.kept_maps import open_kept_maps, read_kept_maps
@@ -37,6 +36,7 @@ from pipeline.errors import UsageError
 from pipeline.read.ranges import iter_rows
 from pipeline.read.shard import Shard
 from pipeline.run.finished import list_finished
+from pipeline.run.rerun import with_all_phrases
 
 EMPTY = {
     f.name: "" if pa.types.is_string(f.type) else b"" if pa.types.is_large_binary(f.type) else 0
