@@ -95,8 +95,8 @@ def test_off_a_terminal_there_is_one_line_now_and_then(capsys: pytest.CaptureFix
         display.rows(9, 1, 0)
     display.shard()
     assert capsys.readouterr().err.splitlines() == [
-        "400 of 1,200 images (33%), 10.0 images/s, 20 errors, 1 of 4 shards, 0:01:20 left",
-        "700 of 1,200 images (58%), 10.0 images/s, 50 errors, 1 of 4 shards, 0:00:50 left",
+        "400 of 1,200 images (33%), 10.0 images/s, 0:01:20 left, 20 errors, 1 of 4 shards",
+        "700 of 1,200 images (58%), 10.0 images/s, 0:00:50 left, 50 errors, 1 of 4 shards",
     ]
 
 

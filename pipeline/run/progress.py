@@ -22,6 +22,7 @@ from pipeline.read.shard import Shard
 LOG_INTERVAL_S = 30.0
 RATE_WINDOW_S = 60.0
 SHORT_PHASE_S = 1.0  # below which a phase is not worth a line
+WIDE = 120  # characters of a terminal that has room for a bar beside the words
 WAITING = "reading, waiting for the first batch"
 
 Clock = Callable[[], float]
@@ -94,11 +95,11 @@ class ProgressDisplay:
         self.started = self.logged = clock()
         self.seen: deque[tuple[float, int]] = deque()  # time and images done, of the last minute
         console = Console(stderr=True)
+        columns = [SpinnerColumn(), TextColumn("{task.description}")]
+        if console.width >= WIDE:
+            columns += [BarColumn(bar_width=20), TimeElapsedColumn()]
         self.bar = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            TimeElapsedColumn(),
+            *columns,
             console=console,
             transient=True,
             disable=quiet or log.is_json() or not console.is_terminal,
@@ -172,8 +173,8 @@ class ProgressDisplay:
         rate = f", {self.rate:.1f} images/s" if self.rate else ""
         left = f", {_duration(facts['left_s'])} left" if facts["left_s"] else ""
         return (
-            f"{self.amount.done:,}{of} images{share}{rate}, {self.errors:,} errors, "
-            f"{self.shards:,} of {self.total_shards:,} shards{left}"
+            f"{self.amount.done:,}{of} images{share}{rate}{left}, {self.errors:,} errors, "
+            f"{self.shards:,} of {self.total_shards:,} shards"
         )
 
     def tell(self) -> None:
