@@ -30,9 +30,10 @@ from pipeline.read.records import end_crashed_shard, read_batches, read_one_by_o
 from pipeline.run.engine import Dataset, Engine
 from pipeline.run.finished import list_finished
 from pipeline.run.follow import follow_run
-from pipeline.run.launch import load_beside
-from pipeline.run.lifecycle import Run, open_run, summary
-from pipeline.run.progress import tell
+from pipeline.run.launch import Progress, load_beside
+from pipeline.run.lifecycle import Run, open_run
+from pipeline.run.progress import phase, tell
+from pipeline.run.summary import summary
 from pipeline.storage import set_storage_timeout
 from pipeline.write.fragments import WriteFragments
 from pipeline.write.rows import MakeLabelRows
@@ -44,20 +45,24 @@ def classify(config: ClassifyConfig) -> None:
     table = open_embeddings(config.input)
     if table:
         classifier = load_beside(
-            config.workers, config.output, lambda: open_for_table(table, config)
+            config.workers, config.output, lambda encoded: open_for_table(table, config, encoded)
         )
-        listing = Listing(list_finished(table.output, table.uri.rpartition("/")[2]), {})
+        with phase("listing the input"):
+            listing = Listing(list_finished(table.output, table.uri.rpartition("/")[2]), {})
     else:
         model = config.model or EmbedConfig.model
         classifier = load_beside(
-            config.workers, config.output, lambda: infer.open_classifier(model, config)
+            config.workers,
+            config.output,
+            lambda encoded: infer.open_classifier(model, config, on_progress=encoded),
         )
-        listing = list_shards(
-            config.input,
-            image_column=config.images.image_column,
-            member_suffix=config.images.member_suffix,
-            strict=config.run.strict,
-        )
+        with phase("listing the input"):
+            listing = list_shards(
+                config.input,
+                image_column=config.images.image_column,
+                member_suffix=config.images.member_suffix,
+                strict=config.run.strict,
+            )
     tell([f"clipseg-ray classify: {note}" for note in classifier.notes])
     tables = config.tables(classifier.facts(), classifier.top, images=table is None)
     run = open_run(config, *listing, model=classifier.fingerprint(), tables=tables)
@@ -105,14 +110,16 @@ def classify_vectors(
     )
 
 
-def open_for_table(table: EmbeddingTable, config: ClassifyConfig) -> infer.Classifier:
+def open_for_table(
+    table: EmbeddingTable, config: ClassifyConfig, encoded: Progress
+) -> infer.Classifier:
     """Open the classifier of a table's own model, under --model if given.
 
     Prints one line if the run of the table is not finished. Raises UsageError for the vectors of
     another model, and for one that cannot be loaded.
     """
     try:
-        classifier = infer.open_classifier(config.model or table.model, config)
+        classifier = infer.open_classifier(config.model or table.model, config, on_progress=encoded)
     except CheckpointError as error:
         hint = "" if config.model else "; --model says where the model of this table is"
         raise UsageError(f"{error}{hint}") from error
@@ -123,11 +130,8 @@ def open_for_table(table: EmbeddingTable, config: ClassifyConfig) -> infer.Class
         )
     check_weights(table, checkpoint.name, checkpoint.weights_hash)
     if table.unfinished:
-        print(
-            f"clipseg-ray classify: {table.output}: its run is not finished; "
-            "what it has so far is classified, and the same command later adds the rest",
-            file=sys.stderr,
-        )
+        said = "what it has so far is classified, and the same command later adds the rest"
+        tell([f"clipseg-ray classify: {table.output}: its run is not finished; {said}"])
     return classifier
 
 

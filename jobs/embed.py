@@ -23,8 +23,9 @@ from pipeline.read.records import end_crashed_shard, read_batches, read_one_by_o
 from pipeline.run.engine import Dataset, Engine
 from pipeline.run.follow import follow_run
 from pipeline.run.launch import load_beside
-from pipeline.run.lifecycle import open_run, summary
-from pipeline.run.progress import tell
+from pipeline.run.lifecycle import open_run
+from pipeline.run.progress import phase, tell
+from pipeline.run.summary import summary
 from pipeline.storage import set_storage_timeout
 from pipeline.write.fragments import WriteFragments
 from pipeline.write.rows import MakeEmbeddingRows
@@ -33,17 +34,18 @@ from pipeline.write.rows import MakeEmbeddingRows
 def embed(config: EmbedConfig) -> None:
     """Read shards -> decode and resize -> embed -> Parquet tables."""
     set_storage_timeout(config.run.storage_timeout)
-    listing = list_shards(
-        config.input,
-        image_column=config.images.image_column,
-        text_column=config.text_column,
-        member_suffix=config.images.member_suffix,
-        strict=config.run.strict,
-    )
+    with phase("listing the input"):
+        listing = list_shards(
+            config.input,
+            image_column=config.images.image_column,
+            text_column=config.text_column,
+            member_suffix=config.images.member_suffix,
+            strict=config.run.strict,
+        )
     spec = load_beside(
         config.workers,
         config.output,
-        lambda: infer.open_embedder(
+        lambda _: infer.open_embedder(
             config.model,
             text=config.text_column is not None,
             normalize=config.normalize,

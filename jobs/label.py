@@ -30,9 +30,10 @@ from pipeline.errors import UsageError
 from pipeline.run.engine import Dataset, Engine
 from pipeline.run.finished import list_finished
 from pipeline.run.follow import follow_run
-from pipeline.run.lifecycle import Run, open_run, summary
+from pipeline.run.lifecycle import Run, open_run
 from pipeline.run.manifest import is_free, read_run, refuse_other_run
-from pipeline.run.progress import tell
+from pipeline.run.progress import phase, tell
+from pipeline.run.summary import summary
 from pipeline.storage import set_storage_timeout
 from pipeline.write.fragments import WriteFragments
 from pipeline.write.passes import read_prompt_vectors
@@ -50,7 +51,8 @@ def label(config: LabelConfig) -> None:
     wants_vectors = refuse_missing_vectors(ontology, kept.output, embedded=kept.embedded)
     vectors = read_prompt_vectors(kept.output) if wants_vectors else None
     tell_unfinished(kept)
-    shards = list_finished(kept.output, "probabilities")
+    with phase("listing the input"):
+        shards = list_finished(kept.output, "probabilities")
     run = open_run(config, shards, model=kept.facts(), tables=config.tables())
     tell(run.notes)
     cut = CutAnnotations(ontology, kept.prompt_ids, vectors)
@@ -93,11 +95,8 @@ def stream(cut: CutAnnotations, run: Run, engine: Engine) -> Dataset:
 def tell_unfinished(kept: KeptMaps) -> None:
     """Say in one line where the run is not finished."""
     if kept.unfinished:
-        print(
-            f"clipseg-ray label: {kept.output}: its run is not finished; shards that it lacks get "
-            "no labels until this command is run again",
-            file=sys.stderr,
-        )
+        said = "shards that it lacks get no labels until this command is run again"
+        tell([f"clipseg-ray label: {kept.output}: its run is not finished; {said}"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

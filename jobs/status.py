@@ -12,12 +12,15 @@ from collections.abc import Sequence
 
 from pipeline.config.command import run_command
 from pipeline.config.status import StatusConfig
-from pipeline.run.status import describe, open_output
+from pipeline.run.status import describe, describe_errors, open_output
 
 
 def status(config: StatusConfig) -> None:
-    """Open the output -> print its account."""
-    print(describe(*open_output(config.output)))
+    """Open the output -> print its account, and the errors if wanted."""
+    output, record = open_output(config.output)
+    print(describe(output, record))
+    if config.errors:
+        print("\n".join(describe_errors(output)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

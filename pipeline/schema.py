@@ -104,6 +104,7 @@ ACCOUNTS = pa.schema(
         ("shard", pa.string()),
         ("images", pa.int64()),  # records that came out well
         ("outputs", pa.int64()),  # rows of the other tables
+        ("size_bytes", pa.int64()),  # encoded bytes of the images that came out well
         ("errors", pa.int64()),  # records that failed; a shard's own failure is not among them
         ("reason", pa.string()),  # the most frequent one among the errors; "" without any
         ("total", pa.int64()),  # records of the shard, where its end record was seen; -1 elsewhere

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import itertools
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from jobs import segment
 from jobs.__main__ import COMMANDS
 from pipeline.config.command import run_command
+from pipeline.config.help import EXAMPLES, PAGES
 from pipeline.config.segment import SegmentConfig
 from pipeline.errors import JobError
 
@@ -51,13 +57,28 @@ def test_prompts_of_the_file_follow_those_of_the_line(tmp_path: Path) -> None:
         (["in", "out"], 'give at least one --prompt "..."'),
         (["in", "out", "--prompt", " "], "empty prompt"),
         (["in", "out", "--prompt", "x", "--prompt", "x"], "the prompt 'x' is given twice"),
-        (["in", "out", "--prompt", "x", "--promt", "y"], "--promt"),
+        (["in", "out", "--promt", "y"], "no option --promt (did you mean --prompt?); see "),
+        (["in", "out", "--prompt", "x", "--treshold=1"], "(did you mean --threshold?)"),
+        (
+            ["in", "out", "--prompt", "x", "--zzz"],
+            "no option --zzz; see clipseg-ray segment --help",
+        ),
+        (["in", "out", "--prompt", "a", "cat"], "too many arguments: cat (put a phrase of several"),
+        (
+            ["in", "out", "--prompts", "a cat"],
+            "to segment these words themselves: --prompt 'a cat'",
+        ),
+        (["in", "out", "--prompt", "x", "--contact-sheet", "a.bmp"], "end its name in .png, .jpg"),
         (["in", "out", "--prompt", "x", "--threshold", "1.01"], "between 0 and 1"),
         (["in", "out", "--prompt", "x", "--threshold", "nan"], "between 0 and 1"),
         (["in", "out", "--prompt", "x", "--threshold", "half"], "half"),
         (["in", "out", "--prompt", "x", "--mask-size", "huge"], "'image', 'model'"),
         (["in", "out", "--prompt", "x", "--actors", "0"], "--actors 0: must be at least 1"),
-        (["in", "out", "--prompts", "no/such/file"], "no/such/file: No such file"),
+        (
+            ["in", "out", "--prompts", "no/such/file"],
+            "no/such/file: No such file or directory; --prompts names a text file with one of the "
+            "prompts a line",
+        ),
         (["in", "out", "--prompt", "caf\udce9"], r"not UTF-8: 'caf\udce9'"),
         (["in\udce9", "out", "--prompt", "x"], r"not UTF-8: 'in\udce9'"),
         (["in", "out", "--prompt", "x", "--contact-sheet", ""], "--contact-sheet: it is empty"),
@@ -79,8 +100,45 @@ def test_mistakes_are_told_as_well_where_the_terminal_has_no_utf8() -> None:
     command = [sys.executable, "-m", "jobs", "segment", "in", "out", "--bogus"]
     env = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
-    says = "Unrecognized options: --bogus; see clipseg-ray segment --help"
+    says = "no option --bogus; see clipseg-ray segment --help"
     assert done.stderr == f"clipseg-ray segment: error: {says}\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example_that_works_and_names_a_page(
+    command: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    job = importlib.import_module(f"jobs.{command.replace('-', '_')}")
+    with pytest.raises(SystemExit) as ended:
+        job.main(["--help"])
+    assert not ended.value.code
+    said = capsys.readouterr().out
+    example = f"clipseg-ray {command} {EXAMPLES[command]}"
+    assert f"Example: {example}" in " ".join(said.split())
+    for page in PAGES[command].split(", "):
+        assert page in said
+        assert (Path(__file__).parent.parent / page).is_file()
+    assert "(default: None)" not in said and "(default: False)" not in said
+    # It is understood: what is named is missing, and nothing else is wrong.
+    (config,) = {
+        value
+        for name, value in vars(job).items()
+        if name.endswith("Config") and f"run_command({name}," in inspect.getsource(job)
+    }
+    reached: list[object] = []
+    assert run_command(config, reached.append, "x", shlex.split(EXAMPLES[command])) == 0
+    assert len(reached) == 1
+
+
+def test_help_breaks_lines_only_where_they_end(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each text fills its lines: the first word of a line had no room on the one before."""
+    with pytest.raises(SystemExit):
+        segment.main(["--help"])
+    said = capsys.readouterr().out
+    box = [line[2:-2] for line in said.splitlines() if line.startswith("│ ")]
+    for line, following in itertools.pairwise(box):
+        if following.startswith(" " * 8) and line.startswith(" " * 8):
+            assert len(line.rstrip()) + 1 + len(following.split()[0]) > 76, line
 
 
 def test_prompt_files_without_prompts_are_refused(tmp_path: Path, capsys) -> None:

@@ -18,6 +18,7 @@ import pytest
 from checkpoints import change_tensors, save, save_bin, small_clipseg, write_vocabulary
 from fake_hub import FakeHub
 
+from pipeline.config import log
 from pipeline.errors import CheckpointError
 from pipeline.infer.fetch import fetch
 from pipeline.model.weights import hash_weights
@@ -117,6 +118,21 @@ def hub(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeH
     huggingface_hub.close_session()
 
 
+def test_a_download_tells_how_far_it_is(hub: type[FakeHub], changing: Path) -> None:
+    """In bytes; the last of it is all of it. What is in the cache is not told of."""
+    hub.publish("org/name", changing)
+    said: list[str] = []
+    log.how_far.append(said.append)
+    try:
+        folder = fetch("org/name")
+        size_bytes = sum(file.stat().st_size for file in folder.iterdir())
+        assert said[-1] == "{0:,.1f} of {0:,.1f} MB downloaded from the hub".format(
+            size_bytes / 1e6
+        )
+    finally:
+        log.how_far.clear()
+
+
 def test_hub_id_downloads_only_what_is_needed(
     hub: type[FakeHub], hub_cache: Path, changing: Path
 ) -> None:
@@ -191,7 +207,8 @@ def test_hub_errors_are_one_clear_line(hub: type[FakeHub], single: Path, tmp_pat
     (tmp_path / "bare" / "README.md").write_text("x")
     hub.publish("org/bare", tmp_path / "bare")
     for model, message in {
-        "org/unknown": "no such model on the hub",
+        "org/unknown": "no such model on the hub .a private one",
+        "CIDAS/clipseg-rd64-refine": "on the hub; did you mean CIDAS/clipseg-rd64-refined",
         "org/gated": "accept them on its page",
         "org/bare": r"has no config\.json",
         "org/-x..y--": "no valid hub id|no such model",

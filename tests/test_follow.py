@@ -30,7 +30,11 @@ class Accounts:
     def iter_rows(self) -> Iterator[dict[str, Any]]:
         for row in self.rows:
             empty = {"shard": SHARDS[0].name, "images": 0, "errors": 0, "reason": "", "outputs": 0}
-            yield empty | {"total": -1, "skipped": 0, "fragment": "", "fault": ""} | row
+            yield (
+                empty
+                | {"size_bytes": 0, "total": -1, "skipped": 0, "fragment": "", "fault": ""}
+                | row
+            )
 
 
 def follow(output: Path, rows: list[dict[str, Any]], shards: list[Shard] = SHARDS) -> None:

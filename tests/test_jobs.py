@@ -335,7 +335,7 @@ def test_prompts_that_are_added_give_what_all_at_once_give(
     before = {path: path.read_bytes() for path in (tmp_path / "later").glob("*/0*.parquet")}
     capsys.readouterr()
     assert run(source, later, checkpoint, *kept, "--contact-sheet", str(tmp_path / "a.png")) == 0
-    assert "4 images, 12 masks, 12 probabilities, 0 errors" in capsys.readouterr().out
+    assert "4 images in" in capsys.readouterr().out
     assert len(before) == 3
     assert {path: path.read_bytes() for path in before} == before
     assert len(list((tmp_path / "later").glob("*/0*.parquet"))) == 5

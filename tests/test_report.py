@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import tarfile
 import time
 from pathlib import Path
@@ -18,11 +19,13 @@ from pipeline import schema
 from pipeline.annotations.contact_sheet import (
     CELL_PX,
     GAP_PX,
+    LINE_PX,
     MARGIN_PX,
     Cell,
     SheetRow,
     contact_sheet,
     draw_sheet,
+    write_contact_sheet,
 )
 from pipeline.infer.masks import masks_of_image
 from pipeline.write.layout import shard_id
@@ -92,7 +95,7 @@ def data(tmp_path: Path) -> Path:
 
 def sheet_of(data: Path, **options: Any) -> np.ndarray:
     shards = shards_of(str(data / "in"))
-    sheet = contact_sheet(str(data / "out"), shards, max_pixels=10**6, **options)
+    sheet = contact_sheet(str(data / "out"), shards, max_pixels=10**6, total=12, **options)
     assert sheet.mode == "RGB"
     return np.asarray(sheet)
 
@@ -133,15 +136,47 @@ def test_images_are_spread_over_the_shards(data: Path) -> None:
     assert len(reds(sheet_of(data, max_images=99))) == 12
 
 
-def test_prompts_are_cut_to_the_first(data: Path) -> None:
-    assert sheet_of(data, max_prompts=1).shape[1] == 2 * MARGIN_PX + 2 * CELL_PX + GAP_PX
+def test_of_many_prompts_those_are_shown_that_found_most(data: Path) -> None:
+    sheet = sheet_of(data, max_prompts=1)
+    assert sheet.shape[1] == 2 * MARGIN_PX + 2 * CELL_PX + GAP_PX
+    # A line of the title names the other.
+    assert sheet.shape[0] == sheet_of(data).shape[0] + LINE_PX
+
+
+def test_images_in_which_something_was_found_come_first(data: Path) -> None:
+    """Only the last image of the last shard has a mask; it is shown, and the rest is filled up."""
+    for part in (data / "out" / "masks").iterdir():
+        rows = pq.read_table(part).to_pylist()
+        for row in rows:
+            if (row["shard"], row["row"]) != ("2.tar", 3):
+                row |= {"area": 0, "score_max": 0.4}
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema.MASKS), part)
+    assert reds(sheet_of(data, max_images=1)) == [220]
+    assert reds(sheet_of(data, max_images=2)) == [0, 220]
+
+
+def test_the_colours_are_those_of_the_ontology(data: Path) -> None:
+    ontology = data / "ontology.yaml"
+    ontology.write_text("classes:\n  - name: left\n    color: '#00c800'\n")
+    (data / "out" / "_run.json").write_text(json.dumps({"config": {"ontology": str(ontology)}}))
+    sheet = sheet_of(data)
+    assert (sheet == [0, 200, 0]).all(axis=2).any()
+    assert not (sheet == [226, 0, 116]).all(axis=2).any()
+
+
+@pytest.mark.parametrize(("suffix", "kind"), [("png", "PNG"), ("JPG", "JPEG"), ("webp", "WEBP")])
+def test_the_file_is_what_its_suffix_says(data: Path, suffix: str, kind: str) -> None:
+    file = data / f"sheet.{suffix}"
+    write_contact_sheet(str(file), str(data / "out"), shards_of(str(data / "in")), 10**6, 12)
+    with Image.open(file) as sheet:
+        assert sheet.format == kind
 
 
 def test_images_that_are_gone_or_broken_are_grey(data: Path) -> None:
     shards = shards_of(str(data / "in"))
     (data / "in" / "0.tar").unlink()
     write_tar(data / "in" / "1.tar", [b"<html>", png(picture(100))])
-    sheet = contact_sheet(str(data / "out"), shards, max_pixels=10**6, max_images=6)
+    sheet = contact_sheet(str(data / "out"), shards, max_pixels=10**6, max_images=6, total=9)
     assert reds(np.asarray(sheet)) in ([160, 180], [100, 160, 180])
     assert sheet.height > 6 * CELL_PX * HEIGHT // WIDTH
 

@@ -227,7 +227,7 @@ def test_jobs_that_fail(
         monkeypatch.setenv(name, value)
     names = {"bucket": bucket, "local": str(tmp_path / "out")}
     source, output, model = (text.format(**names) for text in (source, output, model))
-    code = embed.main([source, output, "--model", model])
+    code = embed.main([source, output, "--model", model, "--quiet"])
     said = "".join(capfd.readouterr())
     assert code in (1, 2), said
     assert said.startswith("clipseg-ray embed: error: ")

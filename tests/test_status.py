@@ -40,11 +40,40 @@ def test_status_of_a_run_that_stopped(folder: str, capsys: pytest.CaptureFixture
     said = capsys.readouterr().out
     assert "segment, not complete: the same command again does the rest" in said
     assert "1 done, 1 left of 2" in said
-    assert "3 ok, 1 failed" in said
+    assert "images: 3 done, 1 failed" in said
     assert "no_image: 1" in said
     drive(folder)
     assert status.main([folder]) == 0
     assert "segment, complete" in capsys.readouterr().out
+
+
+def test_errors_are_named_with_their_reasons_and_the_rest_is_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begin(str(tmp_path))
+    shard = SHARDS[1]
+    rows = [{"row": i, "key": f"k{i:02}", "reason": "image_corrupt"} for i in range(30)]
+    of_shard = {"row": None, "key": None, "reason": "shard_truncated", "detail": "a\x1b[2J"}
+    failed = {"errors": rows_of("errors", *rows, of_shard)}
+    finish(ledger_of(tmp_path), shard, failed, total=30)
+    assert status.main([str(tmp_path), "--errors"]) == 0
+    said = capsys.readouterr().out
+    assert "image_corrupt: 30 (an image that breaks off or fails its checksums)" in said
+    assert "  k00 (b.tar, row 0)\n" in said
+    assert "k19" in said and "k20" not in said
+    assert f"  and 10 more: {tmp_path}/errors/*.parquet has every row" in said
+    assert "  b.tar (the shard): a\ufffd[2J" in said
+    assert "1 shards are damaged" in said
+
+
+def test_status_names_no_errors_where_there_are_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begin(str(tmp_path))
+    for part in tmp_path.glob("errors/[!_]*"):
+        part.unlink()
+    assert status.main([str(tmp_path), "--errors"]) == 0
+    assert "no image failed" in capsys.readouterr().out
 
 
 def test_status_does_without_ray(tmp_path: Path) -> None:
@@ -188,3 +217,23 @@ def make_failed(output: Path, source: Path) -> None:
     discard_shard(ledger, shard_id(shard.name), ["images", "masks"])
     failed = rows_of("errors", {"row": 0, "reason": "decoder_crashed", "retryable": True})
     finish(ledger, shard, {"errors": failed})
+
+
+@pytest.mark.parametrize(
+    ("kept", "says"),
+    [("352", "Or cut labels at any threshold"), ("none", "A run with --keep-probabilities 352")],
+)
+def test_another_threshold_points_at_the_way_without_the_model(
+    tmp_path: Path, kept: str, says: str
+) -> None:
+    config = SegmentConfig(
+        input="in", output=str(tmp_path / "a b"), prompt=("x",), keep_probabilities=kept
+    )
+    open_run(config, SHARDS, model={}, tables=TABLES)
+    with pytest.raises(UsageError) as caught:
+        open_run(replace(config, threshold=0.3), SHARDS, model={}, tables=TABLES)
+    assert says in str(caught.value)
+    assert f"clipseg-ray label '{tmp_path}/a b' LABELS --ontology FILE" in str(caught.value)
+    with pytest.raises(UsageError) as caught:
+        open_run(replace(config, threshold=0.3, mask_size="model"), SHARDS, model={}, tables=TABLES)
+    assert "label" not in str(caught.value)

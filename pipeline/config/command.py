@@ -7,6 +7,7 @@ cannot be done, 130 it was interrupted (Ctrl-C), 143 it was told to end (SIGTERM
 from __future__ import annotations
 
 import contextlib
+import difflib
 import io
 import itertools
 import os
@@ -19,6 +20,8 @@ from typing import Any, TypeVar
 
 import tyro
 
+from pipeline.config import log
+from pipeline.config.help import describe, with_help
 from pipeline.errors import PipelineError, UsageError, one_line
 
 # Set where a decoder has ended the process of a local job: see run.local.
@@ -48,7 +51,12 @@ def run_command(
     try:
         with _ended_by_signals(told):
             asked = _parse(config, prog, arguments)
-            if argv is None and getattr(getattr(asked, "workers", None), "local", False):
+            workers = getattr(asked, "workers", None)
+            log.set_log(
+                as_json=getattr(workers, "log_format", "text") == "json",
+                quiet=getattr(workers, "quiet", False),
+            )
+            if argv is None and getattr(workers, "local", False):
                 _fork_until_it_survives(prog)
             job(asked)
     except UsageError as error:
@@ -119,7 +127,7 @@ def _fork_until_it_survives(prog: str) -> None:
         if -code not in _CRASHES or ISOLATE in os.environ:
             _say(prog, f"ended by {name}; the same command again goes on where it was", 128 - code)
             os._exit(128 - code)
-        print(f"{prog}: ended by {name}; going on with each image apart", file=sys.stderr)
+        log.say("note", f"{prog}: ended by {name}; going on with each image apart")
         os.environ[ISOLATE] = "1"
 
 
@@ -131,7 +139,7 @@ def _parse(config: type[Config], prog: str, arguments: list[str]) -> Config:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            found = tyro.cli(config, prog=prog, args=arguments, description=config.__doc__)
+            found = _run_tyro(config, prog, arguments)
         _refuse_empty(arguments)
         return found
     except SystemExit as end:
@@ -145,7 +153,30 @@ def _parse(config: type[Config], prog: str, arguments: list[str]) -> Config:
     first = itertools.takewhile(lambda line: line and not _is_rule(line), lines)
     message = " ".join(line.strip() for line in first if not line.startswith(" " * 8))
     message = message.removeprefix(f"Error parsing {config.__name__}: ")
+    if message.startswith("Unrecognized options: "):
+        rest = message.removeprefix("Unrecognized options: ")
+        many = f"too many arguments: {rest} (put a phrase of several words in quotes)"
+        message = _name_unknown(config, prog, arguments) or many
     raise UsageError(f"{message}; see {prog} --help")
+
+
+def _run_tyro(config: type[Config], prog: str, arguments: list[str]) -> Config:
+    with_help(config)
+    return tyro.cli(config, prog=prog, args=arguments, description=describe(config, prog))
+
+
+def _name_unknown(config: type[Any], prog: str, arguments: list[str]) -> str:
+    """The mistake in arguments that are too many; "" where it is not found."""
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+        _run_tyro(config, prog, ["--help"])
+    known = set(re.findall(r"--[a-z][\w-]*", text.getvalue()))
+    options = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
+    for option in options:
+        if option not in known:
+            near = difflib.get_close_matches(option, known, 1)
+            return f"no option {option}" + (f" (did you mean {near[0]}?)" if near else "")
+    return ""
 
 
 def _is_rule(line: str) -> bool:
@@ -163,5 +194,5 @@ def _refuse_empty(arguments: list[str]) -> None:
 
 def _say(prog: str, message: object, code: int) -> int:
     said = one_line(" ".join(str(message).split()), _SAID_CHARACTERS)
-    print(f"{prog}: error: {said}", file=sys.stderr)
+    log.say("error", f"{prog}: error: {said}", code=code)
     return code

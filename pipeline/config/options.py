@@ -57,7 +57,10 @@ class WorkerOptions:
     """Run in this process, without Ray: for a few hundred images. The rows are the same."""
 
     quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """No progress display, only the last line."""
+    """No progress display, only warnings and the summary."""
+
+    log_format: Literal["text", "json"] = "text"
+    """Lines of phases, progress, warnings and errors on stderr: text, or a JSON object each."""
 
     def __post_init__(self) -> None:
         check_positive(self, "actors", "batch_size")
@@ -121,7 +124,8 @@ def read_lines(file: str, option: str, what: str) -> list[str]:
     try:
         lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
-        raise UsageError(f"{option} {file}: {error.strerror}") from error
+        hint = f"; {option} names a text file with one of the {what} a line"
+        raise UsageError(f"{option} {file}: {error.strerror}{hint}") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{option} {file}: not a UTF-8 text file") from error
     found = [line.strip() for line in lines if line.strip()]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Literal
 
@@ -22,6 +24,8 @@ from pipeline.config.prompt import Prompt, parse_image_prompts, recipes
 from pipeline.errors import UsageError
 from pipeline.schema import IMAGES, MASKS, PROBABILITIES, Table, embeddings
 
+# Of a contact sheet, and Pillow's names of their formats.
+SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 # The smallest maps from which masks agree with the direct ones by .99, see docs/labels.md
 LABEL_SIDE: Literal["352"] = "352"
 
@@ -71,8 +75,8 @@ class SegmentConfig:
     embed: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Also write CLIP embeddings of the images from the same pass, as `embed` does."""
 
-    contact_sheet: Annotated[str | None, tyro.conf.arg(metavar="PNG")] = None
-    """Finally draw a few images with their masks into this PNG file."""
+    contact_sheet: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """Finally draw a few images with their masks into this file: .png, .jpg or .webp."""
 
     images: tyro.conf.OmitArgPrefixes[ImageOptions] = field(default_factory=ImageOptions)
     workers: tyro.conf.OmitArgPrefixes[WorkerOptions] = field(default_factory=WorkerOptions)
@@ -95,6 +99,10 @@ class SegmentConfig:
         if any(not p.strip() for p in self.prompt):
             raise UsageError("--prompt: an empty prompt; say what to segment")
         check_file("--contact-sheet", self.contact_sheet)
+        if self.contact_sheet and not self.contact_sheet.lower().endswith(tuple(SUFFIXES)):
+            raise UsageError(
+                f"--contact-sheet {self.contact_sheet}: end its name in {', '.join(SUFFIXES)}"
+            )
         check_file("--ontology", self.ontology)
         if self.ontology is not None and self.keep_probabilities == "none":
             object.__setattr__(self, "keep_probabilities", LABEL_SIDE)
@@ -106,6 +114,11 @@ class SegmentConfig:
         """
         prompts = list(self.prompt)
         if self.prompts is not None:
+            if not os.path.exists(self.prompts) and " " in self.prompts:
+                raise UsageError(
+                    f"--prompts {self.prompts!r}: no such file; to segment these words themselves: "
+                    f"--prompt {shlex.quote(self.prompts)}"
+                )
             prompts += read_lines(self.prompts, "--prompts", "prompts")
         resolved = replace(self, prompt=tuple(prompts), prompts=None)
         refuse_repeated([prompt.name for prompt in resolved.asked()], "prompt")
@@ -121,14 +134,6 @@ class SegmentConfig:
         if self.ontology is not None:
             prompts += [p for p in read_ontology(self.ontology).prompts if p not in prompts]
         return prompts
-
-    def colors(self) -> dict[str, str]:
-        """By a prompt's name, the colour of the first class in the ontology that it is of."""
-        found: dict[str, str] = {}
-        for each in read_ontology(self.ontology).classes if self.ontology else ():
-            if each.color:
-                found = {prompt.name: each.color for prompt in each.prompts} | found
-        return found
 
     def fingerprint(self) -> dict[str, Any]:
         """Options that decide results: with another value of any, the output is another run's."""

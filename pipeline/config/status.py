@@ -20,6 +20,9 @@ class StatusConfig:
     output: Output
     """The OUTPUT of a job, local or s3://."""
 
+    errors: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Also name images that failed, up to 20 of each reason."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyConfig:

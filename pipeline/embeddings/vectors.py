@@ -11,7 +11,6 @@ Shapes: B rows of a batch, D dimension.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import storage
+from pipeline.config import log
 from pipeline.errors import JobError, UsageError
 from pipeline.run.lifecycle import is_unfinished
 from pipeline.storage import Stored
@@ -116,10 +116,10 @@ def check_weights(table: EmbeddingTable, model: str, weights_hash: str) -> None:
 def warn_of_missing_rows(table: EmbeddingTable) -> None:
     """Print one line on stderr if the run of the table is not finished."""
     if table.unfinished:
-        print(
+        log.say(
+            "note",
             f"clipseg-ray: warning: the run in {table.output} was not finished, so rows are "
             "missing; the command that made it completes it",
-            file=sys.stderr,
         )
 
 

@@ -6,8 +6,10 @@ folder is ever run as code.
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import hashlib
+import io
 import os
 import re
 import shutil
@@ -15,7 +17,9 @@ import tempfile
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+from pipeline.config import log
 from pipeline.errors import CheckpointError, StorageError, UsageError
 from pipeline.model.weight_files import (
     PICKLES,
@@ -42,6 +46,12 @@ NEEDED = (
 _FORMS = (SAFETENSORS, PICKLES, SAFETENSORS_VARIANTS, PICKLES_VARIANTS)
 _HUB_ID = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?:@([\w./-]+))?")
 _COPY_BYTES = 8 << 20
+# Repositories on the hub that a mistyped one may have meant.
+KNOWN = (
+    *("CIDAS/clipseg-rd64-refined", "CIDAS/clipseg-rd64", "CIDAS/clipseg-rd16"),
+    *("openai/clip-vit-base-patch16", "openai/clip-vit-base-patch32"),
+    *("openai/clip-vit-large-patch14", "openai/clip-vit-large-patch14-336"),
+)
 
 
 def fetch(model: str) -> Path:
@@ -103,7 +113,9 @@ def _fetch_hub(repo: str, revision: str | None) -> Path:
 
     # Read now, where the client would have read it when it was imported.
     where = os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
-    download = partial(snapshot_download, repo, revision=revision, endpoint=where)
+    download = partial(
+        snapshot_download, repo, revision=revision, endpoint=where, tqdm_class=_count_bytes()
+    )
     name = f"{repo}@{revision}" if revision else repo
     try:
         for form in _FORMS:
@@ -122,8 +134,8 @@ def _fetch_hub(repo: str, revision: str | None) -> Path:
         raise CheckpointError(f"{name}: the hub's {repo} has no such revision") from error
     except errors.RepositoryNotFoundError as error:
         raise CheckpointError(
-            f"{name}: no such folder, and no such model on the hub (a private one needs "
-            "`hf auth login`)"
+            f"{name}: no such folder, and no such model on the hub{_suggest(repo)} (a private one "
+            "needs `hf auth login`)"
         ) from error
     except errors.LocalEntryNotFoundError as error:
         raise CheckpointError(_offline(name)) from error
@@ -134,6 +146,29 @@ def _fetch_hub(repo: str, revision: str | None) -> Path:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         reason = re.sub(r"://\S*@", "://", reason)  # HF_ENDPOINT may hold a name and a password
         raise CheckpointError(f"{name}: could not be downloaded from the hub: {reason}") from error
+
+
+def _count_bytes() -> Any:
+    """A bar that draws nothing and tells the phase that lasts how much is downloaded."""
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+    class Bytes(tqdm):  # type: ignore[misc]  # the client wants a subclass
+        def __init__(self, *arguments: Any, **options: Any):
+            # Of the client's own class alone.
+            known = {k: v for k, v in options.items() if k not in ("name", "disable")}
+            super().__init__(*arguments, **known, file=io.StringIO())
+
+        def display(self, *_: Any, **__: Any) -> None:
+            if self.unit == "B" and self.total and log.how_far:
+                done, total = (f"{n / 1e6:,.1f}" for n in (self.n, self.total))
+                log.how_far[-1](f"{done} of {total} MB downloaded from the hub")
+
+    return Bytes
+
+
+def _suggest(repo: str) -> str:
+    near = difflib.get_close_matches(repo, KNOWN, 1, cutoff=0.8)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _offline(name: str) -> str:

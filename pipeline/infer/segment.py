@@ -20,6 +20,7 @@ from pipeline.config.prompt import Prompt
 from pipeline.infer.checkpoint import Checkpoint, OpenModel
 from pipeline.infer.device import Device, fail_rows, has_pixels, scale_to_unit
 from pipeline.infer.phrases import PhraseVectors
+from pipeline.infer.texts import Progress
 from pipeline.infer.visual_prompt import encode_prompts
 from pipeline.model.clipseg import CLIPSeg
 from pipeline.read.shard import parse_phrases
@@ -57,6 +58,7 @@ def open_segmenter(
     per_row: bool = False,
     embed: bool = False,
     max_pixels: int = 50_000_000,
+    on_progress: Progress | None = None,
 ) -> SegmentSpec:
     """Load a checkpoint, encode phrases and other prompts with it, and let its weights go again.
 
@@ -71,7 +73,7 @@ def open_segmenter(
     return SegmentSpec(
         checkpoint=opened.describe(texts=True),
         prompts=[prompt.name for prompt in asked],
-        conditional=encode_prompts(opened, asked, max_pixels=max_pixels)
+        conditional=encode_prompts(opened, asked, max_pixels, on_progress)
         if asked
         else np.zeros((0, opened.model.config.projection_dim), np.float32),
         embed=embed,

@@ -29,6 +29,7 @@ from pipeline import storage
 from pipeline.config.prompt import Example, Prompt
 from pipeline.errors import RowError, StorageError, UsageError
 from pipeline.infer.checkpoint import OpenModel
+from pipeline.infer.texts import Progress
 from pipeline.model.clipseg import CLIPSeg
 from pipeline.prepare.images import decode_image
 from pipeline.prepare.processor import ImageProcessor
@@ -86,7 +87,10 @@ def prepare_example(
 
 
 def encode_prompts(
-    opened: OpenModel[CLIPSeg], prompts: Sequence[Prompt], *, max_pixels: int
+    opened: OpenModel[CLIPSeg],
+    prompts: Sequence[Prompt],
+    max_pixels: int,
+    on_progress: Progress | None = None,
 ) -> np.ndarray:
     """Conditional embeddings (P, E) float32, not normalised.
 
@@ -96,7 +100,7 @@ def encode_prompts(
     texts = list(dict.fromkeys(text for prompt in prompts for text in prompt.texts))
     found: dict[str, np.ndarray] = {}
     if texts:
-        found = dict(zip(texts, opened.encode_texts(texts).numpy(), strict=True))
+        found = dict(zip(texts, opened.encode_texts(texts, on_progress).numpy(), strict=True))
     rows = []
     for prompt in prompts:
         parts = [np.mean([found[text] for text in prompt.texts], axis=0)] if prompt.texts else []

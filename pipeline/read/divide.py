@@ -74,6 +74,8 @@ def divide_parquet(
             texts += holds_text(footer.schema, text)
             lacking += [] if holds_text(footer.schema, text) else [(file, footer)]
         shard = whole_file(name, file, column or "")
+        if footer:
+            shard = replace(shard, rows=sum(group.rows for group in footer.groups))
         large = footer and file.size_bytes > SPLIT_BYTES
         shards += _split_by(footer.groups, shard) if footer and large else [shard]
     if alone and not shards and without:
@@ -139,6 +141,7 @@ def _split_by(groups: list[RowGroup], shard: Shard) -> list[Shard]:
             size_bytes=ends[stop] - ends[start],
             first_row_group=start,
             row_groups=stop - start,
+            rows=rows[stop] - rows[start],
         )
         for start, stop in pairwise(starts)
     ]
@@ -170,6 +173,7 @@ def group_images(root: str, named: Named, texts: dict[str, Stored]) -> Iterator[
                 size_bytes=sum(file.size_bytes for _, file in group),
                 version=digest.hexdigest(),
                 files=tuple(name for name, _ in group),
+                rows=len(group),
                 listed=tuple((name, file.version) for name, file in read),
             )
 

@@ -82,6 +82,8 @@ class Shard:
     first_row_group: int = 0
     row_groups: int = 0
     """Parquet: how many row groups from `first_row_group` on; 0 is the whole file."""
+    rows: int = field(default=-1, compare=False)
+    """How many there are, where a listing or a footer tells; else -1."""
     skip: str = field(default="", compare=False)
     """Rows with results already, not to be read (see ranges)."""
 

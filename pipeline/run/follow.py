@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline.config.options import WorkerOptions
 from pipeline.errors import JobError, PipelineError
+from pipeline.read.shard import Shard
 from pipeline.run.engine import Dataset, Engine
 from pipeline.run.launch import open_engine
 from pipeline.run.lifecycle import Pass, Run, close_run, note_missing
-from pipeline.run.progress import ProgressDisplay
+from pipeline.run.progress import Amount, ProgressDisplay
 from pipeline.write.commit import finish_shard, outputs_per_image
 
 # Shards whose parts are being put together at the same time.
@@ -36,15 +37,13 @@ def follow_run(
     JobError when a shard or a row is missing.
     """
     started = time.monotonic()
-    todo = [shard for each in run.passes for shard in each.todo]
-    size_bytes = sum(shard.size_bytes for shard in todo)
     lost: dict[str, str] = {}
-    if not todo:
+    if run.is_done:
         run.notes.append("nothing was left to do")
         return close_run(run, time.monotonic() - started)
     with (
         open_engine(options) as engine,
-        ProgressDisplay(size_bytes, len(todo), quiet=options.quiet) as progress,
+        _open_display(run, options) as progress,
     ):
         for of_pass in run.passes:
             # An addition needs what the first pass has of the shard.
@@ -59,6 +58,17 @@ def follow_run(
                 note_missing(run, lost | follower.lost)
                 raise
     return close_run(run, time.monotonic() - started, lost)
+
+
+def _open_display(run: Run, options: WorkerOptions) -> ProgressDisplay:
+    """The display of the passes that have something left to do."""
+    passes = [each for each in run.passes if each.todo]
+    todo: dict[Hashable, Shard] = {
+        (each.ledger.first_prompt, shard.name): shard for each in passes for shard in each.todo
+    }
+    amount = Amount(todo, before=sum(each.rows for each in passes))
+    every = sum(len(each.shards) for each in passes)
+    return ProgressDisplay(amount, (every - len(todo), every), quiet=options.quiet)
 
 
 @dataclass
@@ -102,6 +112,7 @@ class _Follower:
         for f in self.of_pass.kept[name]:
             account.add(images=f.images, errors=f.errors, outputs=f.outputs, fragment=f.name)
             self.rates.images += f.images
+        self.progress.amount.add(account.records, 0)
         return account
 
     def follow(self, stream: Dataset) -> dict[str, str]:
@@ -118,7 +129,10 @@ class _Follower:
         account.add(**{k: row[k] for k in ("images", "errors", "outputs", "fragment")})
         account.total = max(account.total, row["total"])
         account.skipped = max(account.skipped, row["skipped"])
-        self.progress.rows(row["images"], row["errors"])
+        if account.total >= 0 or row["fault"]:
+            records = account.records if row["fault"] else account.total
+            self.progress.known((self.of_pass.ledger.first_prompt, name), records)
+        self.progress.rows(row["images"], row["errors"], row["size_bytes"])
         self.rates.add(row["images"], row["errors"], row["reason"])
         if row["fault"] and name not in self.lost:
             self.lost[name] = row["fault"]
@@ -145,7 +159,8 @@ class _Follower:
         while len(self.finishing) > at_most:
             ready, self.finishing = wait(self.finishing, return_when=FIRST_COMPLETED)
             for future in ready:
-                self.progress.shard(self.shards[future.result()["shard"]].size_bytes)
+                future.result()
+                self.progress.shard()
 
 
 class ErrorRate:

@@ -71,15 +71,18 @@ def _text_column(options: dict[str, Any]) -> str | None:
     return as_phrases(phrases) if phrases else options.get("text_column")
 
 
-def find_shards(images: Images) -> dict[str, Shard]:
-    """The shards that are there now, by name. Raises UsageError, StorageError as list_shards."""
+def find_shards(images: Images, *, texts: bool = False) -> dict[str, Shard]:
+    """The shards that are there now, by name; with `texts` such as read texts beside the images.
+
+    Raises UsageError, StorageError as list_shards.
+    """
     listed = list_shards(
         images.source,
         image_column=images.image_column,
         text_column=images.text_column,
         member_suffix=images.member_suffix,
     )
-    return {shard.name: replace(shard, text="") for shard in listed.shards}
+    return {shard.name: shard if texts else replace(shard, text="") for shard in listed.shards}
 
 
 def is_unchanged(images: Images, shard: Shard) -> bool:

@@ -13,6 +13,7 @@ from pipeline.run.lifecycle import is_unfinished
 from pipeline.run.progress import phase
 
 T = TypeVar("T")
+Progress = Callable[[int, int], None]
 
 
 @contextmanager
@@ -30,16 +31,20 @@ def open_engine(options: WorkerOptions) -> Iterator[Engine]:
         yield engine
 
 
-def load_beside(options: WorkerOptions, output: str, load: Callable[[], T]) -> T:
+def load_beside(options: WorkerOptions, output: str, load: Callable[[Progress], T]) -> T:
     """The result of `load`, called in a thread while Ray starts in this one.
+
+    `load` is given a function to be told how many texts are encoded, and of how many.
 
     Ray, which must start in the main thread, is left alone with `local`, and where the run in
     `output` is complete: then there may be nothing to do.
     """
     starts = not options.local and is_unfinished(output, new=True)
     what = "starting Ray, loading the model" if starts else "loading the model"
-    with ThreadPoolExecutor(1) as beside, phase(what, quiet=options.quiet):
-        loading = beside.submit(load)
+    with ThreadPoolExecutor(1) as beside, phase(what) as show:
+        loading = beside.submit(
+            load, lambda done, total: show(f"{done:,} of {total:,} texts encoded")
+        )
         if starts:
             from pipeline.run.session import start_ray
 

@@ -59,6 +59,8 @@ class Pass:
     """Every shard of the input."""
     todo: list[Shard]
     """Shards without a receipt; `skip` names their finished rows."""
+    rows: int
+    """Rows of the other shards, which are done."""
     kept: dict[str, list[Fragment]]
     """Fragments of the finished rows, by the name of a shard in `todo`."""
     tables: dict[str, Table]
@@ -144,6 +146,7 @@ def open_run(
                 ledger=ledger,
                 shards=shards,
                 todo=left.todo,
+                rows=left.rows,
                 kept=left.kept,
                 tables=of_pass,
                 prompts=prompts[first],
@@ -220,8 +223,9 @@ def close_run(run: Run, seconds: float, lost: dict[str, str] | None = None) -> d
     todo = [r[shard_id(s.name)] for p, r in zip(run.passes, found, strict=True) for s in p.todo]
     images = sum(receipt.ok + receipt.error for receipt in todo)
     last = {"seconds": round(seconds, 2), "images": images, "images_per_s": images / seconds}
+    run.record["throughput"] = last
     record = run.record | {"status": "complete", "finished_at": now()}
-    record |= {"counts": counts, "throughput": last, "removed_shards": names}
+    record |= {"counts": counts, "removed_shards": names}
     replace_run(run.output, record)
     storage.write_bytes(storage.join(run.output, SUCCESS), name_run(record).encode())
     try:  # while we wrote that
@@ -321,23 +325,6 @@ def _count(run: Run, found: list[Receipts]) -> dict[str, int]:
             if table.per_prompt:
                 counts[name] += sum(r.ok for r in receipts) * table.rows_per_image
     return counts
-
-
-def summary(run: Run, counts: dict[str, int]) -> str:
-    """Lines for the user of a finished run: counts, and places of the tables."""
-    out = ", ".join(f"{counts[name]:,} {name}" for name in run.tables if name in counts)
-    lines = [
-        f"{counts['rows_in']:,} images in {counts['shards']:,} shards: {out}, "
-        f"{counts['rows_error']:,} errors, {counts['shards_failed']:,} shards not read to their end"
-    ]
-    lines += [f"  {storage.join(run.output, name)}/*.parquet" for name in (*run.tables, ERRORS)]
-    if skipped := counts["samples_without_image"]:
-        lines.insert(1, f"  {skipped:,} samples had no image, and are in no table")
-    if later := counts.get("rows_error_later"):
-        lines.insert(
-            1, f"  {later:,} images failed when prompts were added, and have no masks of these"
-        )
-    return "\n".join(lines)
 
 
 def _start(output: str, record: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 from collections.abc import Iterable
 from dataclasses import asdict
 from importlib.metadata import version
@@ -161,7 +162,19 @@ def refuse_other_run(output: str, found: dict[str, Any], wanted: dict[str, Any])
         raise UsageError(
             f"{output}: holds another run ({differences}); "
             "choose another output, or --restart to delete it and start over"
+            + (_hint_at_label(output, found) if fields == ["threshold"] else "")
         )
+
+
+def _hint_at_label(output: str, found: dict[str, Any]) -> str:
+    """Say how to have masks of another threshold without the model."""
+    command = f"clipseg-ray label {shlex.quote(output)} LABELS --ontology FILE"
+    if found.get("keep_probabilities", "none") != "none":
+        return f". Or cut labels at any threshold, without the model: {command}"
+    return (
+        ". A run with --keep-probabilities 352 has labels of any threshold without the model: "
+        f"{command}"
+    )
 
 
 def _short(value: Any) -> str:

@@ -40,6 +40,8 @@ class Left(NamedTuple):
     """Ids of shards whose files no longer count."""
     removed: list[str]
     """Ids of finished shards that are no longer in the input."""
+    rows: int
+    """Rows of the shards that are done."""
 
 
 class Staged(NamedTuple):
@@ -65,6 +67,7 @@ def find_left(
     parts = list_parts(ledger, list(tables))
     first = list_receipts(replace(ledger, first_prompt=0)) if ledger.added else {}
     todo: list[Shard] = []
+    rows_done = 0
     kept: dict[str, list[Fragment]] = {}
     stale = []
     for shard in shards:
@@ -72,6 +75,7 @@ def find_left(
         found = receipts.get(id_, [])
         done = is_borne_out(found, version, parts.get(id_, 0)) and id_ not in forget
         if done and (not ledger.added or _covers(ledger, shard, found[0], first.get(id_, []))):
+            rows_done += found[0].ok + found[0].error
             continue
         if not shard.version:  # it was not there when the input was listed, and may come back
             todo.append(shard)
@@ -89,7 +93,8 @@ def find_left(
     decided = {id_ for id_, here in staged.items() if here.decisions}
     stale += sorted(decided - receipts.keys() - planned)
     stale += sorted(find_replaced(ledger, shards, receipts))
-    return Left(todo, kept, stale, sorted(receipts.keys() - planned - set(stale)))
+    removed = sorted(receipts.keys() - planned - set(stale))
+    return Left(todo, kept, stale, removed, rows_done)
 
 
 def _covers(ledger: Ledger, shard: Shard, receipt: Receipt, first: list[Receipt]) -> bool:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 from pipeline import storage
-from pipeline.errors import UsageError
+from pipeline.errors import REASONS, UsageError, one_line
+from pipeline.run.failures import sample_failures
 from pipeline.run.manifest import is_complete, read_run
 from pipeline.run.resume import read_failures
-from pipeline.write.layout import Ledger
+from pipeline.write.layout import ERRORS, Ledger
 from pipeline.write.passes import read_added
 from pipeline.write.receipts import list_receipts
+
+NAMES = 20  # of a reason
 
 
 def open_output(output: str) -> tuple[str, dict[str, Any]]:
@@ -37,10 +41,11 @@ def describe(output: str, record: dict[str, Any]) -> str:
     lines = [
         f"{output}: {job}, {state}",
         f"  started {record.get('started_at', '?')}",
-        f"  shards: {done:,} done, {max(planned - done, 0):,} left of {planned:,}, "
-        f"{sum(r.cut for r in receipts):,} not read to their end",
-        f"  rows: {ok:,} ok, {error:,} failed",
+        f"  shards: {done:,} done, {max(planned - done, 0):,} left of {planned:,}",
+        f"  images: {ok:,} done, {error:,} failed",
     ]
+    if cut := sum(r.cut for r in receipts):
+        lines.insert(3, f"  {cut:,} shards are damaged: images behind the damage are in no table")
     if removed:
         lines.insert(3, f"  {removed:,} more, done before, are no longer in the input")
     if not complete:
@@ -57,4 +62,22 @@ def describe(output: str, record: dict[str, Any]) -> str:
         lines.append(
             f"  {failures.retryable:,} failures are retryable: clipseg-ray retry-failed {output}"
         )
+    if error:
+        lines.append(f"  their names: clipseg-ray status {shlex.quote(output)} --errors")
     return "\n".join(lines)
+
+
+def describe_errors(output: str) -> list[str]:
+    """Lines with the reasons for which images failed, and the first names of each."""
+    sample = sample_failures(output, names=NAMES)
+    lines = []
+    for reason, count in sample.reasons.most_common():
+        lines.append(f"{reason}: {count:,} ({REASONS.get(reason, 'of another version')})")
+        for failed in sample.first[reason]:
+            where = f"{failed.shard}, row {failed.row}" if failed.row is not None else "the shard"
+            detail = f": {failed.detail}" if failed.detail else ""
+            lines.append(f"  {failed.name} ({one_line(where, 200)}){one_line(detail, 200)}")
+        if (rest := count - len(sample.first[reason])) > 0:
+            table = storage.join(output, ERRORS)
+            lines.append(f"  and {rest:,} more: {table}/*.parquet has every row")
+    return lines or ["no image failed in a finished shard"]

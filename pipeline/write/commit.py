@@ -16,6 +16,7 @@ import contextlib
 import json
 import tempfile
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
@@ -123,7 +124,7 @@ def _write(
     if ledger.added:
         merged = keep_known_rows(ledger, shard, merged)
     with tempfile.TemporaryDirectory(prefix="clipseg-ray-") as folder:
-        parts, images, failed = _write_parts(ledger, id_, Path(folder), merged, schemas)
+        parts, images, failed, found = _write_parts(ledger, id_, Path(folder), merged, schemas)
     errors = sum(row is not None for row, _ in failed)
     receipt = {
         "shard": shard.name,
@@ -134,6 +135,7 @@ def _write(
         "rows_error": errors,
         "samples_without_image": skipped,
         "shard_error": next((reason for row, reason in failed if row is None), None),
+        "found": dict(sorted(found.items())),
         "parts": parts,
     }
     write_receipt(ledger, shard, receipt)
@@ -147,13 +149,15 @@ def _write_parts(
     folder: Path,
     merged: Iterable[tuple[str, pa.Table]],
     schemas: dict[str, pa.Schema],
-) -> tuple[list[dict[str, Any]], int, list[tuple[int | None, str]]]:
+) -> tuple[list[dict[str, Any]], int, list[tuple[int | None, str]], Counter[int]]:
     """Write the rows of all tables, streamed, and publish the parts.
 
-    Returns the facts of each part for the receipt, the number of images, (row, reason) of errors.
+    Returns the facts of each part for the receipt, the number of images, (row, reason) of errors,
+    and the number of masks that are not empty, by prompt_id.
     """
     writers: dict[str, PartWriter] = {}
     failed: list[tuple[int | None, str]] = []
+    found: Counter[int] = Counter()
     images, last = 0, None
     counted = next(iter(schemas))
     for name, rows in merged:
@@ -164,6 +168,8 @@ def _write_parts(
         elif name == ERRORS:
             pairs = zip(rows["row"].to_pylist(), rows["reason"].to_pylist(), strict=True)
             failed += pairs
+        if name == "masks":
+            found.update(rows.filter(pc.greater(rows["area"], 0))["prompt_id"].to_pylist())
         if name == "images" and ledger.added:
             continue
         if name not in writers:
@@ -176,7 +182,7 @@ def _write_parts(
             path = ledger.part(name, id_)
             storage.put_file(writers[name].path, storage.join(ledger.output, path))
             parts.append({"table": name, "path": path, **facts})
-    return parts, images, failed
+    return parts, images, failed, found
 
 
 def _receipt_there(ledger: Ledger, shard: Shard) -> dict[str, Any]:

@@ -101,6 +101,7 @@ class WriteFragments:
         yield {
             "shard": first["shard"],
             "images": fragment.images,
+            "size_bytes": _encoded_bytes(records) if run == 0 else 0,
             "outputs": fragment.outputs,
             "errors": fragment.errors,
             "reason": _most_frequent(failed["reason"]),
@@ -169,6 +170,11 @@ def _describe(record: dict[str, Any]) -> str:
     """Why the storage did not give a record, in one line."""
     where = f"{record['member']}: " if record["member"] else ""
     return f"{where}{record['reason']}: {record['detail']}"
+
+
+def _encoded_bytes(records: pa.Table) -> int:
+    known = "size_bytes" in records.column_names
+    return (pc.sum(records["size_bytes"]).as_py() or 0) if known else 0
 
 
 def _most_frequent(values: pa.ChunkedArray) -> str:

@@ -1,0 +1,141 @@
+"""The screen at the end of a run: images, failures, masks that are not empty, and what comes next.
+
+Whatever the size of the run, a bounded number of small files is read for it.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from typing import Any
+
+from pipeline import storage
+from pipeline.errors import one_line
+from pipeline.read.shard import Shard
+from pipeline.run.failures import sample_failures
+from pipeline.run.lifecycle import Run
+from pipeline.write.layout import ERRORS, Ledger, shard_id
+from pipeline.write.receipts import read_receipt, receipts_of
+
+NAMES = 3  # of a reason
+PROMPTS = 8  # in one line
+SHARDS = 1000  # whose receipts, and errors, are read
+
+_AT_ONCE = 32
+
+
+def summary(run: Run, counts: Mapping[str, int]) -> str:
+    """Lines for the user of a finished run; `counts` of lifecycle.close_run."""
+    return "\n".join(
+        [
+            _first_line(run, counts),
+            *_failures(run, counts),
+            *_found(run, counts["rows_ok"]),
+            *_tables(run, counts),
+            *_next_commands(run, counts),
+        ]
+    )
+
+
+def _first_line(run: Run, counts: Mapping[str, int]) -> str:
+    line = (
+        f"{counts['rows_in']:,} images in {counts['shards']:,} shards: "
+        f"{counts['rows_ok']:,} done, {counts['rows_error']:,} failed"
+    )
+    last = run.record.get("throughput", {})
+    if not last.get("images"):
+        return line
+    some = f"{last['images']:,} of them " if last["images"] != counts["rows_in"] else ""
+    return f"{line}; {some}in {last['seconds']:,.0f} s, {last['images_per_s']:,.1f} images/s"
+
+
+def _failures(run: Run, counts: Mapping[str, int]) -> Iterator[str]:
+    """Failed images by reason, and what else is in no table."""
+    later = counts.get("rows_error_later", 0)
+    if counts["rows_error"] or counts["shards_failed"] or later:
+        sample = sample_failures(run.output, names=NAMES, shards=SHARDS)
+        for reason, count in sample.reasons.most_common():
+            names = [failed.name for failed in sample.first[reason]]
+            more = ", ..." if count > len(names) else ""
+            yield f"  failed: {count:,} {reason} ({', '.join(names)}{more})"
+        if sample.unread:
+            yield f"  and those of {sample.unread:,} more shards with failures, not counted here"
+    if later:
+        yield f"  {later:,} images failed when prompts were added, and have no masks of these"
+    if cut := counts["shards_failed"]:
+        yield f"  {cut:,} shards are damaged: images behind the damage are in no table"
+    if skipped := counts["samples_without_image"]:
+        yield f"  {skipped:,} samples had no image, and are in no table"
+
+
+def _found(run: Run, images: int) -> Iterator[str]:
+    """How many masks of each prompt are not empty."""
+    if "masks" not in run.tables or not images:
+        return
+    found, images, shards = count_found(run, SHARDS)
+    if found is None or not images:
+        return
+    every = sum(len(each.shards) for each in run.passes[:1])
+    of = f"in the first {shards:,} shards, " if shards < every else ""
+    prompts = [prompt for each in run.passes for prompt in each.prompts]
+    some = [f"{found[i]:,} {_quote(p)}" for i, p in enumerate(prompts) if found[i]]
+    none = [_quote(prompt) for i, prompt in enumerate(prompts) if not found[i]]
+    if some:
+        yield f"  {of}images in which something was found, of {images:,}: {_shorten(some)}"
+    if none:
+        yield f"  {of}0 of {images:,} images have anything for {_shorten(none)}"
+
+
+def count_found(run: Run, shards: int) -> tuple[Counter[int] | None, int, int]:
+    """(masks that are not empty by prompt_id, images, shards read), of the first so many shards.
+
+    None for the counts where a receipt does not tell, as those of earlier versions.
+    """
+    found: Counter[int] = Counter()
+    images = 0
+    for each in run.passes:
+
+        def read(shard: Shard, ledger: Ledger = each.ledger) -> list[dict[str, Any]]:
+            id_ = shard_id(shard.name)
+            return [read_receipt(ledger, id_, receipt) for receipt in receipts_of(ledger, shard)]
+
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            for receipt in chain.from_iterable(pool.map(read, each.shards[:shards])):
+                if "found" not in receipt:
+                    return None, 0, 0
+                found.update({int(i): count for i, count in receipt["found"].items()})
+                images += 0 if each.ledger.added else receipt["rows_ok"]
+    return found, images, len(run.first.shards[:shards])
+
+
+def _tables(run: Run, counts: Mapping[str, int]) -> Iterator[str]:
+    for name in (*run.tables, ERRORS):
+        rows = f": {counts[name]:,} rows" if name in counts else ""
+        yield f"  table {storage.join(run.output, name)}/*.parquet{rows}"
+
+
+def _next_commands(run: Run, counts: Mapping[str, int]) -> Iterator[str]:
+    output = shlex.quote(run.output)
+    if "masks" in run.tables and counts["rows_ok"]:
+        yield f"look: clipseg-ray view {output}"
+    if "annotations" in run.tables:
+        yield f"for an annotation tool or a trainer: clipseg-ray export {output} DEST --format coco"
+    if "embeddings" in run.tables and counts["rows_ok"]:
+        yield f'search: clipseg-ray search {output} --text "..."'
+    if "probabilities" in run.tables:
+        ontology = shlex.quote(str(run.record["config"].get("ontology") or "FILE"))
+        yield f"other thresholds: clipseg-ray label {output} LABELS --ontology {ontology}"
+    if counts["rows_error"] or counts["shards_failed"] or counts.get("rows_error_later"):
+        yield f"what failed: clipseg-ray status {output} --errors"
+
+
+def _shorten(items: list[str]) -> str:
+    more = f" and {len(items) - PROMPTS:,} more" if len(items) > PROMPTS else ""
+    return ", ".join(items[:PROMPTS]) + more
+
+
+def _quote(prompt: str) -> str:
+    return f"'{one_line(prompt, 40)}'"
