@@ -89,7 +89,9 @@ def as_coco(folder: Path, drawn: list[tuple[dict[str, Any], list[Found]]], form:
     return str(file)
 
 
-def as_parquet(folder: Path, drawn: list[tuple[dict[str, Any], list[Found]]], form: str) -> str:
+def as_parquet(
+    folder: Path, drawn: list[tuple[dict[str, Any], list[Found]]], form: str, group: int = 4
+) -> str:
     rows = []
     for row, found in drawn:
         for class_id, name in enumerate(NAMES):  # a mask for each class, empty ones too
@@ -99,7 +101,7 @@ def as_parquet(folder: Path, drawn: list[tuple[dict[str, Any], list[Found]]], fo
             names = ("shard", "row") if form == "row" else (form,)
             rows[-1] |= {n: row[n] for n in names}
     file = folder / "masks.parquet"
-    pq.write_table(pa.Table.from_pylist(rows), file, row_group_size=4)
+    pq.write_table(pa.Table.from_pylist(rows), file, row_group_size=group)
     return str(file)
 
 
@@ -289,7 +291,9 @@ def test_the_whole_path_decides_where_names_repeat() -> None:
         matcher.find("s", 1, ("c/1", "c/1.jpg"))
     matcher = Matcher(truth_of("1.jpg"))
     matcher.find("s", 0, ("a/1", "a/1.jpg"))
-    with pytest.raises(UsageError, match=r"T: '1\.jpg' fits two rows, s row 0 \(a/1\) and t row 5"):
+    with pytest.raises(
+        UsageError, match=r"T: '1\.jpg' fits two rows, the second is t row 5 \(b/1\)"
+    ):
         matcher.find("t", 5, ("b/1", "b/1.jpg"))
 
 
@@ -487,7 +491,7 @@ def test_memory_does_not_grow_with_the_images(tmp_path: Path) -> None:
         mask[5:20, 5:20] = 1
         many = [(image_row("s.tar", i, f"{i:05}", SIZE), [(i % 3, mask)]) for i in range(number)]
         labels = write_labels(str(folder / "labels"), many)
-        truth = open_truth(as_parquet(folder, many, "row"))
+        truth = open_truth(as_parquet(folder, many, "row", 90))
         predictions = open_predictions(labels, None)
         tracemalloc.start()
         assert count(predictions, truth).images == number

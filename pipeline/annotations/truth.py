@@ -154,7 +154,7 @@ class Matcher:
         self._by_row: dict[tuple[str, int], int] = {}
         self._by_name: list[dict[str, int]] = [{} for _ in _FORMS]
         self._twice: list[set[str]] = [set() for _ in _FORMS]
-        self._taken: dict[int, str] = {}
+        self._taken = bytearray(len(truth.images))
         for i, image in enumerate(truth.images):
             if image.shard is not None and image.row is not None:
                 self._by_row[image.shard, image.row] = i
@@ -180,14 +180,13 @@ class Matcher:
             if len(self.named) < _SHOWN:
                 self.named.append(one_line(names[0], 80))
             return None
-        if found in self._taken:
+        if self._taken[found]:
             name = self._truth.images[found].names[0]
             raise UsageError(
-                f"{self._truth.source}: {one_line(name, 80)!r} fits two rows, "
-                f"{one_line(self._taken[found], 120)} and {one_line(who, 120)}; give it more of "
-                "its path"
+                f"{self._truth.source}: {one_line(name, 80)!r} fits two rows, the second is "
+                f"{one_line(who, 120)}; give it more of its path"
             )
-        self._taken[found] = who
+        self._taken[found] = True
         return found
 
     def _find_name(self, names: Sequence[str], who: str) -> int | None:
@@ -211,9 +210,9 @@ class Matcher:
                 f"{self.without_truth:,} images of the run have no ground truth: "
                 f"{_some(iter(self.named), self.without_truth)}"
             )
-        if missing := len(self._truth.images) - len(self._taken):
+        if missing := self._taken.count(0):
             names = (
-                image.names[0] for i, image in enumerate(self._truth.images) if i not in self._taken
+                image.names[0] for i, image in enumerate(self._truth.images) if not self._taken[i]
             )
             lines.append(
                 f"{missing:,} images of the ground truth are not in the run: "
