@@ -102,15 +102,15 @@ def check_rle(segmentation: Any, size: tuple[int, int], where: str) -> dict[str,
     counts, given = segmentation.get("counts"), segmentation.get("size")
     if given is None or [int(n) for n in given] != list(size):
         raise UsageError(f"{where}: its mask has the size {given}, its image {list(size)}")
-    try:
-        if isinstance(counts, bytes):
-            counts = counts.decode("ascii")
-        runs = run_lengths(counts) if isinstance(counts, str) else list(counts)
-        whole = all(type(n) is int and n >= 0 for n in runs)
-    except (ValueError, TypeError):
-        whole = False
+    text = counts.decode("ascii", "replace") if isinstance(counts, bytes) else counts
+    runs = text
+    if isinstance(text, str):
+        runs = run_lengths(text) if text.isascii() else None
+    whole = isinstance(runs, list) and all(type(n) is int and n >= 0 for n in runs)
     if not whole or sum(runs) != size[0] * size[1]:
         raise UsageError(f"{where}: counts that are no RLE of {size[0]} x {size[1]} px")
+    if isinstance(text, str):
+        return {"size": list(size), "counts": text}
     return coco.frPyObjects({"size": list(size), "counts": runs}, *size)
 
 
