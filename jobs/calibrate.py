@@ -60,9 +60,12 @@ def calibrate(config: CalibrateConfig) -> None:
     lines = describe(counted, choices, truth)
     data = storage.read_bytes(storage.check_uri(config.ontology))
     changes = {
-        each.name: {"threshold": choice.threshold, "presence": choice.presence}
+        each.name: {
+            name: getattr(choice, name)
+            for name in ("threshold", "presence")
+            if getattr(choice, name) != getattr(each, name)
+        }
         for each, choice in zip(counted.classes, choices, strict=True)
-        if choice.images
     }
     text = edit_ontology(data, config.ontology, output, changes, lines)
     storage.write_bytes(output, text.encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import importlib
 import io
 import json
 import re
@@ -40,6 +41,9 @@ from pipeline.annotations.predicted import open_predictions
 from pipeline.annotations.truth import Matcher, Truth, TruthImage, TruthName
 from pipeline.annotations.truth_files import open_truth
 from pipeline.annotations.truth_json import decode_brush
+from pipeline.config.ontology import parse_ontology
+from pipeline.config.yaml_file import open_yaml
+from pipeline.demo.truth import draw_truth
 from pipeline.errors import UsageError
 
 SIZE = (48, 64)
@@ -451,6 +455,15 @@ def test_images_of_another_size_are_left_out_and_told(
     assert "a/1 (64 x 48 and 48 x 64 px)" in said and said.startswith("3 images of")
 
 
+def test_other_tables_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    truth = as_coco(tmp_path, images(), "str")
+    (tmp_path / "_run.json").write_text('{"fingerprint": {"job": "embed"}}')
+    assert evaluate.main([str(tmp_path), "--ground-truth", truth]) == 2
+    assert "of the job 'embed'" in capsys.readouterr().err
+    labels = write_labels(f"{tmp_path}/labels", images())
+    assert evaluate.main([labels, "--ground-truth", truth, "--ontology", truth]) == 2
+
+
 def test_classes_that_one_side_alone_knows_are_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -520,3 +533,31 @@ def test_the_page_is_drawn(tmp_path: Path) -> None:
     subprocess.run(["chromium", *options, page.as_uri()], check=True, capture_output=True)
     pixels = np.asarray(Image.open(io.BytesIO(shot.read_bytes())).convert("RGB"))
     assert ((pixels == (0xC4, 0x00, 0x6A)).all(2)).sum() > 500  # the curves
+
+
+def test_the_commands_of_the_docs_run_as_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = Path(__file__).parent.parent
+    text = (root / "docs" / "evaluate.md").read_text(encoding="utf-8")
+    (ontology,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    (commands,) = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shapes.yaml").write_text(ontology)
+    for command in commands.strip().splitlines():
+        words = [str(root / w) if w.startswith("pipeline/") else w for w in command.split()]
+        if words[0] == "python":
+            subprocess.run([sys.executable, *words[1:]], check=True)
+            assert json.loads(Path(words[-1]).read_text()) == draw_truth()
+            continue
+        options = ["--local", "--quiet"] if words[1] in ("segment", "label") else ["--quiet"]
+        job = importlib.import_module(f"jobs.{words[1]}")
+        assert job.main([*words[2:], *options]) == 0, command
+    said = capsys.readouterr().out
+    assert said.count("72 images of ") == 2
+    chosen = parse_ontology(open_yaml(str(tmp_path / "chosen.yaml"))).classes
+    assert 0.05 < chosen[1].threshold < 0.9 and "# far too low" in Path("chosen.yaml").read_text()
+    rows = table(tmp_path / "evaluation")
+    assert rows["red"]["images"] == 72 and rows["red"]["iou"] > 0.7
+    assert rows["star"]["iou_best"] > rows["star"]["iou"]
+    assert len(rows) == 4 and "in the ground truth alone: 'orange'" in said

@@ -87,7 +87,7 @@ p, ul {{ margin: 0 0 12px; color: var(--faded); overflow-wrap: anywhere }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
 th, td {{ padding: 4px 10px; text-align: right; border-bottom: 1px solid var(--line) }}
 th {{ font-weight: 600; vertical-align: bottom }}
-th:first-child {{ text-align: left; max-width: 260px; overflow-wrap: anywhere }}
+th:first-child {{ text-align: left; min-width: 110px; max-width: 260px; overflow-wrap: anywhere }}
 tbody tr:last-child {{ font-weight: 600 }}
 .plots {{ display: flex; flex-wrap: wrap; gap: 20px }}
 figure {{ margin: 0 }}
@@ -176,7 +176,7 @@ def draw_evaluation(title: str, rows: Sequence[dict[str, Any]], lines: Sequence[
         f"<h1>{_text(title)}</h1>",
         f"<p>{_text(_describe_overall(rows[-1])[0])}</p>",
         f"<ul>{notes}</ul>" if notes else "",
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody>'
+        f'<div class="scroll" role="region" aria-label="figures" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody>'
         "</table></div>",
     ]
     if rows[-1]["bin_pixels"]:
@@ -195,7 +195,13 @@ def _plots(row: dict[str, Any]) -> str:
     plots = [
         _plot(f"IoU of {name} at each threshold", "threshold", at, row["iou_at"]),
         _plot(f"Precision over recall of {name}", "recall", row["recall"], row["precision"]),
-        _plot(f"Share of {name} over its probability", "probability", means, shares, even=True),
+        _plot(
+            f"Share of pixels that are {name}, over the probability",
+            "probability",
+            means,
+            shares,
+            even=True,
+        ),
     ]
     return f'<h2>{name}</h2>\n<div class="plots">{"".join(plots)}</div>'
 

@@ -77,6 +77,8 @@ def open_predictions(source: str, ontology: Ontology | None) -> Predictions:
     """A run of `segment` with kept maps, or of `label`. Raises UsageError."""
     output = storage.check_uri(source)
     job = (read_run(output) or {}).get("fingerprint", {}).get("job")
+    if job not in (None, "segment", "label"):
+        raise UsageError(f"{output}: of the job {job!r}; segment's maps or labels can be evaluated")
     if job != "segment":
         if ontology is not None:
             raise UsageError("--ontology: labels were cut by theirs already; leave it out")

@@ -17,7 +17,7 @@ from pycocotools import mask as coco
 from pipeline.annotations.coco import run_lengths
 from pipeline.errors import UsageError, one_line
 
-LIMIT_PX = 2**28  # of an image of the truth
+LIMIT_PX = 10**8  # of an image of the truth
 _ENDING = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?|avif|heic|jp2|ppm|pgm)$", re.IGNORECASE)
 _SHOWN = 3
 

@@ -11,6 +11,7 @@ evaluate     the script that measured it
 calibrate    the script that measured what chosen thresholds gain
 shards/      two small shards of scenes, one tar and one Parquet
 make_shards  the script that made those
+truth        the script that writes their ground truth
 """
 
 from pathlib import Path
