@@ -176,8 +176,8 @@ def draw_evaluation(title: str, rows: Sequence[dict[str, Any]], lines: Sequence[
         f"<h1>{_text(title)}</h1>",
         f"<p>{_text(_describe_overall(rows[-1])[0])}</p>",
         f"<ul>{notes}</ul>" if notes else "",
-        f'<div class="scroll" role="region" aria-label="figures" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody>'
-        "</table></div>",
+        '<div class="scroll" role="region" aria-label="figures" tabindex="0">'
+        f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>",
     ]
     if rows[-1]["bin_pixels"]:
         parts += [_plots(row) for row in [rows[-1], *rows[:-1][:MOST_CLASSES]]]
