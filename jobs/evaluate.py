@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from pipeline import storage
-from pipeline.annotations.evaluate import evaluate, summarize
+from pipeline.annotations.evaluate import evaluate_run, summarize
 from pipeline.annotations.evaluation_page import describe_rows, draw_evaluation, evaluation_table
 from pipeline.annotations.predicted import open_predictions
 from pipeline.annotations.truth_files import open_truth
@@ -25,7 +25,7 @@ from pipeline.config.command import run_command
 from pipeline.config.evaluate import EvaluateConfig
 
 
-def run_evaluate(config: EvaluateConfig) -> None:
+def evaluate(config: EvaluateConfig) -> None:
     """Read predictions and ground truth side by side -> counts -> table, Parquet and page."""
     predictions = open_predictions(config.source, config.read_ontology())
     truth = open_truth(config.truth)
@@ -33,7 +33,7 @@ def run_evaluate(config: EvaluateConfig) -> None:
     hidden = config.quiet or not console.is_terminal
     with Progress(console=console, transient=True, disable=hidden) as progress:
         bar = progress.add_task("evaluating", total=len(truth.images))
-        result = evaluate(predictions, truth, lambda: progress.update(bar, advance=1))
+        result = evaluate_run(predictions, truth, lambda: progress.update(bar, advance=1))
     rows = summarize(result)
     title = f"{result.images:,} images of {predictions.source} with {truth.source}"
     print("\n".join([title, *describe_rows(rows), *(f"  {line}" for line in result.lines)]))
@@ -49,7 +49,7 @@ def run_evaluate(config: EvaluateConfig) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    return run_command(EvaluateConfig, run_evaluate, "clipseg-ray evaluate", argv)
+    return run_command(EvaluateConfig, evaluate, "clipseg-ray evaluate", argv)
 
 
 if __name__ == "__main__":

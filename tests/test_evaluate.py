@@ -35,7 +35,7 @@ from pycocotools import mask as coco
 
 from jobs import evaluate
 from pipeline import schema
-from pipeline.annotations.evaluate import evaluate as count
+from pipeline.annotations.evaluate import evaluate_run as count
 from pipeline.annotations.labelstudio import brush_rle
 from pipeline.annotations.predicted import open_predictions
 from pipeline.annotations.truth import Matcher, Truth, TruthImage, TruthName

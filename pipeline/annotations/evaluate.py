@@ -89,7 +89,7 @@ class Evaluation:
     """On what was left out."""
 
 
-def evaluate(
+def evaluate_run(
     predictions: Predictions, truth: Truth, on_image: Callable[[], None] = lambda: None
 ) -> Evaluation:
     """Count every image that has ground truth. Raises UsageError where none has, JobError."""
