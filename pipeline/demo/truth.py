@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +50,10 @@ def draw_truth() -> dict[str, Any]:
     return {"categories": categories, "images": images, "annotations": annotations}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path, help="the file")
-    parser.parse_args().output.write_text(json.dumps(draw_truth()))
+    parser.parse_args(argv).output.write_text(json.dumps(draw_truth()))
 
 
 if __name__ == "__main__":
