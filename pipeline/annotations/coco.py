@@ -12,6 +12,8 @@ import json
 import shutil
 from typing import Any
 
+import numpy as np
+
 from pipeline import storage
 from pipeline.annotations.destination import Destination, JsonEntries
 from pipeline.annotations.item import Item
@@ -86,19 +88,18 @@ def run_lengths(counts: str) -> list[int]:
     As in COCO's rleFrString: 5 bits and a sign a character, and from the fourth length on
     the difference to the length two before.
     """
-    found: list[int] = []
-    value = shift = 0
-    for character in counts.encode("ascii"):
-        bits = character - 48
-        value |= (bits & 31) << shift
-        shift += 5
-        if bits & 32:
-            continue
-        if bits & 16:
-            value -= 1 << shift
-        found.append(value + found[-2] if len(found) > 2 else value)
-        value = shift = 0
-    return found
+    bits = np.frombuffer(counts.encode("ascii"), np.uint8).astype(np.int64) - 48
+    ends = np.flatnonzero(bits & 32 == 0)  # the last character of each length
+    if not len(ends):
+        return []
+    starts = np.append(0, ends[:-1] + 1)
+    characters = np.diff(starts, append=ends[-1] + 1)
+    place = np.arange(ends[-1] + 1) - np.repeat(starts, characters)
+    lengths = np.add.reduceat((bits[: len(place)] & 31) << (5 * place), starts)
+    lengths -= (bits[ends] & 16 > 0) * (1 << (5 * characters))
+    for differences in (lengths[1::2], lengths[2::2]):
+        np.cumsum(differences, out=differences)
+    return lengths.tolist()
 
 
 def _file(split: str) -> str:

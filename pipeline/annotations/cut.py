@@ -95,8 +95,8 @@ def _find(each: Asked, maps: Mapping[int, np.ndarray], size: tuple[int, int]) ->
     """Where the class is, or None where it is nowhere."""
     if presence_of(each, maps) < each.of.presence:
         return None
-    level = _logit(each.of.threshold)
-    grids = [_to_logits(maps[i]) for i in each.prompt_ids]
+    level = logit(each.of.threshold)
+    grids = [to_logits(maps[i]) for i in each.prompt_ids]
     above = np.logical_or.reduce([grid > level for grid in grids])
     if not above.any():
         return None
@@ -117,7 +117,7 @@ def _find(each: Asked, maps: Mapping[int, np.ndarray], size: tuple[int, int]) ->
         np.maximum(logits, other, out=logits)
     inside = logits > level
     for i in each.negative_ids:
-        inside &= logits > resize(_to_logits(maps[i]))
+        inside &= logits > resize(to_logits(maps[i]))
     if not inside.any():
         return None
     window = tuple(slice(a.start, a.start + len(a)) for a in (columns, rows))
@@ -250,12 +250,12 @@ def split_runs(
     return rles
 
 
-def _to_logits(kept: np.ndarray) -> np.ndarray:
+def to_logits(kept: np.ndarray) -> np.ndarray:
     """float32 logits of a uint8 map; 0 and 255 stand for half a step from the end."""
     return _LOGITS[kept]
 
 
-def _logit(probability: float) -> float:
+def logit(probability: float) -> float:
     if probability <= 0:
         return -math.inf
     return math.log(probability / (1 - probability)) if probability < 1 else math.inf

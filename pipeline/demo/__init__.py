@@ -8,8 +8,10 @@ teach        what training shows: batches of scenes and phrases
 start        where training starts: sizes, initial weights, optimiser
 compose      the last step of training, for pairs never seen
 evaluate     the script that measured it
+calibrate    the script that measured what chosen thresholds gain
 shards/      two small shards of scenes, one tar and one Parquet
 make_shards  the script that made those
+truth        the script that writes their ground truth
 """
 
 from pathlib import Path

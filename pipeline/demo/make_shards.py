@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from pipeline.demo import SHARDS
-from pipeline.demo.scenes import Pair, draw_scene
+from pipeline.demo.scenes import Pair, Scene, draw_scene
 
 SEED = 30_000_000  # neither a training nor an evaluation scene
 TAR_IMAGES, PARQUET_IMAGES = 40, 32
@@ -63,12 +63,15 @@ class Sample:
         return " and ".join(names)
 
 
+def draw_sample(index: int) -> Scene:
+    """The scene of the sample of this number."""
+    size = PNG_SIZE if FORMATS[index % len(FORMATS)] == "PNG" else SIZES[index % len(SIZES)]
+    return draw_scene(np.random.default_rng((SEED, index)), size=size)
+
+
 def make_sample(index: int) -> Sample:
     """The sample of this number; both shards count on from each other."""
-    rng = np.random.default_rng((SEED, index))
-    form = FORMATS[index % len(FORMATS)]
-    size = PNG_SIZE if form == "PNG" else SIZES[index % len(SIZES)]
-    scene = draw_scene(rng, size=size)
+    scene, form = draw_sample(index), FORMATS[index % len(FORMATS)]
     image = Image.fromarray(scene.image)
     options: dict[str, object] = {"quality": 82} if form != "PNG" else {"optimize": True}
     if index == TURNED:
