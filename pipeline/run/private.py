@@ -78,7 +78,7 @@ def no_sigterm_handler() -> Iterator[None]:
 
     The job has one that ends it as Ctrl-C does. A version of Ray without this name sets its own.
     """
-    utils = getattr(getattr(ray, "_private", None), "utils", None)
+    utils: Any = getattr(getattr(ray, "_private", None), "utils", None)
     known = getattr(utils, "set_sigterm_handler", None)
     if known:
         utils.set_sigterm_handler = lambda handler: None
