@@ -29,7 +29,7 @@ from pipeline.embeddings.query import encode_queries, queries_of
 from pipeline.embeddings.results import RESULTS, results_table, show_results, write_parquet
 from pipeline.embeddings.search import ExactSearch, Hit, search_files
 from pipeline.embeddings.vectors import EmbeddingTable, open_table, warn_of_missing_rows
-from pipeline.storage import Stored
+from pipeline.storage import FileInfo
 
 # Smaller tables are searched sooner than Ray starts: a core reads about 0.5 GB/s.
 RAY_FROM_BYTES = 2 * 2**30
@@ -97,9 +97,9 @@ def search_on_ray(
     return search.hits
 
 
-def group_files(files: Sequence[Stored], group_bytes: int) -> list[list[Stored]]:
+def group_files(files: Sequence[FileInfo], group_bytes: int) -> list[list[FileInfo]]:
     """Consecutive files, in groups of at least this size; the last may be smaller."""
-    groups: list[list[Stored]] = [[]]
+    groups: list[list[FileInfo]] = [[]]
     size_bytes = 0
     for file in files:
         if size_bytes >= group_bytes:

@@ -156,7 +156,7 @@ def large_folder(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.parametrize("name", FULL)
 @torch.inference_mode()
 def test_full_size_equals_the_reference(name: str, large_folder: Path) -> None:
-    """Stored in half the bytes, and every tower run once: what costs time here is the size."""
+    """FileInfo in half the bytes, and every tower run once: what costs time here is the size."""
     oracle = random_model(transformers.CLIPModel, transformers.CLIPConfig(**FULL[name]))
     oracle.bfloat16().save_pretrained(large_folder)
     oracle.float()

@@ -338,7 +338,7 @@ def start_driver(output: str, step: int | None = None) -> Any:
     return driver
 
 
-def finished(output: str) -> tuple[set[storage.Stored], int]:
+def finished(output: str) -> tuple[set[storage.FileInfo], int]:
     """The files of finished shards, and how many others have been begun."""
     files = storage.list_files(output)
     stems: dict[str, set[str]] = {RECEIPTS: set(), STAGING: set()}

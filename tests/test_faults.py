@@ -108,12 +108,12 @@ def put_file(folder: str) -> bytes:
     return storage.read_bytes(f"{folder}/new")
 
 
-def delete_file(folder: str) -> list[storage.Stored]:
+def delete_file(folder: str) -> list[storage.FileInfo]:
     storage.delete_file(f"{folder}/new")
     return storage.list_files(folder)
 
 
-def delete_folder(folder: str) -> list[storage.Stored]:
+def delete_folder(folder: str) -> list[storage.FileInfo]:
     storage.write_bytes(f"{folder}/old/c", b"c")
     storage.delete_folder(f"{folder}/old")
     return storage.list_files(f"{folder}/old")

@@ -36,7 +36,7 @@ from pipeline.storage.uri import folder_of, prefix_of, split_s3
 ROOT = Path(__file__).parent.parent
 
 
-def names(files: list[storage.Stored], folder: str) -> list[str]:
+def names(files: list[storage.FileInfo], folder: str) -> list[str]:
     return [file.uri.removeprefix(f"{folder}/") for file in files]
 
 

@@ -16,7 +16,7 @@ from pipeline.annotations.cut import Asked, ask, cut_image
 from pipeline.config.ontology import Ontology, OntologyClass
 from pipeline.config.prompt import Prompt
 from pipeline.errors import UsageError
-from pipeline.storage import Stored
+from pipeline.storage import FileInfo
 from pipeline.write.parts import open_part
 
 _AT_ONCE = 32  # parts that are read
@@ -144,7 +144,7 @@ def count_annotations(output: str) -> Counter[int]:
     return counts
 
 
-def _count_part(file: Stored) -> dict[int, int]:
+def _count_part(file: FileInfo) -> dict[int, int]:
     with open_part(file.uri) as parquet:
         ids = parquet.read(columns=["class_id"], use_threads=False)["class_id"]
     return {row["values"]: row["counts"] for row in pc.value_counts(ids).to_pylist()}

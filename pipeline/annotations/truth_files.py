@@ -25,7 +25,7 @@ from pipeline.annotations.truth import (
 )
 from pipeline.annotations.truth_json import open_coco, open_labelstudio
 from pipeline.errors import StorageError, UsageError, one_line
-from pipeline.storage import Stored
+from pipeline.storage import FileInfo
 from pipeline.write.parts import open_part, read_part
 
 _LIMIT_JSON_BYTES = 2**31
@@ -163,7 +163,7 @@ def _area(rle: dict[str, Any]) -> int:
     return int(coco.area(rle))
 
 
-def open_pngs(folder: str, files: list[Stored]) -> Truth:
+def open_pngs(folder: str, files: list[FileInfo]) -> Truth:
     """Maps with a number a pixel, beside classes.json or labelmap.txt as `export` writes them; or
     one folder for each class, with a mask for each image, 0 elsewhere."""
     listed = [storage.relative(folder, file.uri) for file in files]

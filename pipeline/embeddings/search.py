@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.embeddings.vectors import EmbeddingTable, Vectors, cosines, normalize, read_vectors
-from pipeline.storage import Stored
+from pipeline.storage import FileInfo
 
 BATCH_ROWS = 8192  # 16 MB of vectors at 512 dimensions
 QUERIES_AT_ONCE = 1024  # 32 MB of cosines with such a batch
@@ -101,7 +101,7 @@ class ExactSearch:
 
 def search_files(
     table: EmbeddingTable,
-    files: Iterable[Stored],
+    files: Iterable[FileInfo],
     queries: np.ndarray,
     top: int,
     *,

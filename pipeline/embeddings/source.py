@@ -20,7 +20,7 @@ from pipeline.read.parquet import read_schema
 from pipeline.read.shard import shard_from_row
 from pipeline.run.finished import empty_record, read_finished
 from pipeline.schema import VECTORS
-from pipeline.storage import Stored
+from pipeline.storage import FileInfo
 
 BATCH_ROWS = 1024  # 2 MB of vectors at 512 dimensions
 
@@ -50,7 +50,7 @@ class ReadEmbeddings:
 
     def _read(self, uris: list[str]) -> Iterator[pa.Table]:
         for uri in uris:
-            part = Stored(uri=uri, size_bytes=0, version="")
+            part = FileInfo(uri=uri, size_bytes=0, version="")
             for vectors in read_vectors(self.table, part, batch_rows=self.batch_rows):
                 yield _with_vectors(vectors)
 

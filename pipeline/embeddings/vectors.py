@@ -21,7 +21,7 @@ from pipeline import storage
 from pipeline.config import log
 from pipeline.errors import JobError, UsageError
 from pipeline.run.lifecycle import is_unfinished
-from pipeline.storage import Stored
+from pipeline.storage import FileInfo
 from pipeline.write.layout import EMPTY_PART
 from pipeline.write.parts import open_part
 
@@ -40,7 +40,7 @@ class EmbeddingTable:
     """The folder of its run, with _run.json and the receipts."""
     column: str
     """The column with the vectors to be read: "vector" or "text_vector"."""
-    files: tuple[Stored, ...]
+    files: tuple[FileInfo, ...]
     """Its parts, sorted by name: with the rows in each part, the order of the table."""
     model: str
     """Name of the model, as given to the run."""
@@ -93,7 +93,7 @@ def open_table(source: str, column: str = "vector") -> EmbeddingTable:
     )
 
 
-def find_parts(uri: str) -> tuple[str, list[Stored]]:
+def find_parts(uri: str) -> tuple[str, list[FileInfo]]:
     """The parts of the table in `uri`, or in embeddings/ there, and the folder that holds them."""
     for folder in (storage.join(uri, TABLE), uri):
         files = storage.list_files(folder, recursive=False)
@@ -123,7 +123,7 @@ def warn_of_missing_rows(table: EmbeddingTable) -> None:
         )
 
 
-def count_rows(file: Stored) -> int:
+def count_rows(file: FileInfo) -> int:
     """The rows of a part, by its footer."""
     with open_part(file.uri, file.version) as parquet:
         return int(parquet.metadata.num_rows)
@@ -131,7 +131,7 @@ def count_rows(file: Stored) -> int:
 
 def read_vectors(
     table: EmbeddingTable,
-    file: Stored,
+    file: FileInfo,
     *,
     batch_rows: int,
     ids: bool = True,

@@ -28,7 +28,7 @@ from pipeline.model.weight_files import (
     SAFETENSORS_VARIANTS,
     find_weights,
 )
-from pipeline.storage import Stored, check_uri, is_s3, list_files, open_read
+from pipeline.storage import FileInfo, check_uri, is_s3, list_files, open_read
 
 NEEDED = (
     "config.json",
@@ -207,7 +207,7 @@ def _fetch_s3(uri: str) -> Path:
         raise CheckpointError(f"{uri}: cannot be stored in {_cache()}: {error.strerror}") from error
 
 
-def _select(files: dict[str, Stored], folder: str) -> dict[str, Stored]:
+def _select(files: dict[str, FileInfo], folder: str) -> dict[str, FileInfo]:
     """The files that are needed of a folder, sorted by name."""
     found = find_weights(files, folder) or ""
     form = next((form for form in _FORMS if _matches(found, form)), ())
@@ -218,7 +218,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _download(objects: dict[str, Stored], folder: Path) -> None:
+def _download(objects: dict[str, FileInfo], folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
     try:

@@ -23,7 +23,7 @@ from pipeline.read.shard import (
     printable,
     split_wanted,
 )
-from pipeline.storage import Stored
+from pipeline.storage import FileInfo
 
 GROUP_FILES = 256  # loose images per shard; part of a run's identity, so never an option
 # A larger Parquet file is several shards of about this size: what is lost with a worker, and what
@@ -33,7 +33,7 @@ WITHOUT_IMAGES = "Parquet without a column of images"
 _FOOTERS_AT_ONCE = 32
 
 
-def whole_file(name: str, file: Stored, column: str = "") -> Shard:
+def whole_file(name: str, file: FileInfo, column: str = "") -> Shard:
     """One tar or Parquet file as one shard."""
     return Shard(
         name=printable(name),
@@ -60,8 +60,8 @@ def divide_parquet(
     with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
         footers = list(pool.map(lambda pair: _try_footer(pair[1]), named))
     shards: list[Shard] = []
-    without: list[tuple[Stored, Footer]] = []
-    lacking: list[tuple[Stored, Footer]] = []
+    without: list[tuple[FileInfo, Footer]] = []
+    lacking: list[tuple[FileInfo, Footer]] = []
     left: list[tuple[str, str]] = []
     texts = 0
     for (name, file), footer in zip(named, footers, strict=True):
@@ -91,7 +91,7 @@ def divide_parquet(
     return shards, left
 
 
-def _try_footer(file: Stored) -> Footer | None:
+def _try_footer(file: FileInfo) -> Footer | None:
     """Read a footer; None if it is damaged, which reading the shard will report.
 
     Only transient faults are raised: the names of shards must not depend on them.
@@ -106,7 +106,7 @@ def _try_footer(file: Stored) -> Footer | None:
         return None
 
 
-def _no_images(file: Stored, footer: Footer, wanted: str | None) -> str:
+def _no_images(file: FileInfo, footer: Footer, wanted: str | None) -> str:
     what = f"no column {wanted!r} with image bytes" if wanted else "no column of image bytes"
     urls = list_urls(footer.schema)
     if urls and not wanted:
@@ -150,7 +150,7 @@ def _split_by(groups: list[RowGroup], shard: Shard) -> list[Shard]:
 # --------------------------------------------------------------------------- loose images
 
 
-def group_images(root: str, named: Named, texts: dict[str, Stored]) -> Iterator[Shard]:
+def group_images(root: str, named: Named, texts: dict[str, FileInfo]) -> Iterator[Shard]:
     """Groups of at most GROUP_FILES within a folder: a new file never moves those of another.
 
     `texts`: files in which texts may be, by name. The version covers the images, and what of
@@ -178,7 +178,7 @@ def group_images(root: str, named: Named, texts: dict[str, Stored]) -> Iterator[
             )
 
 
-def list_texts(root: str, files: list[Stored]) -> dict[str, Stored]:
+def list_texts(root: str, files: list[FileInfo]) -> dict[str, FileInfo]:
     """Candidate files for the texts of loose images, by their names below the root."""
     suffixes = tuple(f".{extension}" for extension in TEXT_EXTENSIONS)
     regular = (file for file in files if file.version != storage.SPECIAL)

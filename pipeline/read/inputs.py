@@ -18,7 +18,7 @@ from pipeline.errors import UsageError
 from pipeline.read.divide import divide_parquet, group_images, list_texts, whole_file
 from pipeline.read.recognize import LeftOut, Named, count_left_out, describe_left_out, sort_files
 from pipeline.read.shard import Shard, file_format
-from pipeline.storage import Stored
+from pipeline.storage import FileInfo
 from pipeline.storage.braces import expand_braces
 from pipeline.storage.uri import common_folder, split_list
 
@@ -86,7 +86,7 @@ def list_shards(
     return Listing(shards, left_out)
 
 
-def _name_files(root: str, files: Iterable[Stored]) -> Named:
+def _name_files(root: str, files: Iterable[FileInfo]) -> Named:
     """Files with their names below the root, sorted, each once."""
     found = {storage.relative(root, file.uri): file for file in files}
     return sorted(found.items(), key=lambda pair: pair[0])
@@ -100,7 +100,7 @@ class _Found(NamedTuple):
 
     root: str
     """Names are relative to this folder."""
-    files: list[Stored]
+    files: list[FileInfo]
     whole: bool = False
     """Whether these are all files below the root."""
     by_name: bool = False
@@ -130,10 +130,10 @@ def _one_file(source: str) -> _Found:
     return _Found(storage.parent(source), [storage.stat_file(source)], by_name=True)
 
 
-def _match_braces(source: str) -> list[Stored]:
+def _match_braces(source: str) -> list[FileInfo]:
     """Files named by braces; missing ones keep their place, with size 0, version ""."""
-    found: dict[str, Stored] = {}
-    listed: dict[str, dict[str, Stored]] = {}
+    found: dict[str, FileInfo] = {}
+    listed: dict[str, dict[str, FileInfo]] = {}
     for uri in expand_braces(source):
         if re.search(r"[*?\[]", uri):
             found.update((file.uri, file) for file in storage.glob_files(uri, special=True))
@@ -142,7 +142,7 @@ def _match_braces(source: str) -> list[Stored]:
             if folder not in listed:
                 files = storage.list_files(folder, recursive=False)
                 listed[folder] = {file.uri: file for file in files}
-            missing = Stored(uri=uri, size_bytes=0, version="")
+            missing = FileInfo(uri=uri, size_bytes=0, version="")
             found[uri] = listed[folder].get(uri, missing)
         else:
             files = storage.list_files(uri, special=True)
@@ -154,7 +154,7 @@ def _match_braces(source: str) -> list[Stored]:
     return list(found.values()) if any(file.version for file in found.values()) else []
 
 
-def _find_texts(root: str, found: list[_Found], images: Named) -> dict[str, Stored]:
+def _find_texts(root: str, found: list[_Found], images: Named) -> dict[str, FileInfo]:
     """Candidate files for the texts of loose images, by their names below the root."""
     files = [file for part in found for file in part.files]
     if not all(part.whole for part in found):  # a pattern may not match the texts beside its images

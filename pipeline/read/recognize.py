@@ -21,7 +21,7 @@ from pipeline.read.shard import (
     printable,
     strip_suffix,
 )
-from pipeline.storage import SPECIAL, Stored
+from pipeline.storage import SPECIAL, FileInfo
 
 # What jobs leave in their outputs, and writers such as Spark beside unfinished files.
 SCRATCH = frozenset(
@@ -35,7 +35,7 @@ _READS_AT_ONCE = 32
 _PROBES = 64  # of files of one unknown suffix; the others are read where one of these is an image
 _KINDS_SHOWN = 8
 
-Named = list[tuple[str, Stored]]  # (path relative to the root, file)
+Named = list[tuple[str, FileInfo]]  # (path relative to the root, file)
 
 _TEXT_SUFFIXES = tuple(f".{extension}" for extension in TEXT_EXTENSIONS)
 _SUFFIX = re.compile(r"[^.](\.tar)?(\.[a-z][a-z0-9_]{0,9})$")
@@ -82,17 +82,17 @@ def count_left_out(kinds: Iterable[tuple[str, str]]) -> dict[str, LeftOut]:
 
 
 def sort_files(
-    root: str, files: list[Stored], *, by_name: bool = False
-) -> tuple[dict[str, list[Stored]], list[tuple[str, Stored]]]:
+    root: str, files: list[FileInfo], *, by_name: bool = False
+) -> tuple[dict[str, list[FileInfo]], list[tuple[str, FileInfo]]]:
     """Sort files below a root into inputs, by format, and others, with their kind.
 
     Files of unknown suffixes are told by their first 512 bytes: one small read each, of at most 64
     for a suffix that none of these bears for an image. Texts beside an input of their name belong
     to it and are not counted. `by_name`: hidden files are inputs, too.
     """
-    inputs: dict[str, list[Stored]] = {"tar": [], "parquet": [], "images": []}
-    left: list[tuple[str, Stored]] = []
-    texts: list[tuple[str, Stored]] = []
+    inputs: dict[str, list[FileInfo]] = {"tar": [], "parquet": [], "images": []}
+    left: list[tuple[str, FileInfo]] = []
+    texts: list[tuple[str, FileInfo]] = []
     unknown: dict[str, Named] = defaultdict(list)
     for name, file in sorted(
         ((storage.relative(root, f.uri), f) for f in files), key=lambda pair: pair[0]
@@ -156,7 +156,7 @@ def _probe(files: Named) -> list[str]:
     return found
 
 
-def _probe_file(named: tuple[str, Stored]) -> str:
+def _probe_file(named: tuple[str, FileInfo]) -> str:
     try:
         start = storage.read_bytes(named[1].uri, limit_bytes=FIRST_BYTES)
         return recognize_bytes(start, _suffix(named[0]).removeprefix("."))

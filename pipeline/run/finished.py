@@ -20,7 +20,7 @@ from pipeline.errors import CredentialsError, JobError, RowError, StorageError, 
 from pipeline.read.ranges import iter_rows
 from pipeline.read.records import shard_failure
 from pipeline.read.shard import Shard, printable
-from pipeline.storage import Stored
+from pipeline.storage import FileInfo
 from pipeline.write.layout import EMPTY_PART, ERRORS, Ledger
 from pipeline.write.parts import open_part, read_part
 from pipeline.write.receipts import list_receipts
@@ -38,7 +38,7 @@ def list_finished(output: str, table: str) -> list[Shard]:
     `output`. Reads the first row of one part of each. Raises UsageError where two are of one
     shard, JobError for a damaged part and one that a receipt tells of and is gone, StorageError.
     """
-    parts: dict[str, list[Stored]] = {}
+    parts: dict[str, list[FileInfo]] = {}
     for name in (table, ERRORS):
         for file in storage.list_files(storage.join(output, name), recursive=False):
             base = file.uri.rpartition("/")[2]
@@ -61,7 +61,7 @@ def list_finished(output: str, table: str) -> list[Shard]:
     return shards
 
 
-def _refuse_lost_parts(output: str, table: str, parts: dict[str, list[Stored]]) -> None:
+def _refuse_lost_parts(output: str, table: str, parts: dict[str, list[FileInfo]]) -> None:
     """Raise JobError where a finished shard of the run's first pass lacks a part with rows."""
     for id_, receipts in list_receipts(Ledger(output=output)).items():
         there = {storage.relative(output, file.uri) for file in parts.get(id_, [])}
@@ -77,7 +77,7 @@ def _refuse_lost_parts(output: str, table: str, parts: dict[str, list[Stored]]) 
                 )
 
 
-def _read_name(file: Stored) -> str:
+def _read_name(file: FileInfo) -> str:
     """The name of a part's shard, from its first row."""
     with open_part(file.uri, file.version) as parquet:
         first = next(parquet.iter_batches(1, columns=["shard"]), None)
@@ -86,7 +86,7 @@ def _read_name(file: Stored) -> str:
         return str(first["shard"][0])
 
 
-def _shard(output: str, name: str, files: list[Stored]) -> Shard:
+def _shard(output: str, name: str, files: list[FileInfo]) -> Shard:
     seen = "".join(f"{file.uri}\0{file.size_bytes}\0{file.version}\n" for file in files)
     return Shard(
         name=name,

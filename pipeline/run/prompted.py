@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pyarrow.compute as pc
 
 from pipeline import storage
-from pipeline.storage import Stored
+from pipeline.storage import FileInfo
 from pipeline.write.parts import open_part
 
 _AT_ONCE = 32  # parts that are read
@@ -22,17 +22,17 @@ def count_masks(output: str) -> str:
     return f"{sum(rows for rows, _ in masks):,} masks; {without:,} images had no prompt"
 
 
-def _parts(output: str, table: str) -> list[Stored]:
+def _parts(output: str, table: str) -> list[FileInfo]:
     files = storage.list_files(storage.join(output, table), recursive=False)
     return [file for file in files if file.uri.endswith(".parquet")]
 
 
-def _count_rows(file: Stored) -> int:
+def _count_rows(file: FileInfo) -> int:
     with open_part(file.uri) as parquet:
         return int(parquet.metadata.num_rows)
 
 
-def _count_masks(file: Stored) -> tuple[int, int]:
+def _count_masks(file: FileInfo) -> tuple[int, int]:
     """Rows, and the images that they are of."""
     with open_part(file.uri) as parquet:
         rows = parquet.read(columns=["row"], use_threads=False)["row"]

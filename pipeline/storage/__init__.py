@@ -20,11 +20,11 @@ from pipeline.storage.files import (
 )
 from pipeline.storage.local import SPECIAL
 from pipeline.storage.retry import set_storage_timeout
-from pipeline.storage.uri import Stored, check_uri, is_s3, join, parent, relative
+from pipeline.storage.uri import FileInfo, check_uri, is_s3, join, parent, relative
 
 __all__ = [
     "SPECIAL",
-    "Stored",
+    "FileInfo",
     "check_uri",
     "delete_file",
     "delete_folder",

@@ -35,14 +35,14 @@ from pipeline.storage.local import (
 from pipeline.storage.retry import persist
 from pipeline.storage.s3_read import ObjectFile, read_object
 from pipeline.storage.s3_write import put_object, replace_object
-from pipeline.storage.uri import Stored, is_s3, join, parent
+from pipeline.storage.uri import FileInfo, is_s3, join, parent
 
 _FOLDER_TRIES = 10  # to write into, or to delete, a folder that others delete or write into
 _PROBES = 3
 _TEMPORARY = re.compile(r"\..*\.[0-9a-f]{32}\.tmp", re.DOTALL)  # as _beside names them
 
 
-def stat_file(uri: str) -> Stored:
+def stat_file(uri: str) -> FileInfo:
     """Size and version of one file; NotFoundError when there is none (a folder is none)."""
     if is_s3(uri):
         return s3.stat_object(uri)
@@ -80,7 +80,7 @@ def is_empty(folder: str) -> bool:
         return True
 
 
-def list_files(folder: str, *, recursive: bool = True, special: bool = False) -> list[Stored]:
+def list_files(folder: str, *, recursive: bool = True, special: bool = False) -> list[FileInfo]:
     """List the files below a folder, sorted by URI; empty if there are none.
 
     One listing and no request per object. Local links are followed. Pipes, sockets and devices are
@@ -97,7 +97,7 @@ def list_files(folder: str, *, recursive: bool = True, special: bool = False) ->
     return sorted(kept, key=lambda file: file.uri)
 
 
-def glob_files(pattern: str, *, special: bool = False) -> list[Stored]:
+def glob_files(pattern: str, *, special: bool = False) -> list[FileInfo]:
     """Match files by a pattern (`*`, `?`, `[..]`; `**` crosses folders), sorted by URI.
 
     A matching folder stands for everything below it, unless `**` has been there already.
@@ -105,7 +105,7 @@ def glob_files(pattern: str, *, special: bool = False) -> list[Stored]:
     """
     with storage_errors(pattern):
         matched = list(s3.glob_objects(pattern) if is_s3(pattern) else glob_local(pattern))
-    found = {file.uri: file for file in matched if isinstance(file, Stored)}
+    found = {file.uri: file for file in matched if isinstance(file, FileInfo)}
     for folder in matched if "**" not in pattern else []:
         if isinstance(folder, str):
             found.update((file.uri, file) for file in list_files(folder, special=special))

@@ -12,12 +12,12 @@ from typing import Any
 
 from pipeline.errors import ChangedError
 from pipeline.storage.retry import persist
-from pipeline.storage.uri import Stored
+from pipeline.storage.uri import FileInfo
 
 SPECIAL = "special"  # the version of what is neither a file nor a folder
 
 
-def glob_local(pattern: str) -> Iterator[Stored | str]:
+def glob_local(pattern: str) -> Iterator[FileInfo | str]:
     """Files, and the paths of folders."""
     for path in glob.glob(pattern, recursive=True):
         if os.path.isdir(path):
@@ -26,24 +26,24 @@ def glob_local(pattern: str) -> Iterator[Stored | str]:
             yield stored_local(path, os.stat(path))
         elif os.path.lexists(path):
             broken = not os.path.exists(path)
-            yield Stored(uri=path, size_bytes=0, version="" if broken else SPECIAL)
+            yield FileInfo(uri=path, size_bytes=0, version="" if broken else SPECIAL)
 
 
 def walk_local(
     folder: str, recursive: bool, above: tuple[tuple[int, int], ...]
-) -> Iterator[Stored]:
+) -> Iterator[FileInfo]:
     """`above` holds the identities of the folders above: a link to one of them ends there."""
     with os.scandir(folder) as entries:
         for entry in entries:
             try:
                 found = entry.stat()
             except OSError:  # gone, or a link to nowhere: it keeps its place, for reading to report
-                yield Stored(uri=entry.path, size_bytes=0, version="")
+                yield FileInfo(uri=entry.path, size_bytes=0, version="")
                 continue
             if stat.S_ISREG(found.st_mode):
                 yield stored_local(entry.path, found)
             elif not stat.S_ISDIR(found.st_mode):
-                yield Stored(uri=entry.path, size_bytes=0, version=SPECIAL)
+                yield FileInfo(uri=entry.path, size_bytes=0, version=SPECIAL)
             elif recursive and identity(found) not in above:
                 yield from walk_local(entry.path, recursive, (*above, identity(found)))
 
@@ -53,8 +53,8 @@ def identity(found: os.stat_result) -> tuple[int, int]:
     return (found.st_dev, found.st_ino)
 
 
-def stored_local(path: str, found: os.stat_result) -> Stored:
-    return Stored(uri=path, size_bytes=found.st_size, version=local_version(found))
+def stored_local(path: str, found: os.stat_result) -> FileInfo:
+    return FileInfo(uri=path, size_bytes=found.st_size, version=local_version(found))
 
 
 def local_version(found: os.stat_result) -> str:

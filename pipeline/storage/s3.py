@@ -18,7 +18,7 @@ from typing import Any
 from pipeline.errors import NotFoundError
 from pipeline.storage.faults import sort_code
 from pipeline.storage.retry import patience_s, persist
-from pipeline.storage.uri import Stored, folder_of, join, prefix_of, relative, split_s3
+from pipeline.storage.uri import FileInfo, folder_of, join, prefix_of, relative, split_s3
 
 _DELETE_KEYS = 1000  # the most that one DeleteObjects request takes
 _CONNECTIONS = 64  # more than any caller has threads
@@ -107,7 +107,7 @@ def request(
 # ----------------------------------------------------------------------------------- find
 
 
-def stat_object(uri: str) -> Stored:
+def stat_object(uri: str) -> FileInfo:
     """Size and ETag of one object; NotFoundError when there is none."""
     key = split(uri)[1]
     if not key:
@@ -144,26 +144,26 @@ def _folder_exists(folder: str, but: tuple[str, ...]) -> bool:
     return any(found["Key"] not in but for found in page.get("Contents", []))
 
 
-def list_objects(folder: str, *, recursive: bool = True) -> Iterator[Stored]:
+def list_objects(folder: str, *, recursive: bool = True) -> Iterator[FileInfo]:
     """The objects below a folder, without empty markers of folders."""
     with contextlib.suppress(NotFoundError):
         for found in _list_all(prefix_of(folder), "" if recursive else "/"):
-            if isinstance(found, Stored) and not _is_marker(found):
+            if isinstance(found, FileInfo) and not _is_marker(found):
                 yield found
 
 
-def _is_marker(found: Stored) -> bool:
+def _is_marker(found: FileInfo) -> bool:
     return found.uri.endswith("/") and not found.size_bytes
 
 
-def glob_objects(pattern: str) -> Iterator[Stored | str]:
+def glob_objects(pattern: str) -> Iterator[FileInfo | str]:
     """Objects and URIs of folders that match a pattern. One listing per folder."""
     bucket, key = split(pattern)
     with contextlib.suppress(NotFoundError):  # of a bucket that is not there
         yield from _expand(f"s3://{bucket}/", key.split("/"))
 
 
-def _expand(prefix: str, names: list[str]) -> Iterator[Stored | str]:
+def _expand(prefix: str, names: list[str]) -> Iterator[FileInfo | str]:
     """Match the first of `names` below a prefix, which is a folder's, and the rest further down."""
     first, *rest = names
     magic = re.search(r"[*?\[]", first)
@@ -176,7 +176,7 @@ def _expand(prefix: str, names: list[str]) -> Iterator[Stored | str]:
     else:
         start = first[: magic.start()] if magic else first
         for found in _list_all(prefix + start, "/"):
-            if isinstance(found, Stored):
+            if isinstance(found, FileInfo):
                 wanted = not rest and not _is_marker(found)
                 if wanted and fnmatch.fnmatchcase(found.uri[len(prefix) :], first):
                     yield found
@@ -197,7 +197,7 @@ def _matches(names: list[str], patterns: list[str]) -> bool:
     return bool(names) and fnmatch.fnmatchcase(names[0], first) and _matches(names[1:], rest)
 
 
-def _list_all(start: str, delimiter: str) -> Iterator[Stored | str]:
+def _list_all(start: str, delimiter: str) -> Iterator[FileInfo | str]:
     """Objects whose URIs begin with `start` and, up to a delimiter, the prefixes of folders."""
     bucket, key = split(start)
     more: dict[str, Any] = {}
@@ -217,9 +217,9 @@ def _prefix(folder: str) -> str:
     return split(prefix_of(folder))[1]
 
 
-def stored(uri: str, size_bytes: int, found: dict[str, Any]) -> Stored:
+def stored(uri: str, size_bytes: int, found: dict[str, Any]) -> FileInfo:
     """An object with the ETag of an answer about it."""
-    return Stored(uri=uri, size_bytes=size_bytes, version=found.get("ETag", "").strip('"'))
+    return FileInfo(uri=uri, size_bytes=size_bytes, version=found.get("ETag", "").strip('"'))
 
 
 # --------------------------------------------------------------------------------- delete
@@ -234,7 +234,7 @@ def delete_objects(folder: str) -> None:
     """Delete every object below a folder, if it exists."""
     bucket, _ = split(folder)
     with contextlib.suppress(NotFoundError):
-        found = [f.uri for f in _list_all(prefix_of(folder), "") if isinstance(f, Stored)]
+        found = [f.uri for f in _list_all(prefix_of(folder), "") if isinstance(f, FileInfo)]
         keys = [split(uri)[1] for uri in found]
         for start in range(0, len(keys), _DELETE_KEYS):
             _delete_keys(folder, bucket, keys[start : start + _DELETE_KEYS])

@@ -24,7 +24,7 @@ _S3 = re.compile(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stored:
+class FileInfo:
     """One file or object as it was when listed."""
 
     uri: str
