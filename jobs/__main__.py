@@ -54,8 +54,6 @@ def main() -> int:
 def run() -> None:
     """Run the command, and end the process without the second that tearing it down takes."""
     code = main()
-    if ray := sys.modules.get("ray"):
-        ray.shutdown()  # of a job that failed before its session
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -176,7 +176,7 @@ def test_every_image_is_accounted_for_and_a_stop_is_completed(
     output = photos / "out"
     assert segment.main([*command, str(output)]) == 0
     said = capsys.readouterr().out
-    assert "15 images in 3 shards: 9 images, 9 embeddings, 6 errors" in said
+    assert "15 images in 3 shards: 9 done, 6 failed" in said
     assert "12 masks; 3 images had no prompt" in said
     masks = rows(output, "masks")
     ids = [(m["row"], m["prompt_id"], m["prompt"]) for m in masks if m["shard"] == "1.tar"]

@@ -33,6 +33,9 @@ _CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal
 
 Config = TypeVar("Config")
 
+# Whatever a job has started and that ends with its command: Ray.
+at_end = contextlib.ExitStack()
+
 
 def run_command(
     config: type[Config],
@@ -74,6 +77,8 @@ def run_command(
             for number in _ENDING:
                 signal.signal(number, lambda *_: os._exit(code))
         return _say(prog, f"{ended}{hint}", code)
+    finally:
+        at_end.close()
     return 0
 
 

@@ -21,6 +21,7 @@ from pipeline.read.shard import Shard
 from pipeline.schema import SCHEMA_VERSION, Table
 from pipeline.write.layout import ERRORS, PROMPTS, RECEIPTS, RUN, STAGING, SUCCESS
 
+INNER_RUN = "segment"  # in the output of label: the run that it made itself, and is cut from
 DELETING = "being deleted"
 """The status of a run half deleted by --restart: the next command does the rest."""
 
@@ -99,8 +100,9 @@ def read_run(output: str) -> dict[str, Any] | None:
 
 
 def is_free(output: str, source: str, tables: Iterable[str]) -> bool:
-    """Whether a run with these tables may start in a folder: it is empty, or holds its input."""
-    if not source.startswith(f"{output}/"):
+    """Whether a run with these tables may start in a folder: it is empty, or of the run it is cut
+    from."""
+    if source != storage.join(output, INNER_RUN):
         return storage.is_empty(output)
     folders = (*tables, ERRORS, STAGING, RECEIPTS, PROMPTS)
     nothing = all(storage.is_empty(storage.join(output, name)) for name in folders)

@@ -17,6 +17,7 @@ import ray
 import ray.data
 
 from pipeline import errors
+from pipeline.config.command import at_end
 from pipeline.config.options import WorkerOptions
 from pipeline.errors import JobError, PipelineError, StorageError, UsageError
 from pipeline.run.engine import Engine
@@ -78,9 +79,14 @@ def ray_session(*, quiet: bool = False) -> Iterator[None]:
     except ray.exceptions.RayError as error:
         raise _as_pipeline_error(error) from error
     finally:
-        if _started_here:
-            ray.shutdown()
-            _started_here.clear()
+        _end_ray()
+
+
+def _end_ray() -> None:
+    """End Ray, or leave its cluster, if it was started or joined here."""
+    if _started_here:
+        ray.shutdown()
+        _started_here.clear()
 
 
 def start_ray() -> None:
@@ -91,6 +97,7 @@ def start_ray() -> None:
     if not ray.is_initialized():
         _start()
         _started_here.append(True)
+        at_end.callback(_end_ray)  # of a job that fails before its session
     # What Ray would log of an error comes out as one line of ours.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context = ray.data.DataContext.get_current()
