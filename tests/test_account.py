@@ -15,7 +15,8 @@ from pipeline.config.segment import SegmentConfig
 from pipeline.errors import JobError, UsageError
 from pipeline.read.shard import Shard
 from pipeline.run import manifest as record
-from pipeline.run.lifecycle import close_run, open_run
+from pipeline.run.close import close_run
+from pipeline.run.lifecycle import open_run
 from pipeline.write.layout import shard_id
 from tests.outputs import SHARD, TABLES, images, ledger_of, masks, part
 from tests.outputs import finish as finish_tables

@@ -25,7 +25,8 @@ from pipeline.errors import JobError, UsageError
 from pipeline.read.shard import Shard
 from pipeline.run import lifecycle as account
 from pipeline.run import resume
-from pipeline.run.lifecycle import Pass, Run, close_run, open_run
+from pipeline.run.close import close_run
+from pipeline.run.lifecycle import Pass, Run, open_run
 from pipeline.run.resume import discard_shard
 from pipeline.write import commit
 from pipeline.write.layout import Ledger

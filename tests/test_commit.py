@@ -35,7 +35,8 @@ from pipeline.config.segment import SegmentConfig
 from pipeline.errors import JobError, UsageError
 from pipeline.read.ranges import iter_rows
 from pipeline.read.shard import Shard
-from pipeline.run.lifecycle import close_run, open_run
+from pipeline.run.close import close_run
+from pipeline.run.lifecycle import open_run
 from pipeline.run.manifest import is_complete as run_is_complete
 from pipeline.run.manifest import read_run
 from pipeline.write.commit import finish_shard

@@ -27,7 +27,7 @@ SETTINGS = ("0.5 everywhere", "as given", "chosen")
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What was chosen for one class."""
+    """Choice for one class."""
 
     threshold: float
     presence: float

@@ -127,7 +127,7 @@ class JsonEntries:
 
 
 def read_finished(folder: str, asked: dict[str, Any]) -> dict[str, Any] | None:
-    """What `finish` was given for the export of `asked` in a folder; None where it is not done."""
+    """Facts given to `finish` for the export of `asked` in a folder; None if it is not done."""
     try:
         found: dict[str, Any] = json.loads(storage.read_bytes(storage.join(folder, MARKER)))
         same = (found.pop("status"), found.pop("asked")) == ("complete", _as_read(asked))

@@ -77,7 +77,7 @@ class ClassCounts:
 
 @dataclass(kw_only=True)
 class Evaluation:
-    """What a pass counted."""
+    """Counts of a pass."""
 
     classes: list[ClassCounts]
     maps: bool
@@ -185,7 +185,7 @@ class Matched:
             yield image, truth, size
 
     def lines(self) -> list[str]:
-        """What was left out; complete once the iteration is."""
+        """Files left out; complete once the iteration is."""
         lines = self._matcher.describe()
         if self._others:
             lines.append(

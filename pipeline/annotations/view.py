@@ -53,7 +53,7 @@ _SORTED = {
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """What a page shows."""
+    """Contents of a page."""
 
     facts: Mapping[str, str]
     """Lines of the header, by name."""

@@ -190,7 +190,7 @@ def image_key(path: str) -> str:
 
 
 class Wanted(NamedTuple):
-    """What is read as a row's text."""
+    """Source of a row's text."""
 
     name: str
     """Of the column or field."""

@@ -12,9 +12,10 @@ from typing import Any
 from pipeline.config.options import WorkerOptions
 from pipeline.errors import JobError, PipelineError
 from pipeline.read.shard import Shard
+from pipeline.run.close import close_run, note_missing
 from pipeline.run.engine import Dataset, Engine
 from pipeline.run.launch import open_engine
-from pipeline.run.lifecycle import Pass, Run, close_run, note_missing
+from pipeline.run.lifecycle import Pass, Run
 from pipeline.run.progress import Amount, ProgressDisplay
 from pipeline.write.commit import finish_shard, outputs_per_image
 

@@ -6,12 +6,11 @@ again. write.layout has the names of all files.
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline import storage
-from pipeline.errors import JobError, StorageError, UsageError, one_line
+from pipeline.errors import UsageError
 from pipeline.read.recognize import LeftOut, describe_left_out
 from pipeline.read.shard import Shard
 from pipeline.run.manifest import (
@@ -21,15 +20,13 @@ from pipeline.run.manifest import (
     is_free,
     name_run,
     new_record,
-    now,
     read_run,
-    refuse_another_start,
     refuse_other_run,
     replace_run,
     to_json,
     write_run,
 )
-from pipeline.run.resume import discard_shard, find_left, read_failures, read_names
+from pipeline.run.resume import discard_shard, find_left, read_failures
 from pipeline.schema import Table
 from pipeline.write.fragments import Fragment
 from pipeline.write.layout import (
@@ -41,13 +38,9 @@ from pipeline.write.layout import (
     STAGING,
     SUCCESS,
     Ledger,
-    shard_id,
 )
 from pipeline.write.parts import write_empty_parts
 from pipeline.write.passes import add_prompts, read_added, tables_of_pass
-from pipeline.write.receipts import Receipt, covers, is_borne_out, list_parts, list_receipts
-
-Receipts = dict[str, Receipt]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,92 +188,6 @@ def _settle_prompts(
     return {0: started_with, **added}
 
 
-def close_run(run: Run, seconds: float, lost: dict[str, str] | None = None) -> dict[str, int]:
-    """Check that the receipts equal the shards, write the counts into _run.json, and _SUCCESS.
-
-    `seconds`: duration of the passes. `lost`: by the name of a shard, what of it the storage did
-    not give. Returns the counts over all shards. Raises JobError if a shard has no receipt, or if
-    meanwhile prompts were added or the run started over.
-    """
-    refuse_another_start(run.output, run.record)
-    listed = [list_receipts(each.ledger) for each in run.passes]
-    found = [_borne_out(*pair) for pair in zip(run.passes, listed, strict=True)]
-    missing = {
-        shard.name
-        for each, receipts in zip(run.passes, found, strict=True)
-        for shard in each.shards
-        if shard_id(shard.name) not in receipts
-        or (each.ledger.added and not _covers_first(shard, receipts, found[0]))
-    }
-    if missing:
-        _refuse_unfinished(run, missing, lost or {})
-    _refuse_more_prompts(run)
-    counts = _count(run, found)
-    removed = listed[0].keys() - {shard_id(shard.name) for shard in run.first.shards}
-    names = read_names(run.first.ledger, {id_: listed[0][id_] for id_ in removed})
-    if names:
-        run.notes.append(_note_removed(len(removed), names))
-    todo = [r[shard_id(s.name)] for p, r in zip(run.passes, found, strict=True) for s in p.todo]
-    images = sum(receipt.ok + receipt.error for receipt in todo)
-    last = {"seconds": round(seconds, 2), "images": images, "images_per_s": images / seconds}
-    run.record["throughput"] = last
-    record = run.record | {"status": "complete", "finished_at": now()}
-    record |= {"counts": counts, "removed_shards": names}
-    replace_run(run.output, record)
-    storage.write_bytes(storage.join(run.output, SUCCESS), name_run(record).encode())
-    try:  # while we wrote that
-        refuse_another_start(run.output, record)
-        _refuse_more_prompts(run)
-    except JobError:
-        storage.delete_file(storage.join(run.output, SUCCESS))
-        raise
-    for each in run.passes:
-        with contextlib.suppress(StorageError):  # another driver may just be adding to it
-            storage.delete_folder(each.ledger.staging)
-    return counts
-
-
-def _borne_out(of_pass: Pass, receipts: dict[str, list[Receipt]]) -> Receipts:
-    """The receipts of a pass with parts of the right size, by shard id."""
-    ledger = of_pass.ledger
-    parts = list_parts(ledger, list(of_pass.tables))
-    found = {}
-    for shard in of_pass.shards:
-        id_ = shard_id(shard.name)
-        some = receipts.get(id_, [])
-        if is_borne_out(some, ledger.version(shard.version), parts.get(id_, 0)):
-            found[id_] = some[0]
-    return found
-
-
-def _covers_first(shard: Shard, receipts: Receipts, first: Receipts) -> bool:
-    id_ = shard_id(shard.name)
-    return id_ in first and covers(receipts[id_], [first[id_]])
-
-
-def _refuse_unfinished(run: Run, missing: set[str], lost: dict[str, str]) -> None:
-    """Record the missing shards, and raise JobError."""
-    order = sorted(missing, key=lambda name: (name not in lost, name))
-    note_missing(run, {name: lost.get(name, "not finished") for name in order})
-    size = sum(shard.size_bytes for shard in run.first.shards if shard.name in missing)
-    whole = sum(shard.size_bytes for shard in run.first.shards)
-    what = f"{len(missing):,} of {len(run.first.shards):,} shards are not complete"
-    share = f" ({size / whole:.0%} of the bytes)" if size else ""
-    some = "; ".join(
-        f"{one_line(name)} {one_line(lost[name], 200)}".strip() if name in lost else one_line(name)
-        for name in order[:3]
-    )
-    more = ", ..." if len(order) > 3 else ""
-    raise JobError(f"{what}{share}: {some}{more}; the same command takes them up again")
-
-
-def note_missing(run: Run, missing: dict[str, str]) -> None:
-    """Write down for `status` that the run is not complete: the names of shards, and why."""
-    run.record["status"] = "incomplete"
-    run.record["missing"] = dict(list(missing.items())[:100])
-    replace_run(run.output, run.record)
-
-
 def is_unfinished(output: str, *, new: bool = False) -> bool:
     """Whether the folder holds an unfinished run: rows of its tables may be missing.
 
@@ -288,43 +195,6 @@ def is_unfinished(output: str, *, new: bool = False) -> bool:
     """
     record = read_run(storage.check_uri(output))
     return new if record is None else not is_complete(output, record)
-
-
-def _refuse_more_prompts(run: Run) -> None:
-    if read_added(run.output).keys() != {each.ledger.first_prompt for each in run.passes[1:]}:
-        raise JobError(f"{run.output}: prompts were added meanwhile; the same command tells which")
-
-
-def _note_removed(count: int, names: list[str]) -> str:
-    shown = ", ".join(map(one_line, names[:3]))
-    return (
-        f"warning: {count} finished shards are no longer in the input "
-        f"({shown}{', ...' if count > 3 else ''}): "
-        "their rows stay in the tables and are not counted"
-    )
-
-
-def _count(run: Run, found: list[Receipts]) -> dict[str, int]:
-    """Sums over receipts: shards, shards cut short, rows in, ok and error, and rows of tables."""
-    receipts = list(found[0].values())
-    ok, error = sum(r.ok for r in receipts), sum(r.error for r in receipts)
-    counts = {
-        "shards": len(receipts),
-        "shards_failed": sum(r.cut for r in receipts),
-        "rows_in": ok + error,
-        "rows_ok": ok,
-        "rows_error": error,
-        "samples_without_image": sum(r.skipped for r in receipts),
-        **{name: ok * t.rows_per_image for name, t in run.tables.items() if t.rows_per_image},
-    }
-    for each, of_pass in zip(run.passes[1:], found[1:], strict=True):
-        receipts = list(of_pass.values())
-        counts["rows_error_later"] = counts.get("rows_error_later", 0)
-        counts["rows_error_later"] += sum(r.error for r in receipts)
-        for name, table in each.tables.items():
-            if table.per_prompt:
-                counts[name] += sum(r.ok for r in receipts) * table.rows_per_image
-    return counts
 
 
 def _start(output: str, record: dict[str, Any]) -> dict[str, Any]:

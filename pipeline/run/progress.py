@@ -78,7 +78,7 @@ class Amount:
 
 
 class ProgressDisplay:
-    """What is done of a run; a context manager. `quiet` shows nothing."""
+    """Progress of a run; a context manager. `quiet` shows nothing."""
 
     def __init__(
         self,

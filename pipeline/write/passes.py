@@ -53,7 +53,7 @@ def write_prompt_vectors(output: str, vectors: np.ndarray) -> None:
 
 
 def read_prompt_vectors(output: str) -> np.ndarray:
-    """What write_prompt_vectors kept. Raises JobError where it is gone or damaged."""
+    """Vectors that write_prompt_vectors kept. Raises JobError if they are gone or damaged."""
     uri = storage.join(output, PROMPT_VECTORS)
     try:
         vectors: np.ndarray = np.load(io.BytesIO(storage.read_bytes(uri)), allow_pickle=False)
