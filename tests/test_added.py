@@ -27,6 +27,7 @@ from pipeline.run import lifecycle as account
 from pipeline.run import resume
 from pipeline.run.close import close_run
 from pipeline.run.lifecycle import Pass, Run, open_run
+from pipeline.run.manifest import is_complete, read_run
 from pipeline.run.resume import discard_shard
 from pipeline.write import commit
 from pipeline.write.layout import Ledger
@@ -229,6 +230,19 @@ def test_an_added_pass_belongs_to_the_first_pass_that_is_there(tmp_path: Path) -
     assert prompts_of(tmp_path) == [(0, "x"), (1, "y"), (2, "z")]
 
 
+def test_an_addition_killed_at_its_first_step_is_not_complete(tmp_path: Path) -> None:
+    """Its prompts are written down; another driver may have closed the run in the same moment."""
+    drive(tmp_path, "xy")
+    success = (tmp_path / "_SUCCESS").read_bytes()
+    open_(tmp_path, "xyz")
+    (tmp_path / "_SUCCESS").write_bytes(success)
+    record = read_run(str(tmp_path))
+    assert record is not None
+    assert not is_complete(str(tmp_path), record)
+    drive(tmp_path, "xyz")
+    assert is_complete(str(tmp_path), record)
+
+
 def test_what_is_left_is_told_by_the_listings_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -372,7 +386,9 @@ def test_two_drivers_with_other_additions(
     known = ["x", "y"]
     for file in sorted(output.glob("_prompts/*.json")):
         known += json.loads(file.read_text())
-    if (output / "_SUCCESS").exists():
+    record = read_run(str(output))
+    assert record is not None
+    if is_complete(str(output), record):
         assert [prompt for _, prompt in prompts_of(output)] == known
     drive(output, known)
     assert [prompt for _, prompt in prompts_of(output)] == known

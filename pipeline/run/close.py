@@ -9,7 +9,7 @@ from pipeline.errors import JobError, StorageError, one_line
 from pipeline.read.shard import Shard
 from pipeline.run.lifecycle import Pass, Run
 from pipeline.run.manifest import (
-    name_run,
+    name_success,
     now,
     refuse_another_start,
     replace_run,
@@ -57,7 +57,8 @@ def close_run(run: Run, seconds: float, lost: dict[str, str] | None = None) -> d
     record = run.record | {"status": "complete", "finished_at": now()}
     record |= {"counts": counts, "removed_shards": names}
     replace_run(run.output, record)
-    storage.write_bytes(storage.join(run.output, SUCCESS), name_run(record).encode())
+    said = name_success(record, [each.ledger.first_prompt for each in run.passes[1:]])
+    storage.write_bytes(storage.join(run.output, SUCCESS), said.encode())
     try:  # while we wrote that
         refuse_another_start(run.output, record)
         _refuse_more_prompts(run)

@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any, ClassVar, Protocol
@@ -20,6 +20,7 @@ from pipeline.errors import ChangedError, JobError, NotFoundError, UsageError
 from pipeline.read.shard import Shard
 from pipeline.schema import SCHEMA_VERSION, Table
 from pipeline.write.layout import ERRORS, PROMPTS, RECEIPTS, RUN, STAGING, SUCCESS
+from pipeline.write.passes import read_added
 
 INNER_RUN = "segment"  # in the output of label: the run that it made itself, and is cut from
 DELETING = "being deleted"
@@ -139,12 +140,21 @@ def refuse_another_start(output: str, record: dict[str, Any]) -> None:
 
 
 def is_complete(output: str, record: dict[str, Any]) -> bool:
-    """Whether _SUCCESS is there, and of this run: one of an earlier start says nothing."""
+    """Whether _SUCCESS is there, of this run and of all prompts that were added to it.
+
+    One of an earlier start says nothing, nor one from before an addition whose driver was killed.
+    """
     try:
         said = storage.read_bytes(storage.join(output, SUCCESS)).decode("ascii", "replace")
     except NotFoundError:
         return False
-    return said == name_run(record) and record.get("status") != DELETING
+    added = list(read_added(output))
+    return said == name_success(record, added) and record.get("status") != DELETING
+
+
+def name_success(record: dict[str, Any], added: Sequence[int]) -> str:
+    """Content of _SUCCESS: the name of the run, and the first prompt of each addition."""
+    return "+".join([name_run(record), *map(str, sorted(added))])
 
 
 def refuse_other_run(output: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
