@@ -1,4 +1,4 @@
-"""A run from open to close: `_run.json`, the passes over its shards, `_SUCCESS`.
+"""A run as it is opened: `_run.json`, and the passes over its shards with what each has left.
 
 The same command completes a stopped run: shards with a receipt and rows in fragments are not read
 again. write.layout has the names of all files.

@@ -1,7 +1,7 @@
 """Every name in OUTPUT.
 
     _run.json                               configuration, fingerprint, versions, counts
-    _SUCCESS                                there when the receipts equal the shards of the input
+    _SUCCESS                                the receipts equal the shards; names the run, additions
     <table>/_schema.parquet                 a part without rows, there from the start
     <table>/<id>.parquet                    the part of one shard
     _receipts/<id>/<receipt>.json           the shard is finished; written last, never overwritten
