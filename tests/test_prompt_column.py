@@ -33,7 +33,7 @@ from pipeline.read.inputs import list_shards
 from pipeline.read.records import read_batches, read_shard
 from pipeline.read.shard import MAX_PHRASES, as_phrases, shard_to_row
 from pipeline.run.manifest import name_run
-from pipeline.run.resume import find_left
+from pipeline.run.resume import find_left, list_passes
 from pipeline.write.layout import Ledger
 
 ROOT = Path(__file__).parent.parent
@@ -245,7 +245,7 @@ def test_rows_that_a_kill_left_in_fragments_are_not_made_again(photos: Path) -> 
     tables = SegmentConfig(input="in", output="out", prompt_column="caption").tables(1, "")
     ledger = Ledger(output=str(output), run=name_run(record))
     shards = list_shards(str(photos / "in"), text_column=WANTED).shards
-    left = find_left(ledger, shards, tables, forget=set())
+    left = find_left(ledger, shards, tables, list_passes([ledger], tables), forget=set())
     assert {f.name for kept in left.kept.values() for f in kept} & staged
     assert any(shard.skip for shard in left.todo)
     assert segment.main([*command, str(output)]) == 0

@@ -77,8 +77,9 @@ def list_shards(
     left_out = count_left_out([*left, *without])
     if strict and left_out:
         raise UsageError(f"{source}: {describe_left_out(left_out)} (--strict)")
-    suffix = (member_suffix or "").lower().strip(".")
-    shards = [replace(s, text=text_column or "", member_suffix=suffix) for s in shards]
+    if text_column or member_suffix:
+        suffix = (member_suffix or "").lower().strip(".")
+        shards = [replace(s, text=text_column or "", member_suffix=suffix) for s in shards]
     shards.sort(key=lambda shard: shard.name)
     for one, other in pairwise(shards):
         if one.name == other.name:  # of one the results would be lost

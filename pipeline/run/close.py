@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 
 from pipeline import storage
 from pipeline.errors import JobError, StorageError, one_line
-from pipeline.read.shard import Shard
 from pipeline.run.lifecycle import Pass, Run
 from pipeline.run.manifest import (
     name_success,
@@ -34,23 +34,28 @@ def close_run(run: Run, seconds: float, lost: dict[str, str] | None = None) -> d
     """
     refuse_another_start(run.output, run.record)
     listed = [list_receipts(each.ledger) for each in run.passes]
-    found = [_borne_out(*pair) for pair in zip(run.passes, listed, strict=True)]
+    parts = list_parts(run.output, run.tables)  # after the receipts: they are written before them
+    ids = {shard.name: shard_id(shard.name) for shard in run.first.shards}
+    found = [
+        _borne_out(each, ids, receipts, parts[each.ledger.first_prompt])
+        for each, receipts in zip(run.passes, listed, strict=True)
+    ]
     missing = {
-        shard.name
+        name
         for each, receipts in zip(run.passes, found, strict=True)
-        for shard in each.shards
-        if shard_id(shard.name) not in receipts
-        or (each.ledger.added and not _covers_first(shard, receipts, found[0]))
+        for name, id_ in ids.items()
+        if id_ not in receipts
+        or (each.ledger.added and not _covers_first(id_, receipts, found[0]))
     }
     if missing:
         _refuse_unfinished(run, missing, lost or {})
     _refuse_more_prompts(run)
     counts = _count(run, found)
-    removed = listed[0].keys() - {shard_id(shard.name) for shard in run.first.shards}
+    removed = listed[0].keys() - set(ids.values())
     names = read_names(run.first.ledger, {id_: listed[0][id_] for id_ in removed})
     if names:
         run.notes.append(_note_removed(len(removed), names))
-    todo = [r[shard_id(s.name)] for p, r in zip(run.passes, found, strict=True) for s in p.todo]
+    todo = [r[ids[s.name]] for p, r in zip(run.passes, found, strict=True) for s in p.todo]
     images = sum(receipt.ok + receipt.error for receipt in todo)
     last = {"seconds": round(seconds, 2), "images": images, "images_per_s": images / seconds}
     run.record["throughput"] = last
@@ -71,21 +76,23 @@ def close_run(run: Run, seconds: float, lost: dict[str, str] | None = None) -> d
     return counts
 
 
-def _borne_out(of_pass: Pass, receipts: dict[str, list[Receipt]]) -> Receipts:
+def _borne_out(
+    of_pass: Pass,
+    ids: dict[str, str],
+    receipts: dict[str, list[Receipt]],
+    parts: Mapping[str, int],
+) -> Receipts:
     """The receipts of a pass with parts of the right size, by shard id."""
-    ledger = of_pass.ledger
-    parts = list_parts(ledger, list(of_pass.tables))
     found = {}
     for shard in of_pass.shards:
-        id_ = shard_id(shard.name)
+        id_ = ids[shard.name]
         some = receipts.get(id_, [])
-        if is_borne_out(some, ledger.version(shard.version), parts.get(id_, 0)):
+        if is_borne_out(some, of_pass.ledger.version(shard.version), parts.get(id_, 0)):
             found[id_] = some[0]
     return found
 
 
-def _covers_first(shard: Shard, receipts: Receipts, first: Receipts) -> bool:
-    id_ = shard_id(shard.name)
+def _covers_first(id_: str, receipts: Receipts, first: Receipts) -> bool:
     return id_ in first and covers(receipts[id_], [first[id_]])
 
 

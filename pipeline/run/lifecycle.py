@@ -26,7 +26,7 @@ from pipeline.run.manifest import (
     to_json,
     write_run,
 )
-from pipeline.run.resume import discard_shard, find_left, read_failures
+from pipeline.run.resume import discard_shard, find_left, list_passes, read_failures
 from pipeline.schema import Table
 from pipeline.write.fragments import Fragment
 from pipeline.write.layout import (
@@ -128,10 +128,13 @@ def open_run(
     passes: list[Pass] = []
     stale: list[tuple[Ledger, list[str]]] = []
     removed: list[str] = []
-    for first in sorted(prompts):
-        ledger = Ledger(output=output, run=name_run(record), first_prompt=first)
+    run = name_run(record)
+    ledgers = [Ledger(output=output, run=run, first_prompt=first) for first in sorted(prompts)]
+    listed = list_passes(ledgers, tables)
+    for ledger in ledgers:
+        first = ledger.first_prompt
         of_pass = tables_of_pass(tables, ledger, len(prompts[first]))
-        left = find_left(ledger, shards, of_pass, forget=forget)
+        left = find_left(ledger, shards, of_pass, listed, forget=forget)
         stale.append((ledger, left.stale))
         removed = removed or left.removed
         passes.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -52,26 +53,53 @@ class Staged(NamedTuple):
     fragments: list[Fragment]
 
 
+class Listed(NamedTuple):
+    """Files of one pass, by the ids of shards."""
+
+    staged: dict[str, Staged]
+    receipts: dict[str, list[Receipt]]
+    parts: Mapping[str, int]
+    """Their bytes together."""
+
+
+def list_passes(ledgers: list[Ledger], tables: Iterable[str]) -> dict[int, Listed]:
+    """List the files of all passes of a run, by the first prompt of each.
+
+    One listing of each table serves all of them.
+    """
+    # Staging before receipts: a decision that goes meanwhile has left its receipt. Receipts of the
+    # first pass after those of additions, which need them. Parts are written before receipts, and
+    # are listed after them.
+    staged = {ledger.first_prompt: _list_staging(ledger) for ledger in ledgers}
+    additions_first = sorted(ledgers, key=lambda ledger: ledger.first_prompt, reverse=True)
+    receipts = {ledger.first_prompt: list_receipts(ledger) for ledger in additions_first}
+    parts = list_parts(ledgers[0].output, tables)
+    return {first: Listed(staged[first], receipts[first], parts[first]) for first in receipts}
+
+
 def find_left(
-    ledger: Ledger, shards: list[Shard], tables: dict[str, Table], *, forget: set[str]
+    ledger: Ledger,
+    shards: list[Shard],
+    tables: dict[str, Table],
+    listed: Mapping[int, Listed],
+    *,
+    forget: set[str],
 ) -> Left:
     """Find the shards without a receipt, or with parts of another size than in their receipt.
 
-    `forget`: ids of shards to process again in spite of their receipts. Listings alone are read,
-    whatever the number of shards.
+    `listed`: the files of this pass and of the first (see list_passes), all that is looked at,
+    whatever the number of shards. `forget`: ids of shards to process again in spite of their
+    receipts.
     """
-    # Staging before receipts: a decision that goes meanwhile has left its receipt. Parts come
-    # before receipts, and are listed after them.
-    staged = _list_staging(ledger)
-    receipts = list_receipts(ledger)
-    parts = list_parts(ledger, list(tables))
-    first = list_receipts(replace(ledger, first_prompt=0)) if ledger.added else {}
+    staged, receipts, parts = listed[ledger.first_prompt]
+    first = listed[0].receipts
     todo: list[Shard] = []
     rows_done = 0
     kept: dict[str, list[Fragment]] = {}
     stale = []
-    for shard in shards:
-        id_, version = shard_id(shard.name), ledger.version(shard.version)
+    ids = [shard_id(shard.name) for shard in shards]
+    for shard, id_ in zip(shards, ids, strict=True):
+        version = ledger.version(shard.version)
         found = receipts.get(id_, [])
         done = is_borne_out(found, version, parts.get(id_, 0)) and id_ not in forget
         if done and (not ledger.added or _covers(ledger, shard, found[0], first.get(id_, []))):
@@ -88,12 +116,13 @@ def find_left(
             kept[shard.name] = choose_fragments(some, outputs_per_image(tables))
         rows = (row for f in kept.get(shard.name, []) for row in iter_rows(f.rows))
         todo.append(replace(shard, skip=format_rows(rows)))
-    planned = {shard_id(shard.name) for shard in shards}
+    planned = set(ids)
     # Killed half-way, and gone from the input since. Others are being made by another driver.
     decided = {id_ for id_, here in staged.items() if here.decisions}
     stale += sorted(decided - receipts.keys() - planned)
-    stale += sorted(find_replaced(ledger, shards, receipts))
-    removed = sorted(receipts.keys() - planned - set(stale))
+    gone = receipts.keys() - planned
+    stale += sorted(find_replaced(ledger, shards, {id_: receipts[id_] for id_ in gone}))
+    removed = sorted(gone - set(stale))
     return Left(todo, kept, stale, removed, rows_done)
 
 
@@ -107,8 +136,8 @@ def _covers(ledger: Ledger, shard: Shard, receipt: Receipt, first: list[Receipt]
 def _list_staging(ledger: Ledger) -> dict[str, Staged]:
     """Shards in work when a run stopped, by id; one listing."""
     found: dict[str, Staged] = {}
-    for file in storage.list_files(ledger.staging):
-        id_, name = file.uri.rsplit("/", 2)[1:]
+    for uri in storage.list_names(ledger.staging):
+        id_, name = uri.rsplit("/", 2)[1:]
         here = found.setdefault(id_, Staged(set(), []))
         if name.endswith(DECISION) and not name.startswith("."):
             here.decisions.add(name.removesuffix(DECISION))

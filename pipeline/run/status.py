@@ -9,12 +9,12 @@ from pipeline import storage
 from pipeline.errors import REASONS, UsageError, one_line
 from pipeline.run.failures import sample_failures
 from pipeline.run.manifest import is_complete, read_run
-from pipeline.run.resume import read_failures
 from pipeline.write.layout import ERRORS, Ledger
 from pipeline.write.passes import read_added
-from pipeline.write.receipts import list_receipts
+from pipeline.write.receipts import Receipt, list_parts, list_receipts
 
 NAMES = 20  # of a reason
+SHARDS = 1000  # with failures, whose reasons are counted
 
 
 def open_output(output: str) -> tuple[str, dict[str, Any]]:
@@ -27,15 +27,21 @@ def open_output(output: str) -> tuple[str, dict[str, Any]]:
 
 
 def describe(output: str, record: dict[str, Any]) -> str:
-    """Some lines on the progress of a run."""
-    receipts = [r for some in list_receipts(Ledger(output=output)).values() for r in some]
+    """Some lines on the progress of a run.
+
+    Listings, and the errors of the first 1,000 shards with any, are read, whatever its size.
+    """
     added = read_added(output)
+    ledgers = [Ledger(output=output, first_prompt=first) for first in (0, *added)]
+    passes = [list_receipts(ledger) for ledger in ledgers]
+    lost = _count_lost(output, record, dict(zip((0, *added), passes, strict=True)))
+    receipts = [r for some in passes[0].values() for r in some]
     planned = int(record.get("input", {}).get("shards", 0))
     removed = int(record.get("input", {}).get("removed_shards", 0))
-    complete = is_complete(output, record)
+    complete = is_complete(output, record) and not lost
     ok, error = sum(r.ok for r in receipts), sum(r.error for r in receipts)
     done = max(len(receipts) - removed, 0)
-    failures = read_failures(output)
+    failures = sample_failures(output, names=0, shards=SHARDS)
     job = record.get("fingerprint", {}).get("job", "?")
     state = "complete" if complete else "not complete: the same command again does the rest"
     lines = [
@@ -48,14 +54,20 @@ def describe(output: str, record: dict[str, Any]) -> str:
         lines.insert(3, f"  {cut:,} shards are damaged: images behind the damage are in no table")
     if removed:
         lines.insert(3, f"  {removed:,} more, done before, are no longer in the input")
+    if lost:
+        lines.append(
+            f"  {lost:,} shards have parts that are gone or of another size, and are made again: "
+            f"clipseg-ray verify {shlex.quote(output)} names them"
+        )
     if not complete:
         missing = record.get("missing", {})
         lines += [f"  missing: {name} {why}" for name, why in list(missing.items())[:10]]
+    if failures.unread:
+        lines.append(f"    of the first {SHARDS:,} shards with failures:")
     lines += [f"    {reason}: {n:,}" for reason, n in failures.reasons.most_common()]
     if added:
         prompts = sum(map(len, added.values()))
-        ledgers = [Ledger(output=output, first_prompt=first) for first in added]
-        later = sum(len(some) for ledger in ledgers for some in list_receipts(ledger).values())
+        later = sum(len(some) for receipts in passes[1:] for some in receipts.values())
         left = max(planned * len(added) - later, 0)
         lines.append(f"  {prompts:,} prompts were added: {later:,} shards done, {left:,} left")
     if failures.retryable:
@@ -65,6 +77,23 @@ def describe(output: str, record: dict[str, Any]) -> str:
     if error:
         lines.append(f"  their names: clipseg-ray status {shlex.quote(output)} --errors")
     return "\n".join(lines)
+
+
+def _count_lost(
+    output: str, record: dict[str, Any], passes: dict[int, dict[str, list[Receipt]]]
+) -> int:
+    """Number of finished shards whose parts have not the bytes that their receipts say.
+
+    `passes`: the receipts of each, by its first prompt, listed before the parts are.
+    """
+    tables = [str(name) for name in record.get("tables", ()) if "/" not in str(name)]
+    parts = list_parts(output, tables)
+    lost = set()
+    for first, receipts in passes.items():
+        for id_, some in receipts.items():
+            if [receipt.size_bytes for receipt in some] != [parts[first].get(id_, 0)]:
+                lost.add(id_)
+    return len(lost)
 
 
 def describe_errors(output: str) -> list[str]:

@@ -29,28 +29,39 @@ def glob_local(pattern: str) -> Iterator[FileInfo | str]:
             yield FileInfo(uri=path, size_bytes=0, version="" if broken else SPECIAL)
 
 
-def walk_local(
-    folder: str, recursive: bool, above: tuple[tuple[int, int], ...]
-) -> Iterator[FileInfo]:
-    """`above` holds the identities of the folders above: a link to one of them ends there."""
+def walk_local(folder: str, recursive: bool) -> Iterator[FileInfo]:
+    """The files below a folder, pipes and broken links among them."""
+    for entry in scan_local(folder, recursive):
+        try:
+            found = entry.stat()
+        except OSError:  # gone, or a link to nowhere: it keeps its place, for reading to report
+            yield FileInfo(uri=entry.path, size_bytes=0, version="")
+            continue
+        if stat.S_ISREG(found.st_mode):
+            yield stored_local(entry.path, found)
+        elif not stat.S_ISDIR(found.st_mode):
+            yield FileInfo(uri=entry.path, size_bytes=0, version=SPECIAL)
+
+
+def scan_local(
+    folder: str, recursive: bool, above: tuple[str, ...] = ()
+) -> Iterator[os.DirEntry[str]]:
+    """The entries below a folder that are no folders; without a look at any of them.
+
+    Links are followed, but not to one of the folders `above`.
+    """
     with os.scandir(folder) as entries:
         for entry in entries:
-            try:
-                found = entry.stat()
-            except OSError:  # gone, or a link to nowhere: it keeps its place, for reading to report
-                yield FileInfo(uri=entry.path, size_bytes=0, version="")
-                continue
-            if stat.S_ISREG(found.st_mode):
-                yield stored_local(entry.path, found)
-            elif not stat.S_ISDIR(found.st_mode):
-                yield FileInfo(uri=entry.path, size_bytes=0, version=SPECIAL)
-            elif recursive and identity(found) not in above:
-                yield from walk_local(entry.path, recursive, (*above, identity(found)))
+            if not entry.is_dir():
+                yield entry
+            elif recursive and not (entry.is_symlink() and _is_one_of(entry, (*above, folder))):
+                yield from scan_local(entry.path, recursive, (*above, folder))
 
 
-def identity(found: os.stat_result) -> tuple[int, int]:
-    """The roots of two mounts may have one inode number."""
-    return (found.st_dev, found.st_ino)
+def _is_one_of(entry: os.DirEntry[str], folders: tuple[str, ...]) -> bool:
+    with contextlib.suppress(OSError):
+        return any(os.path.samestat(entry.stat(), os.stat(folder)) for folder in folders)
+    return True  # gone
 
 
 def stored_local(path: str, found: os.stat_result) -> FileInfo:

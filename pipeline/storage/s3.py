@@ -18,10 +18,12 @@ from typing import Any
 from pipeline.errors import NotFoundError
 from pipeline.storage.faults import sort_code
 from pipeline.storage.retry import patience_s, persist
+from pipeline.storage.s3_list import Page, list_pages, parse_page
 from pipeline.storage.uri import FileInfo, folder_of, join, prefix_of, relative, split_s3
 
 _DELETE_KEYS = 1000  # the most that one DeleteObjects request takes
 _CONNECTIONS = 64  # more than any caller has threads
+_UNORDERED = "--x-s3"  # the end of a directory bucket's name
 
 
 def client() -> _Client:
@@ -54,6 +56,8 @@ class _Client:
                 "max_pool_connections": _CONNECTIONS,
             },
         )
+        events = self._files.s3.meta.events
+        events.register("before-parse.s3.ListObjectsV2", parse_page)
 
     def __getattr__(self, method: str) -> Callable[..., dict[str, Any]]:
         from fsspec.asyn import sync
@@ -198,18 +202,20 @@ def _matches(names: list[str], patterns: list[str]) -> bool:
 
 
 def _list_all(start: str, delimiter: str) -> Iterator[FileInfo | str]:
-    """Objects whose URIs begin with `start` and, up to a delimiter, the prefixes of folders."""
+    """Objects whose URIs begin with `start` and, up to a delimiter, the prefixes of folders.
+
+    In any order.
+    """
     bucket, key = split(start)
-    more: dict[str, Any] = {}
-    while True:
-        page = request(start, "list_objects_v2", Prefix=key, Delimiter=delimiter, **more)
+
+    def ask(**more: str) -> Page:
+        return request(start, "list_objects_v2", Prefix=key, Delimiter=delimiter, **more)
+
+    for page in list_pages(ask, key, ordered=not bucket.endswith(_UNORDERED)):
         for found in page.get("Contents", []):
             yield stored(f"s3://{bucket}/{found['Key']}", found["Size"], found)
         for below in page.get("CommonPrefixes", []):
             yield f"s3://{bucket}/{below['Prefix']}"
-        if not page.get("IsTruncated"):
-            return
-        more = {"ContinuationToken": page["NextContinuationToken"]}
 
 
 def _prefix(folder: str) -> str:

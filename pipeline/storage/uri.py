@@ -23,7 +23,7 @@ _S3 = re.compile(
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class FileInfo:
     """One file or object as it was when listed."""
 

@@ -34,6 +34,7 @@ ERRORS = "errors"
 # always matches something, even where no row ever failed.
 EMPTY_PART = "_schema.parquet"
 DECISION = ".decision"
+_UNREADABLE = re.compile(r"[^A-Za-z0-9]+")
 
 
 def shard_id(name: str) -> str:
@@ -42,7 +43,7 @@ def shard_id(name: str) -> str:
     The readable part is cut and cleaned, because a storage may hold any name; the hash makes it
     unique.
     """
-    readable = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")[-60:]
+    readable = _UNREADABLE.sub("-", name).strip("-")[-60:]
     return f"{readable}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
 
 
@@ -89,11 +90,20 @@ class Ledger:
         """Path of a part, relative to the output."""
         return f"{table}/{shard_id}{self._ending}"
 
-    def id_of_part(self, file: str) -> str | None:
-        """The shard_id in the file name of a part of this pass; None for one of another pass."""
-        name = file.removesuffix(self._ending)
-        return name if name != file and ".from-" not in name and file != EMPTY_PART else None
-
     @property
     def _ending(self) -> str:
         return f".from-{self.first_prompt}.parquet" if self.added else ".parquet"
+
+
+def parse_part(file: str) -> tuple[int, str] | None:
+    """The first prompt of the pass, and the shard_id, in the file name of a part (see Ledger.part).
+
+    None for other files.
+    """
+    name = file.removesuffix(".parquet")
+    if name == file or file == EMPTY_PART:
+        return None
+    id_, addition, first = name.rpartition(".from-")
+    if not addition:
+        return 0, name
+    return (int(first), id_) if first.isdecimal() else None

@@ -13,12 +13,13 @@ import contextlib
 import json
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from pipeline import storage
 from pipeline.read.shard import Shard, file_of
-from pipeline.write.layout import ERRORS, Ledger, shard_id
+from pipeline.write.layout import ERRORS, Ledger, parse_part, shard_id
 
 _AT_ONCE = 32  # receipts that are read
 _NAME = re.compile(r"([0-9a-f]{8})\.(\d+)-(\d+)-(\d+)-(\d+)(\.cut)?\.json")
@@ -66,7 +67,7 @@ def is_borne_out(found: list[Receipt], version: str, size_bytes: int) -> bool:
 def receipts_of(ledger: Ledger, shard: Shard) -> list[Receipt]:
     """The receipts of a shard with this content: none or one, unless a storage broke its word."""
     folder = storage.join(ledger.receipts, shard_id(shard.name))
-    names = [file.uri.rpartition("/")[2] for file in storage.list_files(folder)]
+    names = [uri.rpartition("/")[2] for uri in storage.list_names(folder)]
     found = [receipt for name in names if (receipt := _parse(name))]
     return [receipt for receipt in found if receipt.version == ledger.version(shard.version)]
 
@@ -74,21 +75,24 @@ def receipts_of(ledger: Ledger, shard: Shard) -> list[Receipt]:
 def list_receipts(ledger: Ledger) -> dict[str, list[Receipt]]:
     """Every receipt of a pass, by the id of its shard; one listing."""
     found: dict[str, list[Receipt]] = defaultdict(list)
-    for file in storage.list_files(ledger.receipts):
-        folder, name = file.uri.rsplit("/", 2)[1:]
+    for uri in storage.list_names(ledger.receipts):
+        folder, name = uri.rsplit("/", 2)[1:]
         if receipt := _parse(name):
             found[folder].append(receipt)
     return dict(found)
 
 
-def list_parts(ledger: Ledger, tables: list[str]) -> dict[str, int]:
-    """The bytes of all parts of each shard in a pass, by its id; one listing per table."""
-    found: dict[str, int] = defaultdict(int)
-    for table in (*tables, ERRORS):
-        folder = storage.join(ledger.output, table)
-        for file in storage.list_files(folder, recursive=False):
-            if id_ := ledger.id_of_part(file.uri.rpartition("/")[2]):
-                found[id_] += file.size_bytes
+def list_parts(output: str, tables: Iterable[str]) -> dict[int, dict[str, int]]:
+    """The bytes of all parts of each shard: by the first prompt of a pass, and the shard's id.
+
+    One listing per table serves all passes. The table of errors is always among them.
+    """
+    found: dict[int, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    for table in {*tables, ERRORS}:
+        for name, size_bytes in storage.list_sizes(storage.join(output, table)):
+            if part := parse_part(name):
+                first, id_ = part
+                found[first][id_] += size_bytes
     return found
 
 
@@ -100,20 +104,22 @@ def read_receipt(ledger: Ledger, id_: str, receipt: Receipt) -> dict[str, Any]:
 
 
 def find_replaced(
-    ledger: Ledger, shards: list[Shard], receipts: dict[str, list[Receipt]]
+    ledger: Ledger, shards: list[Shard], gone: dict[str, list[Receipt]]
 ) -> set[str]:
     """The ids of finished shards that hold rows of the input under a name it no longer has.
 
+    `gone`: the receipts of shards that are not among these.
     They are of a large Parquet file that changed and is split in another way now, or of images of
     a folder that has fewer groups of them now. Reads the receipts of such shards alone.
     """
-    gone = receipts.keys() - {shard_id(shard.name) for shard in shards}
+    if not gone:
+        return set()
     files = {file_of(shard.name) for shard in shards}
     rows = sorted(name for name in gone if "-rows-" in name or "images-" in name)
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        read = pool.map(lambda name: read_receipt(ledger, name, receipts[name][0]), rows)
+        read = pool.map(lambda name: read_receipt(ledger, name, gone[name][0]), rows)
         found = {n for n, r in zip(rows, read, strict=True) if file_of(r["shard"]) in files}
-    return found | (gone & {shard_id(file) for file in files})
+    return found | (gone.keys() & {shard_id(file) for file in files})
 
 
 def write_receipt(ledger: Ledger, shard: Shard, content: dict[str, Any]) -> None:
