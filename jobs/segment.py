@@ -29,7 +29,6 @@ from pipeline.run.follow import follow_run
 from pipeline.run.launch import load_beside
 from pipeline.run.lifecycle import Pass, open_run
 from pipeline.run.progress import phase, tell
-from pipeline.run.prompted import count_masks
 from pipeline.run.summary import summary
 from pipeline.storage import set_storage_timeout
 from pipeline.write.fragments import WriteFragments
@@ -75,8 +74,6 @@ def segment(config: SegmentConfig) -> None:
     )
     tell(run.notes)
     print(summary(run, counts))
-    if config.prompt_column:
-        print(f"  {count_masks(run.output)}")
     if config.contact_sheet:
         from pipeline.annotations.contact_sheet import write_contact_sheet  # 0.3 s of --help
 

@@ -65,15 +65,21 @@ class Listed(NamedTuple):
 def list_passes(ledgers: list[Ledger], tables: Iterable[str]) -> dict[int, Listed]:
     """List the files of all passes of a run, by the first prompt of each.
 
-    One listing of each table serves all of them.
+    One listing of each table serves all of them. Unfinished files of killed writers go.
     """
+    others: list[str] = []
     # Staging before receipts: a decision that goes meanwhile has left its receipt. Receipts of the
     # first pass after those of additions, which need them. Parts are written before receipts, and
     # are listed after them.
     staged = {ledger.first_prompt: _list_staging(ledger) for ledger in ledgers}
     additions_first = sorted(ledgers, key=lambda ledger: ledger.first_prompt, reverse=True)
-    receipts = {ledger.first_prompt: list_receipts(ledger) for ledger in additions_first}
-    parts = list_parts(ledgers[0].output, tables)
+    receipts = {
+        ledger.first_prompt: list_receipts(ledger, others=others) for ledger in additions_first
+    }
+    output = ledgers[0].output
+    parts = list_parts(output, tables, others=others)
+    beside = [storage.join(output, name) for name, _ in storage.list_sizes(output)]
+    storage.delete_unfinished([*others, *beside])
     return {first: Listed(staged[first], receipts[first], parts[first]) for first in receipts}
 
 

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline import storage
 from pipeline.errors import one_line
@@ -75,11 +75,15 @@ def _found(run: Run, images: int) -> Iterator[str]:
     """How many masks of each prompt are not empty."""
     if "masks" not in run.tables or not images:
         return
-    found, images, shards = count_found(run, SHARDS)
-    if found is None or not images:
+    counted = count_found(run, SHARDS)
+    if counted is None or not counted.images:
         return
-    every = sum(len(each.shards) for each in run.passes[:1])
-    of = f"in the first {shards:,} shards, " if shards < every else ""
+    found, images, shards = counted.found, counted.images, counted.shards
+    of = f"in the first {shards:,} shards, " if shards < len(run.first.shards) else ""
+    if run.tables["masks"].rows_per_image == 0:  # of prompts of their own
+        without = images - counted.prompted
+        yield f"  {of}{counted.masks:,} masks; {without:,} images had no prompt"
+        return
     prompts = [prompt for each in run.passes for prompt in each.prompts]
     some = [f"{found[i]:,} {_quote(p)}" for i, p in enumerate(prompts) if found[i]]
     none = [_quote(prompt) for i, prompt in enumerate(prompts) if not found[i]]
@@ -89,13 +93,26 @@ def _found(run: Run, images: int) -> Iterator[str]:
         yield f"  {of}0 of {images:,} images have anything for {_shorten(none)}"
 
 
-def count_found(run: Run, shards: int) -> tuple[Counter[int] | None, int, int]:
-    """(masks that are not empty by prompt_id, images, shards read), of the first so many shards.
+class Found(NamedTuple):
+    """Masks of the first shards of a run, from their receipts."""
 
-    None for the counts where a receipt does not tell, as those of earlier versions.
+    found: Counter[int]
+    """Masks that are not empty, by prompt_id."""
+    masks: int
+    images: int
+    prompted: int
+    """Images with a prompt."""
+    shards: int
+    """Those that were looked at."""
+
+
+def count_found(run: Run, shards: int) -> Found | None:
+    """Count in the first so many shards.
+
+    None where a receipt does not tell, as those of earlier versions.
     """
     found: Counter[int] = Counter()
-    images = 0
+    masks = images = prompted = 0
     for each in run.passes:
 
         def read(shard: Shard, ledger: Ledger = each.ledger) -> list[dict[str, Any]]:
@@ -104,11 +121,14 @@ def count_found(run: Run, shards: int) -> tuple[Counter[int] | None, int, int]:
 
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             for receipt in chain.from_iterable(pool.map(read, each.shards[:shards])):
-                if "found" not in receipt:
-                    return None, 0, 0
+                if not {"found", "prompted"} <= receipt.keys():
+                    return None
                 found.update({int(i): count for i, count in receipt["found"].items()})
+                parts = receipt["parts"]
+                masks += sum(part["rows"] for part in parts if part["table"] == "masks")
                 images += 0 if each.ledger.added else receipt["rows_ok"]
-    return found, images, len(run.first.shards[:shards])
+                prompted += receipt["prompted"]
+    return Found(found, masks, images, prompted, len(run.first.shards[:shards]))
 
 
 def _tables(run: Run, counts: Mapping[str, int]) -> Iterator[str]:

@@ -4,6 +4,7 @@ from pipeline.storage.faults import storage_errors
 from pipeline.storage.files import (
     delete_file,
     delete_folder,
+    delete_unfinished,
     exists,
     glob_files,
     ignores_create_only,
@@ -30,6 +31,7 @@ __all__ = [
     "check_uri",
     "delete_file",
     "delete_folder",
+    "delete_unfinished",
     "exists",
     "glob_files",
     "ignores_create_only",

@@ -3,7 +3,7 @@
 Functions take URIs (see `uri`), not file system objects. Endpoint and credentials come from the
 usual AWS environment (AWS_ENDPOINT_URL, AWS_PROFILE, ...), never from the URI and never
 anonymously. Every failure is a StorageError (see `faults`). Transient faults are retried (see
-`retry`), but those of local writes are not.
+`retry`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import os
 import re
 import shutil
 import stat
+import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from pipeline.errors import ChangedError, NotFoundError, StorageError, UsageError
@@ -39,6 +40,7 @@ from pipeline.storage.uri import FileInfo, is_s3, join, parent, relative
 
 _FOLDER_TRIES = 10  # to write into, or to delete, a folder that others delete or write into
 _PROBES = 3
+OLD_S = 3600.0  # since the last change of a file, after which its writer is taken for dead
 _TEMPORARY = re.compile(r"\..*\.[0-9a-f]{32}\.tmp", re.DOTALL)  # as _beside names them
 
 
@@ -188,7 +190,7 @@ def write_new(uri: str, data: bytes) -> None:
     if is_s3(uri):
         put_object(uri, data, create=True)
         return
-    _place(uri, lambda temporary: temporary.write_bytes(data), os.link)
+    _place(uri, lambda temporary: temporary.write_bytes(data), _link)
 
 
 def replace_file(uri: str, data: bytes, version: str) -> None:
@@ -209,8 +211,7 @@ def replace_file(uri: str, data: bytes, version: str) -> None:
 @contextlib.contextmanager
 def _locked(folder: str) -> Iterator[None]:
     """Hold the lock of a local folder; the kernel releases it with the process."""
-    with storage_errors(folder):
-        handle = os.open(folder, os.O_RDONLY)
+    handle = persist(folder, lambda: os.open(folder, os.O_RDONLY))
     try:
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(handle, fcntl.LOCK_EX)
@@ -253,8 +254,7 @@ def delete_file(uri: str) -> None:
     if is_s3(uri):
         s3.delete_object(uri)
         return
-    with storage_errors(uri):
-        Path(uri).unlink(missing_ok=True)
+    persist(uri, lambda: Path(uri).unlink(missing_ok=True))
 
 
 def delete_folder(uri: str) -> None:
@@ -271,17 +271,36 @@ def delete_folder(uri: str) -> None:
         shutil.rmtree(uri, ignore_errors=True)  # goes on past what others delete or write
         if not os.path.lexists(uri):
             return
-    with storage_errors(uri), contextlib.suppress(FileNotFoundError):
-        try:
-            shutil.rmtree(uri)
-        except OSError as error:
-            if error.errno != errno.ENOTEMPTY:
-                raise
+
+    def rest() -> None:
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                shutil.rmtree(uri)
+            except OSError as error:
+                if error.errno != errno.ENOTEMPTY:
+                    raise
+
+    persist(uri, rest)
+
+
+def delete_unfinished(uris: Iterable[str], older_than_s: float = OLD_S) -> None:
+    """Delete those of some local files that a killed writer has left beside what it was to become.
+
+    Told by their names, which no other program gives, and by the time of their last change. Should
+    one have a writer after all, that has slept for an hour, it finds its file gone and writes it
+    once more. Faults are passed over: the files do no harm.
+    """
+    for uri in uris:
+        if not is_s3(uri) and _TEMPORARY.fullmatch(os.path.basename(uri)):
+            with contextlib.suppress(OSError):
+                if time.time() - os.lstat(uri).st_mtime > older_than_s:
+                    os.unlink(uri)
 
 
 def _place(path: str, fill: Callable[[Path], object], publish: Callable[[Path, str], None]) -> None:
     """Fill a temporary file beside `path`, and publish it there once it is on the disk."""
-    with storage_errors(path):
+
+    def attempt() -> None:
         for tries_left in range(_FOLDER_TRIES, 0, -1):
             try:
                 with _beside(path) as temporary:
@@ -293,6 +312,21 @@ def _place(path: str, fill: Callable[[Path], object], publish: Callable[[Path, s
             except FileNotFoundError:  # somebody has just deleted the folder
                 if tries_left == 1:
                     raise
+
+    persist(path, attempt)
+
+
+def _link(temporary: Path, path: str) -> None:
+    """Give a file its name, unless that is taken.
+
+    A server may lose the reply to the first request and refuse the second: then there are two names
+    all the same.
+    """
+    try:
+        os.link(temporary, path)
+    except OSError:
+        if os.stat(temporary).st_nlink < 2:
+            raise
 
 
 @contextlib.contextmanager
@@ -309,4 +343,5 @@ def _beside(path: str) -> Iterator[Path]:
     try:
         yield temporary
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a writer that could not write, which is told
+            temporary.unlink(missing_ok=True)

@@ -85,15 +85,17 @@ class _Range:
     def take(self, page: Page) -> Page:
         """The page without names outside. Raises _OutOfOrderError."""
         names = _names(page)
-        # Below a prefix may be names before and behind the start; then the prefix came before.
-        early = [name for name in names if name <= self.at and not self.at.startswith(name)]
+        below = {found["Prefix"] for found in page.get("CommonPrefixes", [])}
+        early = [name for name in names if name <= self.at]
+        # Names below a prefix may be before the start, and others behind it.
+        early = [n for n in early if n not in below or not self.at.startswith(n)]
         if early or not _is_sorted(names):
             raise _OutOfOrderError("the storage does not list its objects in order")
         kept = {
             kind: [found for found in page.get(kind, []) if self._holds(found[name])]
             for kind, name in (("Contents", "Key"), ("CommonPrefixes", "Prefix"))
         }
-        self.more, self.at = _next(page), names[-1] if names else self.at
+        self.more, self.at = _next(page), max([self.at, *names[-1:]])
         self.is_long = bool(self.more) and (self.end is None or self.at < self.end)
         return kept
 
@@ -112,10 +114,11 @@ class _Range:
 
 def _divided(ask: Ask, prefix: str, seen: list[str]) -> Iterator[Page]:
     """The pages behind the names seen."""
+    ranges = [_Range(seen[-1], None)]
     # Most often the names behind begin as those that were seen, and these are all.
-    alike = f"{commonprefix(seen)}~"
+    if seen[-1] < (alike := f"{commonprefix(seen)}~"):
+        ranges = [_Range(seen[-1], alike), _Range(alike, None)]
     alphabet = sorted(set().union(*seen))
-    ranges = [_Range(seen[-1], alike), _Range(alike, None)]
     pool = ThreadPoolExecutor(AT_ONCE)
     try:
         asked = {pool.submit(ask, **each.more): each for each in ranges}

@@ -18,6 +18,7 @@ import tempfile
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,7 @@ def _write(
     if ledger.added:
         merged = keep_known_rows(ledger, shard, merged)
     with tempfile.TemporaryDirectory(prefix="clipseg-ray-") as folder:
-        parts, images, failed, found = _write_parts(ledger, id_, Path(folder), merged, schemas)
+        parts, images, failed, masks = _write_parts(ledger, id_, Path(folder), merged, schemas)
     errors = sum(row is not None for row, _ in failed)
     receipt = {
         "shard": shard.name,
@@ -135,12 +136,28 @@ def _write(
         "rows_error": errors,
         "samples_without_image": skipped,
         "shard_error": next((reason for row, reason in failed if row is None), None),
-        "found": dict(sorted(found.items())),
+        "found": dict(sorted(masks.found.items())),
+        "prompted": masks.prompted,
         "parts": parts,
     }
     write_receipt(ledger, shard, receipt)
     _empty_staging(ledger, shard)
     return receipt
+
+
+@dataclass
+class _Masks:
+    """Counts of the masks of a shard, for its receipt."""
+
+    found: Counter[int] = field(default_factory=Counter)
+    """Masks that are not empty, by prompt_id."""
+    prompted: int = 0
+    """Images with a first prompt: in a run of their own prompts, not all."""
+
+    def add(self, rows: pa.Table) -> None:
+        """Count rows of the table of masks."""
+        self.found.update(rows.filter(pc.greater(rows["area"], 0))["prompt_id"].to_pylist())
+        self.prompted += pc.sum(pc.equal(rows["prompt_id"], 0)).as_py() or 0
 
 
 def _write_parts(
@@ -149,15 +166,15 @@ def _write_parts(
     folder: Path,
     merged: Iterable[tuple[str, pa.Table]],
     schemas: dict[str, pa.Schema],
-) -> tuple[list[dict[str, Any]], int, list[tuple[int | None, str]], Counter[int]]:
+) -> tuple[list[dict[str, Any]], int, list[tuple[int | None, str]], _Masks]:
     """Write the rows of all tables, streamed, and publish the parts.
 
     Returns the facts of each part for the receipt, the number of images, (row, reason) of errors,
-    and the number of masks that are not empty, by prompt_id.
+    and counts of masks.
     """
     writers: dict[str, PartWriter] = {}
     failed: list[tuple[int | None, str]] = []
-    found: Counter[int] = Counter()
+    masks = _Masks()
     images, last = 0, None
     counted = next(iter(schemas))
     for name, rows in merged:
@@ -169,7 +186,7 @@ def _write_parts(
             pairs = zip(rows["row"].to_pylist(), rows["reason"].to_pylist(), strict=True)
             failed += pairs
         if name == "masks":
-            found.update(rows.filter(pc.greater(rows["area"], 0))["prompt_id"].to_pylist())
+            masks.add(rows)
         if name == "images" and ledger.added:
             continue
         if name not in writers:
@@ -182,7 +199,7 @@ def _write_parts(
             path = ledger.part(name, id_)
             storage.put_file(writers[name].path, storage.join(ledger.output, path))
             parts.append({"table": name, "path": path, **facts})
-    return parts, images, failed, found
+    return parts, images, failed, masks
 
 
 def _receipt_there(ledger: Ledger, shard: Shard) -> dict[str, Any]:

@@ -72,20 +72,30 @@ def receipts_of(ledger: Ledger, shard: Shard) -> list[Receipt]:
     return [receipt for receipt in found if receipt.version == ledger.version(shard.version)]
 
 
-def list_receipts(ledger: Ledger) -> dict[str, list[Receipt]]:
-    """Every receipt of a pass, by the id of its shard; one listing."""
+def list_receipts(
+    ledger: Ledger, *, others: list[str] | None = None
+) -> dict[str, list[Receipt]]:
+    """Every receipt of a pass, by the id of its shard; one listing.
+
+    URIs of other files are added to `others`.
+    """
     found: dict[str, list[Receipt]] = defaultdict(list)
     for uri in storage.list_names(ledger.receipts):
         folder, name = uri.rsplit("/", 2)[1:]
         if receipt := _parse(name):
             found[folder].append(receipt)
+        elif others is not None:
+            others.append(uri)
     return dict(found)
 
 
-def list_parts(output: str, tables: Iterable[str]) -> dict[int, dict[str, int]]:
+def list_parts(
+    output: str, tables: Iterable[str], *, others: list[str] | None = None
+) -> dict[int, dict[str, int]]:
     """The bytes of all parts of each shard: by the first prompt of a pass, and the shard's id.
 
-    One listing per table serves all passes. The table of errors is always among them.
+    One listing per table serves all passes. The table of errors is always among them. URIs of other
+    files are added to `others`.
     """
     found: dict[int, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     for table in {*tables, ERRORS}:
@@ -93,6 +103,8 @@ def list_parts(output: str, tables: Iterable[str]) -> dict[int, dict[str, int]]:
             if part := parse_part(name):
                 first, id_ = part
                 found[first][id_] += size_bytes
+            elif others is not None:
+                others.append(storage.join(output, table, name))
     return found
 
 
