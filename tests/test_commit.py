@@ -30,6 +30,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline import storage
+from pipeline.config.command import run_command
 from pipeline.config.options import RunOptions
 from pipeline.config.segment import SegmentConfig
 from pipeline.errors import JobError, UsageError
@@ -457,6 +458,47 @@ def test_a_restart_while_another_driver_closes_leaves_no_success(
         assert is_complete(output, threshold=0.25)
         number += 1
     assert number >= 4
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_command_told_to_end_at_any_step_of_closing_is_completed_by_the_next(
+    number: signal.Signals,
+    tmp_path: Path,
+    step: list[Callable[[str], None]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One line and the exit code of the signal; _SUCCESS is there only if it is true."""
+    code, successes = {signal.SIGINT: 130, signal.SIGTERM: 143}[number], 0
+    for at in range(1000):
+        output, left = tmp_path / str(at), [at]
+
+        def tell(_: str, left: list[int] = left) -> None:
+            left[0] -= 1
+            if left[0] == -1:
+                signal.raise_signal(number)
+
+        def job(config: SegmentConfig, tell: Callable[[str], None] = tell) -> None:
+            run = open_run(config, SHARDS, model={"weights_hash": "abc"}, tables=TABLES)
+            ledger = run.first.ledger
+            for shard in run.first.todo:
+                finish_shard(ledger, shard, write_fragments(ledger, shard), (4, 0), TABLES)
+            step[:] = [tell]
+            close_run(run, 1.0)
+
+        arguments = ["in", str(output), "--prompt", "x", "--prompt", "y"]
+        ended = run_command(SegmentConfig, job, "segment", arguments, resumes=True)
+        step.clear()
+        said = capsys.readouterr().err
+        if left[0] >= 0:
+            assert (ended, said) == (0, "")
+            break
+        how = "interrupted" if number == signal.SIGINT else "terminated"
+        assert ended == code
+        assert said == f"segment: error: {how}; the same command again completes the run\n"
+        successes += is_complete(output)
+        drive(str(output))
+        assert is_complete(output)
+    assert 0 < successes < at
 
 
 def test_a_decision_whose_fragments_are_gone_is_taken_back(tmp_path: Path) -> None:

@@ -14,15 +14,18 @@ from PIL import Image
 from shards import make_tar
 from test_commit import drive, write_fragments
 
-from jobs import retry_failed, segment, status
+from jobs import retry_failed, segment, status, verify
 from pipeline.config.options import WorkerOptions
 from pipeline.config.segment import SegmentConfig
 from pipeline.config.status import config_from_record
 from pipeline.errors import UsageError
 from pipeline.run.lifecycle import open_run
+from pipeline.run.manifest import read_run
+from pipeline.run.status import describe
 from pipeline.write.commit import finish_shard
 from tests.outputs import SHARDS, TABLES, finish, ledger_of, rows_of
 
+VERIFY = "clipseg-ray verify"
 MODEL = Path(__file__).parent.parent / "pipeline" / "demo" / "model"
 
 
@@ -45,6 +48,41 @@ def test_status_of_a_run_that_stopped(folder: str, capsys: pytest.CaptureFixture
     drive(folder)
     assert status.main([folder]) == 0
     assert "segment, complete" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", ["gone", "short", "none"])
+def test_status_looks_at_the_parts(
+    damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By one listing of each table; verify then tells which, and the same command makes them."""
+    drive(str(tmp_path))
+    part = next(tmp_path.glob("masks/a-*.parquet"))
+    whole = part.read_bytes()
+    if damage == "gone":
+        part.unlink()
+    elif damage == "short":
+        part.write_bytes(whole[:-1])
+    assert status.main([str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    line = f"1 shards have parts that are gone or of another size, and are made again: {VERIFY} "
+    assert (line + str(tmp_path) in said) == (damage != "none")
+    assert ("segment, complete" in said) == (damage == "none")
+    assert verify.main([str(tmp_path)]) == (damage != "none")
+    drive(str(tmp_path))
+    assert status.main([str(tmp_path)]) == 0
+    assert "segment, complete" in capsys.readouterr().out
+    assert part.read_bytes() == whole
+
+
+def test_status_of_many_shards_with_failures_reads_the_errors_of_a_thousand(
+    tmp_path: Path,
+) -> None:
+    drive(str(tmp_path))
+    record = read_run(str(tmp_path))
+    assert record is not None
+    said = describe(str(tmp_path), record, shards=1)
+    assert "images: 6 done, 2 failed\n    of the first 1 shards with failures:\n" in said
+    assert "    no_image: 1" in said
 
 
 def test_errors_are_named_with_their_reasons_and_the_rest_is_counted(

@@ -10,7 +10,8 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -551,6 +552,107 @@ def test_a_local_read_is_tried_again_where_that_may_help(
     faults = itertools.repeat(OSError(getattr(errno, name), "said"))
     with storage.open_read(str(path)) as file, pytest.raises(TransientError, match="tried"):
         file.read()
+
+
+WRITES: dict[str, Callable[[str], None]] = {
+    "write": lambda uri: storage.write_bytes(uri, b"new"),
+    "create": lambda uri: storage.write_new(uri, b"new"),
+    "put": lambda uri: storage.put_file(f"{uri}.from", uri),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("step", ["makedirs", "fsync", "replace", "link"])
+@pytest.mark.parametrize("name", ["EIO", "ESTALE", "EMFILE"])
+def test_a_local_write_is_tried_again_where_that_may_help(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: str, step: str, name: str
+):
+    """From its beginning: what a failed fsync leaves of a file is anybody's guess."""
+    uri, works = str(tmp_path / "a" / "x"), getattr(os, step)
+    write_all(str(tmp_path), "a/x.from")
+    (tmp_path / "a" / "x.from").write_bytes(b"new")
+    faults: Iterator[OSError] = iter([OSError(getattr(errno, name), "said")] * 2)
+
+    def failing(*args: Any, **options: Any) -> Any:
+        if fault := next(faults, None):
+            raise fault
+        return works(*args, **options)
+
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    monkeypatch.setattr(os, step, failing)
+    WRITES[write](uri)
+    assert Path(uri).read_bytes() == b"new"
+    assert sorted(path.name for path in Path(uri).parent.iterdir()) == ["x", "x.from"]
+    used = step != ("link" if write != "create" else "replace")
+    assert (next(faults, None) is None) == used
+    monkeypatch.setenv("CLIPSEG_RAY_STORAGE_TIMEOUT_S", "0.01")
+    faults = itertools.repeat(OSError(getattr(errno, name), "said"))
+    if used:
+        with pytest.raises(TransientError, match=f"{uri}: .*tried"):
+            WRITES[write](uri)
+
+
+def test_a_disk_that_is_full_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    tries: list[int] = []
+
+    def full(handle: int) -> None:
+        tries.append(handle)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match="No space left"):
+        storage.write_bytes(str(tmp_path / "x"), b"x")
+    assert len(tries) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("said", [errno.EEXIST, errno.EIO])
+def test_a_new_file_whose_acknowledgement_is_lost_is_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: int
+):
+    """As of an NFS server that dies after it has made the link; the client asks again."""
+    link = os.link
+
+    def link_and_fail(source: Path, path: str) -> None:
+        link(source, path)
+        raise OSError(said, "said")
+
+    monkeypatch.setattr(os, "link", link_and_fail)
+    storage.write_new(str(tmp_path / "x"), b"ours")
+    monkeypatch.setattr(os, "link", link)
+    with pytest.raises(FileExistsError):
+        storage.write_new(str(tmp_path / "x"), b"theirs")
+    assert names(storage.list_files(str(tmp_path)), str(tmp_path)) == ["x"]
+
+
+def test_what_a_killed_writer_left_goes_when_it_is_old(tmp_path: Path):
+    """Ours by name, by age; and nothing else."""
+    ours = [f".x{i}.{uuid.uuid4().hex}.tmp" for i in range(2)]
+    others = [".x.tmp", "x.parquet", f"x.{uuid.uuid4().hex}.tmp", f".x.{uuid.uuid4().hex}"]
+    write_all(str(tmp_path), *ours, *others)
+    for name in (ours[0], *others):
+        os.utime(tmp_path / name, (time.time() - 4000,) * 2)
+    storage.delete_unfinished([*map(str, tmp_path.iterdir()), str(tmp_path / f".{ours[0]}")])
+    assert {path.name for path in tmp_path.iterdir()} == {ours[1], *others}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_a_writer_whose_unfinished_file_is_deleted_writes_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: str
+):
+    """One that slept so long that it was taken for dead."""
+    uri, sync = str(tmp_path / "x"), os.fsync
+    (tmp_path / "x.from").write_bytes(b"new")
+
+    def delete_and_sync(handle: int) -> None:
+        monkeypatch.setattr(os, "fsync", sync)
+        storage.delete_unfinished([str(path) for path in tmp_path.iterdir()], older_than_s=-1)
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", delete_and_sync)
+    WRITES[write](uri)
+    assert Path(uri).read_bytes() == b"new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x", "x.from"]
 
 
 def test_a_bucket_that_is_not_there(s3: Any):

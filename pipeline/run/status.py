@@ -26,10 +26,10 @@ def open_output(output: str) -> tuple[str, dict[str, Any]]:
     return uri, record
 
 
-def describe(output: str, record: dict[str, Any]) -> str:
+def describe(output: str, record: dict[str, Any], *, shards: int = SHARDS) -> str:
     """Some lines on the progress of a run.
 
-    Listings, and the errors of the first 1,000 shards with any, are read, whatever its size.
+    Listings are read, and the errors of the first so many `shards` with any, whatever its size.
     """
     added = read_added(output)
     ledgers = [Ledger(output=output, first_prompt=first) for first in (0, *added)]
@@ -41,7 +41,7 @@ def describe(output: str, record: dict[str, Any]) -> str:
     complete = is_complete(output, record) and not lost
     ok, error = sum(r.ok for r in receipts), sum(r.error for r in receipts)
     done = max(len(receipts) - removed, 0)
-    failures = sample_failures(output, names=0, shards=SHARDS)
+    failures = sample_failures(output, names=0, shards=shards)
     job = record.get("fingerprint", {}).get("job", "?")
     state = "complete" if complete else "not complete: the same command again does the rest"
     lines = [
@@ -63,7 +63,7 @@ def describe(output: str, record: dict[str, Any]) -> str:
         missing = record.get("missing", {})
         lines += [f"  missing: {name} {why}" for name, why in list(missing.items())[:10]]
     if failures.unread:
-        lines.append(f"    of the first {SHARDS:,} shards with failures:")
+        lines.append(f"    of the first {shards:,} shards with failures:")
     lines += [f"    {reason}: {n:,}" for reason, n in failures.reasons.most_common()]
     if added:
         prompts = sum(map(len, added.values()))
@@ -71,8 +71,9 @@ def describe(output: str, record: dict[str, Any]) -> str:
         left = max(planned * len(added) - later, 0)
         lines.append(f"  {prompts:,} prompts were added: {later:,} shards done, {left:,} left")
     if failures.retryable:
+        least = "at least " if failures.unread else ""
         lines.append(
-            f"  {failures.retryable:,} failures are retryable: clipseg-ray retry-failed {output}"
+            f"  {least}{failures.retryable:,} failures are retryable: clipseg-ray retry-failed {output}"
         )
     if error:
         lines.append(f"  their names: clipseg-ray status {shlex.quote(output)} --errors")
