@@ -1,4 +1,4 @@
-"""How many images a second one driver can follow: a job on Ray with stubs in the place of its work.
+"""Images a second that one driver can follow: a job on Ray, with stubs in the place of its work.
 
     python -m benchmarks.driver                        # shards of 1,024 images, blocks of 64 and 256
     python -m benchmarks.driver --profile              # and where the driver's main threads are
@@ -20,7 +20,6 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -69,7 +68,7 @@ class ActorStub:
 
 def write_stub(batch: pa.Table) -> pa.Table:
     """The account row of a batch of one shard."""
-    row = {name: 0 for name in ("errors", "size_bytes", "skipped")}
+    row: dict[str, Any] = dict.fromkeys(("errors", "size_bytes", "skipped"), 0)
     row |= {"shard": batch["shard"][0].as_py(), "images": len(batch), "outputs": len(batch)}
     row |= {"total": batch["total"][-1].as_py(), "reason": "", "fault": "", "fragment": "x"}
     return pa.Table.from_pylist([row], schema=schema.ACCOUNTS)
@@ -91,9 +90,7 @@ def stream(of_pass: Pass, engine: Engine, *, images: int, block: int) -> Dataset
     actor = engine.actor | {"batch_size": block}
     return (
         engine.dataset(of_pass.todo)
-        .map_batches(
-            engine.guard(partial(read_stub, images=images, block=block)), **engine.read
-        )
+        .map_batches(engine.guard(partial(read_stub, images=images, block=block)), **engine.read)
         .map_batches(engine.guard(pass_stub), **engine.task)
         .map_batches(ActorStub, **actor)
         .map_batches(engine.guard(write_stub), **engine.task)
@@ -173,12 +170,17 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
     ray.init(
-        address="local", num_cpus=2, include_dashboard=False, log_to_driver=False,
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
         logging_level="ERROR",
     )
     start_ray()
-    print("| shards x images | block | s | driver CPU s | of it planning | ms a shard | "
-          "ms a block | images/s to follow |")
+    print(
+        "| shards x images | block | s | driver CPU s | of it planning | ms a shard | "
+        "ms a block | images/s to follow |"
+    )
     print("| --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
     for _ in range(options.repeats):
         for block in options.blocks:

@@ -60,7 +60,7 @@ class StubS3:
         server = self._loop.run_until_complete(
             asyncio.start_server(self._serve, "127.0.0.1", 0, backlog=512)
         )
-        self.endpoint = "http://127.0.0.1:%d" % server.sockets[0].getsockname()[1]
+        self.endpoint = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
         ready.set()
         self._loop.run_forever()
 

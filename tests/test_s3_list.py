@@ -24,11 +24,12 @@ class Server:
         self.names, self.page, self.delimiter = sorted(names), page, delimiter
         self.starts_anywhere, self.requests = starts_anywhere, 0
 
-    def ask(self, StartAfter: str = "", ContinuationToken: str = "") -> dict[str, Any]:
+    def ask(self, **more: str) -> dict[str, Any]:
         self.requests += 1
-        after = ContinuationToken or ("" if self.starts_anywhere else StartAfter)
+        token = more.get("ContinuationToken", "")
+        after = token or ("" if self.starts_anywhere else more.get("StartAfter", ""))
         entries = sorted({self._entry(name) for name in self.names if name > after})
-        entries = [entry for entry in entries if not (ContinuationToken and entry <= after)]
+        entries = [entry for entry in entries if not (token and entry <= after)]
         some, more = entries[: self.page], entries[self.page :]
         below = [name for name in some if self.delimiter and name.endswith(self.delimiter)]
         return {

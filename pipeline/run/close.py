@@ -44,8 +44,7 @@ def close_run(run: Run, seconds: float, lost: dict[str, str] | None = None) -> d
         name
         for each, receipts in zip(run.passes, found, strict=True)
         for name, id_ in ids.items()
-        if id_ not in receipts
-        or (each.ledger.added and not _covers_first(id_, receipts, found[0]))
+        if id_ not in receipts or (each.ledger.added and not _covers_first(id_, receipts, found[0]))
     }
     if missing:
         _refuse_unfinished(run, missing, lost or {})

@@ -73,7 +73,8 @@ def describe(output: str, record: dict[str, Any], *, shards: int = SHARDS) -> st
     if failures.retryable:
         least = "at least " if failures.unread else ""
         lines.append(
-            f"  {least}{failures.retryable:,} failures are retryable: clipseg-ray retry-failed {output}"
+            f"  {least}{failures.retryable:,} failures are retryable: "
+            f"clipseg-ray retry-failed {output}"
         )
     if error:
         lines.append(f"  their names: clipseg-ray status {shlex.quote(output)} --errors")

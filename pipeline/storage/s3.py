@@ -208,7 +208,7 @@ def _list_all(start: str, delimiter: str) -> Iterator[FileInfo | str]:
     """
     bucket, key = split(start)
 
-    def ask(**more: str) -> Page:
+    def ask(**more: Any) -> Page:
         return request(start, "list_objects_v2", Prefix=key, Delimiter=delimiter, **more)
 
     for page in list_pages(ask, key, ordered=not bucket.endswith(_UNORDERED)):

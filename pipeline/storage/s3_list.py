@@ -11,11 +11,10 @@ from __future__ import annotations
 import contextlib
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import reduce
-from itertools import pairwise
-from os.path import commonprefix
+from itertools import pairwise, takewhile
 from typing import Any
 from xml.etree import ElementTree
 
@@ -116,7 +115,7 @@ def _divided(ask: Ask, prefix: str, seen: list[str]) -> Iterator[Page]:
     """The pages behind the names seen."""
     ranges = [_Range(seen[-1], None)]
     # Most often the names behind begin as those that were seen, and these are all.
-    if seen[-1] < (alike := f"{commonprefix(seen)}~"):
+    if seen[-1] < (alike := f"{_shared(seen[0], seen[-1])}~"):
         ranges = [_Range(seen[-1], alike), _Range(alike, None)]
     alphabet = sorted(set().union(*seen))
     pool = ThreadPoolExecutor(AT_ONCE)
@@ -140,7 +139,7 @@ def between(low: str, high: str | None, prefix: str, alphabet: list[str]) -> str
 
     Both begin with `prefix`; `high` None is behind all that do.
     """
-    shared = prefix if high is None else commonprefix([low, high])
+    shared = prefix if high is None else _shared(low, high)
     base = len(alphabet)
 
     def number(name: str) -> int:
@@ -155,6 +154,12 @@ def between(low: str, high: str | None, prefix: str, alphabet: list[str]) -> str
         if low < shared + name and (high is None or shared + name < high):
             return shared + name
     return None
+
+
+def _shared(one: str, other: str) -> str:
+    """The common start of two names."""
+    same = takewhile(bool, (a == b for a, b in zip(one, other, strict=False)))
+    return one[: sum(same)]
 
 
 def _next(page: Page) -> dict[str, str]:

@@ -72,9 +72,7 @@ def receipts_of(ledger: Ledger, shard: Shard) -> list[Receipt]:
     return [receipt for receipt in found if receipt.version == ledger.version(shard.version)]
 
 
-def list_receipts(
-    ledger: Ledger, *, others: list[str] | None = None
-) -> dict[str, list[Receipt]]:
+def list_receipts(ledger: Ledger, *, others: list[str] | None = None) -> dict[str, list[Receipt]]:
     """Every receipt of a pass, by the id of its shard; one listing.
 
     URIs of other files are added to `others`.
@@ -115,9 +113,7 @@ def read_receipt(ledger: Ledger, id_: str, receipt: Receipt) -> dict[str, Any]:
     return content
 
 
-def find_replaced(
-    ledger: Ledger, shards: list[Shard], gone: dict[str, list[Receipt]]
-) -> set[str]:
+def find_replaced(ledger: Ledger, shards: list[Shard], gone: dict[str, list[Receipt]]) -> set[str]:
     """The ids of finished shards that hold rows of the input under a name it no longer has.
 
     `gone`: the receipts of shards that are not among these.
