@@ -46,7 +46,12 @@ class StubS3:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._loop.call_soon_threadsafe(self._stop)
+
+    def _stop(self) -> None:
+        for task in asyncio.all_tasks(self._loop):
+            task.cancel()
+        self._loop.call_soon(self._loop.stop)
 
     def put(self, name: str, data: bytes = b"") -> None:
         """Store an object."""
@@ -78,7 +83,7 @@ class StubS3:
                 await asyncio.sleep(self.pause_s)
                 writer.write(self._answer(method, target, headers, body))
                 await writer.drain()
-        except (ConnectionError, asyncio.IncompleteReadError):
+        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass
         finally:
             with contextlib.suppress(RuntimeError):  # the loop has ended first

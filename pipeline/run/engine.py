@@ -47,3 +47,5 @@ class Engine:
     """Wrap a stage of tasks: guard(stage, on_crash=None, alone=None); see run.guard."""
     submit: Callable[..., Future[Any]]
     """Call a function outside the stream: submit(function, *arguments)."""
+    finishers: int
+    """Number of shards whose parts are put together at the same time."""

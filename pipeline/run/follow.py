@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
@@ -19,8 +19,6 @@ from pipeline.run.lifecycle import Pass, Run
 from pipeline.run.progress import Amount, ProgressDisplay
 from pipeline.write.commit import finish_shard, outputs_per_image
 
-# Shards whose parts are being put together at the same time.
-FINISHING_AT_ONCE = 8
 # Rows after which a job may be stopped for too many that failed.
 ERROR_RATE_ROWS = 1_000
 # Shards for which the storage did not answer, each for --storage-timeout, after which a job that
@@ -102,6 +100,7 @@ class _Follower:
         self.run, self.of_pass, self.engine, self.progress = run, of_pass, engine, progress
         self.shards = {shard.name: shard for shard in of_pass.todo}
         self.outputs = outputs_per_image(of_pass.tables)
+        self.complete: deque[tuple[Shard, _Account]] = deque()  # and waiting to be finished
         self.finishing: set[Future[dict[str, Any]]] = set()
         self.lost: dict[str, str] = {}
         self.rates = ErrorRate(run.max_error_rate, [s.size_bytes for s in of_pass.shards])
@@ -120,7 +119,10 @@ class _Follower:
         """Run the stream to its end. Returns shards with storage faults, and the faults."""
         for row in stream.iter_rows():
             self._add(row)
-        self._collect(at_most=0)
+            self._finish()
+        while self.finishing:
+            wait(self.finishing, return_when=FIRST_COMPLETED)
+            self._finish()
         return self.lost
 
     def _add(self, row: dict[str, Any]) -> None:
@@ -143,6 +145,19 @@ class _Follower:
         if account.closes(self.outputs):
             del self.accounts[name]
             self.rates.close(shard.size_bytes, account.records)
+            self.complete.append((shard, account))
+
+    def _finish(self) -> None:
+        """Take in finished shards, and begin to finish others; waits for none of them.
+
+        A stream whose accounts are not read stops.
+        """
+        for future in [future for future in self.finishing if future.done()]:
+            self.finishing.remove(future)
+            future.result()
+            self.progress.shard()
+        while self.complete and len(self.finishing) < self.engine.finishers:
+            shard, account = self.complete.popleft()
             self.finishing.add(
                 self.engine.submit(
                     finish_shard,
@@ -153,15 +168,6 @@ class _Follower:
                     self.of_pass.tables,
                 )
             )
-            self._collect(at_most=FINISHING_AT_ONCE)
-
-    def _collect(self, at_most: int) -> None:
-        """Take in finished shards until at most so many are still being put together."""
-        while len(self.finishing) > at_most:
-            ready, self.finishing = wait(self.finishing, return_when=FIRST_COMPLETED)
-            for future in ready:
-                future.result()
-                self.progress.shard()
 
 
 class ErrorRate:

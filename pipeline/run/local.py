@@ -84,6 +84,7 @@ def open_local(options: WorkerOptions) -> Iterator[Engine]:
         dataset=_dataset_of,
         guard=_isolated if os.environ.get(ISOLATE) else _unguarded,
         submit=_submit,
+        finishers=1,
     )
 
 

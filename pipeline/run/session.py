@@ -37,6 +37,8 @@ from pipeline.storage.retry import DEFAULT_TIMEOUT_S, TIMEOUT_VARIABLE, storage_
 
 _started_here: list[bool] = []  # not empty between start_ray and the end of the session
 FINISHING_THREADS = 4  # shards of a local job that are put together at the same time
+# Of a cluster's CPUs, for each such shard; most of the time it waits for the storage.
+CPUS_PER_FINISHER = 4
 
 
 @contextmanager
@@ -52,12 +54,20 @@ def open_ray(options: WorkerOptions) -> Iterator[Engine]:
                 # On one machine a thread saves the start of a worker; on a cluster the bytes of
                 # all shards would pass through the driver.
                 submit=_submit_task if on_cluster else threads.submit,
+                finishers=_cluster_finishers() if on_cluster else FINISHING_THREADS,
             )
+
+
+def _cluster_finishers() -> int:
+    cpus = ray.cluster_resources().get("CPU", 0.0)
+    return max(2 * FINISHING_THREADS, int(cpus / CPUS_PER_FINISHER))
 
 
 @cache
 def _task(function: Any) -> Any:
-    return ray.remote(num_cpus=0, max_retries=3)(function)
+    # Spread: tasks without a CPU would all be put on the driver's node, which is never full.
+    options = {"num_cpus": 0, "max_retries": 3, "scheduling_strategy": "SPREAD"}
+    return ray.remote(**options)(function)
 
 
 def _submit_task(function: Any, *arguments: Any) -> Future[Any]:
