@@ -1,7 +1,7 @@
 """Images a second that one driver can follow: a job on Ray, with stubs in the place of its work.
 
-    python -m benchmarks.driver                        # shards of 1,024 images, blocks of 64 and 256
-    python -m benchmarks.driver --profile              # and where the driver's main threads are
+    python -m benchmarks.driver                      # shards of 1,024 images, blocks of 64, 256
+    python -m benchmarks.driver --profile            # and where the driver's main threads are
 
 The stages are those of a job (read, prepare, actor, write, finish), with its resources, its account
 and its receipts, but they hand on small made-up tables at once. What counts is CPU time of the
@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -115,7 +116,12 @@ def measure(count: int, images: int, block: int, profile: bool) -> None:
             return made
 
         started = time.monotonic()
-        follow_run(run, partial(_with_stub, stubbed), WorkerOptions(quiet=True))
+        follow_run(
+            run,
+            stubbed,
+            WorkerOptions(quiet=True),
+            engine=lambda engine: replace(engine, submit=finish_stub),
+        )
         seconds, used = time.monotonic() - started, time.process_time() - parts[1]
     planned, blocks = parts[2] - parts[1], count * -(-images // block)
     print(
@@ -126,12 +132,6 @@ def measure(count: int, images: int, block: int, profile: bool) -> None:
     )
     for line, hits in seen.most_common(40):
         print(f"    {hits * PERIOD_S:6.2f} s {line}")
-
-
-def _with_stub(make: Any, of_pass: Pass, engine: Engine) -> Dataset:
-    object.__setattr__(engine, "submit", finish_stub)
-    made: Dataset = make(of_pass, engine)
-    return made
 
 
 @contextmanager

@@ -73,7 +73,9 @@ def main() -> None:
         sent = {n: shards * shard[n] + fragments * fragment[n] for n in names}
         usd = sum(USD.get(name, 0.0) * count for name, count in sent.items())
         total = sum(sent.values())
-        print(f"| {options.images:,.0f} | {of_shard:,} | {of_fragment} | {total:,.0f} | {usd:,.0f} |")
+        print(
+            f"| {options.images:,.0f} | {of_shard:,} | {of_fragment} | {total:,.0f} | {usd:,.0f} |"
+        )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from pipeline.config.options import RunOptions, WorkerOptions
 from pipeline.config.segment import SegmentConfig
 from pipeline.errors import JobError
 from pipeline.read.shard import Shard
+from pipeline.run.engine import Engine
 from pipeline.run.follow import follow_run
-from pipeline.run.lifecycle import open_run
+from pipeline.run.lifecycle import Pass, open_run
 from pipeline.run.manifest import read_run
 from tests.outputs import SHARD, TABLES, images, masks, write
 
@@ -54,6 +56,47 @@ def made(output: Path, shard: Shard, rows: int) -> list[dict[str, Any]]:
     (name,) = write(run.first.ledger, shard, tables)
     assert name
     return [{"shard": shard.name, "total": rows}]
+
+
+def test_the_account_goes_on_while_shards_are_finished(tmp_path: Path) -> None:
+    """At most so many at a time as the engine says; the others wait, and the stream does not."""
+    shards = [replace(SHARD, name=f"{i:02}.tar", size_bytes=1) for i in range(20)]
+    config = SegmentConfig(input="in", output=str(tmp_path), prompt=("x", "y"))
+    run = open_run(config, shards, model={"weights_hash": "abc"}, tables=TABLES)
+    begun: list[tuple[Future[Any], Callable[[], Any]]] = []
+    seen: list[int] = []
+
+    def submit(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        begun.append((Future(), lambda: function(*arguments)))
+        if seen:  # the stream has ended
+            finish_all()
+        return begun[-1][0]
+
+    def finish_all() -> None:
+        for future, call in begun:
+            if not future.done():
+                future.set_result(call())
+
+    class Stream(Accounts):
+        def iter_rows(self) -> Iterator[dict[str, Any]]:
+            yield from super().iter_rows()
+            seen.append(len(begun))
+            finish_all()
+
+    stream = Stream([{"shard": shard.name, "total": 0} for shard in shards])
+
+    def stream_of(_: Pass, engine: Engine) -> Accounts:
+        return stream
+
+    follow_run(
+        run,
+        stream_of,
+        WorkerOptions(local=True, quiet=True),
+        engine=lambda engine: replace(engine, submit=submit, finishers=3),
+    )
+    assert seen == [3]
+    assert len(begun) == 20
+    assert (tmp_path / "_SUCCESS").exists()
 
 
 @pytest.mark.parametrize(

@@ -27,13 +27,17 @@ SILENT_SHARDS = 10
 
 
 def follow_run(
-    run: Run, stream: Callable[[Pass, Engine], Dataset], options: WorkerOptions
+    run: Run,
+    stream: Callable[[Pass, Engine], Dataset],
+    options: WorkerOptions,
+    *,
+    engine: Callable[[Engine], Engine] = lambda engine: engine,
 ) -> dict[str, int]:
     """Run the stream of each of the run's passes to its end, and close the run.
 
     `stream` makes the stream of a pass over its shards to do; it is not called where there are
-    none, and with none at all no engine started. Returns the counts over all shards. Raises
-    JobError when a shard or a row is missing.
+    none, and with none at all no engine started. `engine` may put another one in its place. Returns
+    the counts over all shards. Raises JobError when a shard or a row is missing.
     """
     started = time.monotonic()
     lost: dict[str, str] = {}
@@ -41,18 +45,19 @@ def follow_run(
         run.notes.append("nothing was left to do")
         return close_run(run, time.monotonic() - started)
     with (
-        open_engine(options) as engine,
+        open_engine(options) as opened,
         _open_display(run, options) as progress,
     ):
+        given = engine(opened)
         for of_pass in run.passes:
             # An addition needs what the first pass has of the shard.
             left = [shard for shard in of_pass.todo if shard.name not in lost]
             if not left:
                 continue
             each = replace(of_pass, todo=left)
-            follower = _Follower(run, each, engine, progress)
+            follower = _Follower(run, each, given, progress)
             try:
-                lost |= follower.follow(stream(each, engine))
+                lost |= follower.follow(stream(each, given))
             except PipelineError:
                 note_missing(run, lost | follower.lost)
                 raise

@@ -66,8 +66,7 @@ def _cluster_finishers() -> int:
 @cache
 def _task(function: Any) -> Any:
     # Spread: tasks without a CPU would all be put on the driver's node, which is never full.
-    options = {"num_cpus": 0, "max_retries": 3, "scheduling_strategy": "SPREAD"}
-    return ray.remote(**options)(function)
+    return ray.remote(num_cpus=0, max_retries=3, scheduling_strategy="SPREAD")(function)
 
 
 def _submit_task(function: Any, *arguments: Any) -> Future[Any]:
