@@ -18,6 +18,7 @@ import signal
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -499,6 +500,22 @@ def test_a_command_told_to_end_at_any_step_of_closing_is_completed_by_the_next(
         drive(str(output))
         assert is_complete(output)
     assert 0 < successes < at
+
+
+def test_what_killed_writers_left_goes_with_the_next_command(tmp_path: Path) -> None:
+    """Where it is an hour old; other files stay, whoever put them there."""
+    drive(str(tmp_path))
+    folders = [tmp_path, tmp_path / "masks", *tmp_path.glob("_receipts/*")]
+    old = [folder / f".part.parquet.{uuid.uuid4().hex}.tmp" for folder in folders]
+    kept = [tmp_path / "masks" / name for name in ("notes.tmp", f".x.{uuid.uuid4().hex}.tmp")]
+    for path in (*old, *kept):
+        path.write_bytes(b"half")
+    for path in (*old, kept[0]):
+        os.utime(path, (time.time() - 4000,) * 2)
+    drive(str(tmp_path))
+    assert not any(path.exists() for path in old)
+    assert all(path.exists() for path in kept)
+    assert is_complete(tmp_path)
 
 
 def test_a_decision_whose_fragments_are_gone_is_taken_back(tmp_path: Path) -> None:
