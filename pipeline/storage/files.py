@@ -106,7 +106,7 @@ def list_names(folder: str) -> Iterator[str]:
     """
     with storage_errors(folder):
         if is_s3(folder):
-            yield from (file.uri for file in s3.list_objects(folder))
+            yield from (uri for uri, _ in s3.list_sizes(folder, recursive=True))
         elif os.path.isdir(folder):
             yield from (entry.path for entry in scan_local(folder, recursive=True))
 
@@ -115,8 +115,8 @@ def list_sizes(folder: str) -> Iterator[tuple[str, int]]:
     """Name and bytes of each file in a folder, and not below, in any order."""
     with storage_errors(folder):
         if is_s3(folder):
-            for file in s3.list_objects(folder, recursive=False):
-                yield relative(folder, file.uri), file.size_bytes
+            for uri, size_bytes in s3.list_sizes(folder, recursive=False):
+                yield relative(folder, uri), size_bytes
         elif os.path.isdir(folder):
             for entry in scan_local(folder, recursive=False):
                 with contextlib.suppress(FileNotFoundError):

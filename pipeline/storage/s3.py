@@ -156,6 +156,17 @@ def list_objects(folder: str, *, recursive: bool = True) -> Iterator[FileInfo]:
                 yield found
 
 
+def list_sizes(folder: str, *, recursive: bool) -> Iterator[tuple[str, int]]:
+    """URI and bytes of the objects below a folder, as list_objects has them, for less work."""
+    start = prefix_of(folder)
+    with contextlib.suppress(NotFoundError):
+        bucket, _ = split(start)
+        for page in _pages(start, "" if recursive else "/"):
+            for found in page.get("Contents", []):
+                if found["Size"] or not found["Key"].endswith("/"):
+                    yield f"s3://{bucket}/{found['Key']}", found["Size"]
+
+
 def _is_marker(found: FileInfo) -> bool:
     return found.uri.endswith("/") and not found.size_bytes
 
@@ -206,16 +217,21 @@ def _list_all(start: str, delimiter: str) -> Iterator[FileInfo | str]:
 
     In any order.
     """
+    bucket, _ = split(start)
+    for page in _pages(start, delimiter):
+        for found in page.get("Contents", []):
+            yield stored(f"s3://{bucket}/{found['Key']}", found["Size"], found)
+        for below in page.get("CommonPrefixes", []):
+            yield f"s3://{bucket}/{below['Prefix']}"
+
+
+def _pages(start: str, delimiter: str) -> Iterator[Page]:
     bucket, key = split(start)
 
     def ask(**more: Any) -> Page:
         return request(start, "list_objects_v2", Prefix=key, Delimiter=delimiter, **more)
 
-    for page in list_pages(ask, key, ordered=not bucket.endswith(_UNORDERED)):
-        for found in page.get("Contents", []):
-            yield stored(f"s3://{bucket}/{found['Key']}", found["Size"], found)
-        for below in page.get("CommonPrefixes", []):
-            yield f"s3://{bucket}/{below['Prefix']}"
+    yield from list_pages(ask, key, ordered=not bucket.endswith(_UNORDERED))
 
 
 def _prefix(folder: str) -> str:

@@ -9,12 +9,12 @@ divided again, as long as requests are free.
 from __future__ import annotations
 
 import contextlib
-from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import reduce
-from itertools import pairwise, takewhile
+from itertools import takewhile
 from typing import Any
 from xml.etree import ElementTree
 
@@ -84,22 +84,26 @@ class _Range:
     def take(self, page: Page) -> Page:
         """The page without names outside. Raises _OutOfOrderError."""
         names = _names(page)
-        below = {found["Prefix"] for found in page.get("CommonPrefixes", [])}
-        early = [name for name in names if name <= self.at]
+        early = names[: bisect_right(names, self.at)]
+        below = {found["Prefix"] for found in page.get("CommonPrefixes", [])} if early else set()
         # Names below a prefix may be before the start, and others behind it.
-        early = [n for n in early if n not in below or not self.at.startswith(n)]
-        if early or not _is_sorted(names):
+        if not _is_sorted(names) or any(
+            name not in below or not self.at.startswith(name) for name in early
+        ):
             raise _OutOfOrderError("the storage does not list its objects in order")
-        kept = {
-            kind: [found for found in page.get(kind, []) if self._holds(found[name])]
-            for kind, name in (("Contents", "Key"), ("CommonPrefixes", "Prefix"))
-        }
         self.more, self.at = _next(page), max([self.at, *names[-1:]])
         self.is_long = bool(self.more) and (self.end is None or self.at < self.end)
-        return kept
+        return self._cut(page) if early or (self.end is not None and self.at > self.end) else page
 
-    def _holds(self, name: str) -> bool:
-        return self.start < name and (self.end is None or name <= self.end)
+    def _cut(self, page: Page) -> Page:
+        return {
+            kind: [
+                found
+                for found in page.get(kind, [])
+                if self.start < found[name] and (self.end is None or found[name] <= self.end)
+            ]
+            for kind, name in (("Contents", "Key"), ("CommonPrefixes", "Prefix"))
+        }
 
     def divide(self, prefix: str, alphabet: list[str]) -> _Range | None:
         """Cut off the upper half of what was not seen yet; None if there is no name between."""
@@ -173,13 +177,13 @@ def _names(page: Page) -> list[str]:
     """Keys and prefixes in the order of their names."""
     keys = [found["Key"] for found in page.get("Contents", [])]
     below = [found["Prefix"] for found in page.get("CommonPrefixes", [])]
-    if not _is_sorted(keys) or not _is_sorted(below):
-        return keys + below
-    return sorted(keys + below) if below else keys
+    if below and _is_sorted(keys) and _is_sorted(below):
+        return sorted(keys + below)
+    return keys + below
 
 
-def _is_sorted(names: Iterable[str]) -> bool:
-    return all(one < other for one, other in pairwise(names))
+def _is_sorted(names: list[str]) -> bool:
+    return names == sorted(names)
 
 
 def parse_page(
