@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from shards import make_tar
-from test_commit import drive, write_fragments
 
 from jobs import retry_failed, segment, status, verify
 from pipeline.config.options import WorkerOptions
@@ -23,6 +22,7 @@ from pipeline.run.lifecycle import open_run
 from pipeline.run.manifest import read_run
 from pipeline.run.status import describe
 from pipeline.write.commit import finish_shard
+from tests.drivers import drive, write_fragments
 from tests.outputs import SHARDS, TABLES, finish, ledger_of, rows_of
 
 VERIFY = "clipseg-ray verify"
