@@ -8,9 +8,9 @@ driver; shards through the tasks that finish them. Each place serves in order of
 times scatter by a fifth. Added for the whole input: listing, resuming and closing. Network, storage
 and Ray's object store are taken as wide enough; that is not simulated.
 
-Measured, on other hardware than it would run on (benchmarks/NOTES.md): CPU time of an image, time
-of the driver for a block and a shard, seconds of a finish, seconds for a million shards. The GPU's
-images a second are estimates by arithmetic. Every figure is an option.
+Measured, on two cores of a busy machine (benchmarks/NOTES.md): time of the driver for a block and a
+shard, seconds of a finish, seconds for a million shards. Estimates by arithmetic from measurements
+of single stages: images a second of a GPU, and CPU time of an image. Every figure is an option.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Times:
     """For each GPU."""
 
 
-def simulate(times: Times, gpus: int, blocks_of_gpu: int = 150) -> tuple[float, dict[str, float]]:
+def simulate(times: Times, gpus: int, blocks_of_gpu: int = 600) -> tuple[float, dict[str, float]]:
     """(images a second, the share of its time that each place is busy)."""
     rng = random.Random(0)
     cores = gpus * times.cores
@@ -89,7 +89,7 @@ def jobs(options: argparse.Namespace) -> list[Times]:
             gpu_images_per_s=gpu,
             cpu_ms=cpu,
             block=block,
-            driver_block_ms=options.driver_block_ms,
+            driver_block_ms=driver,
             driver_shard_ms=options.driver_shard_ms,
             shard=options.shard,
             finish_s=finish,
@@ -98,7 +98,7 @@ def jobs(options: argparse.Namespace) -> list[Times]:
         for prompts, gpu, cpu, finish in zip(
             options.prompts, options.gpu_rate, options.cpu_ms, options.finish_s, strict=True
         )
-        for block in options.blocks
+        for block, driver in zip(options.blocks, options.driver_block_ms, strict=True)
     ]
 
 
@@ -144,12 +144,12 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, nargs="+", default=[1, 5, 20])
     parser.add_argument("--gpu-rate", type=float, nargs="+", default=[4000.0, 2700.0, 1150.0])
     parser.add_argument("--cpu-ms", type=float, nargs="+", default=[7.5, 8.8, 15.0])
-    parser.add_argument("--finish-s", type=float, nargs="+", default=[1.0, 2.0, 6.0])
+    parser.add_argument("--finish-s", type=float, nargs="+", default=[1.0, 1.4, 3.6])
     parser.add_argument("--cores-per-gpu", type=int, default=16)
     parser.add_argument("--shard", type=int, default=1024, help="images of a shard")
     parser.add_argument("--blocks", type=int, nargs="+", default=[64, 256])
-    parser.add_argument("--driver-block-ms", type=float, default=2.6)
-    parser.add_argument("--driver-shard-ms", type=float, default=2.0)
+    parser.add_argument("--driver-block-ms", type=float, nargs="+", default=[1.7, 6.2])
+    parser.add_argument("--driver-shard-ms", type=float, default=1.7)
     parser.add_argument("--images", type=float, default=1e9)
     parser.add_argument("--million-shards-s", type=float, default=60.0, help="before and after")
     parser.add_argument("--plot", type=Path)
