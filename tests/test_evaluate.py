@@ -40,7 +40,7 @@ from pipeline.annotations.labelstudio import brush_rle
 from pipeline.annotations.predicted import open_predictions
 from pipeline.annotations.truth import Matcher, Truth, TruthImage, TruthName
 from pipeline.annotations.truth_files import open_truth
-from pipeline.annotations.truth_json import decode_brush
+from pipeline.annotations.truth_labelstudio import decode_brush
 from pipeline.config.ontology import parse_ontology
 from pipeline.config.yaml_file import open_yaml
 from pipeline.demo.make_shards import PARQUET_NAME

@@ -23,13 +23,18 @@ _READABLE = 60  # characters of the key that a file name keeps
 
 
 def name_image(image: LabelledImage) -> str:
-    """A file name without ending, unique in an export.
+    """A file name without ending, unique in an export: see name_row."""
+    return name_row(image.shard, image.row, image.key)
+
+
+def name_row(shard: str, row: int, key: str) -> str:
+    """The name of a row's files in an export, without ending.
 
     ASCII letters, digits, hyphens: the end of the key, to be read by people, and a hash of shard,
     row and key, by which no two are equal, also where case does not count.
     """
-    readable = re.sub(r"[^A-Za-z0-9]+", "-", image.key).strip("-")[-_READABLE:].strip("-")
-    who = f"{image.shard}\0{image.row}\0{image.key}"
+    readable = re.sub(r"[^A-Za-z0-9]+", "-", key).strip("-")[-_READABLE:].strip("-")
+    who = f"{shard}\0{row}\0{key}"
     return f"{readable or 'image'}-{_hash(who).hexdigest()[:20]}"
 
 

@@ -7,7 +7,7 @@ path, then without its ending, then without its folders. A name that two images 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +85,11 @@ def encode(mask: np.ndarray) -> dict[str, Any]:
     return coco.encode(mask.view(np.uint8).T)
 
 
+def not_empty(instances: Iterable[TruthInstance]) -> tuple[TruthInstance, ...]:
+    """Those with a pixel: an empty mask says that nothing is there."""
+    return tuple(each for each in instances if coco.area(each.rle))
+
+
 def check_size(height: Any, width: Any, where: str) -> tuple[int, int]:
     """(height, width); raises UsageError for what is no size of an image."""
     if type(height) is not int or type(width) is not int or min(height, width) < 1:
@@ -129,6 +134,23 @@ def check_polygons(polygons: Any, size: tuple[int, int], where: str) -> dict[str
     if not found:
         raise UsageError(f"{where}: no polygon in its segmentation")
     return coco.merge(coco.frPyObjects(found, height, width))
+
+
+def name_of(known: dict[str, Any], names: list[str], file: str) -> TruthName:
+    """The names of an image in a file; our own exports tell shard, row, key and member as well.
+
+    Raises UsageError, naming the file, for an image without any.
+    """
+    names += [str(known[n]) for n in ("member", "key") if known.get(n)]
+    names = [n for n in names if n and n != "None"]
+    if not names:
+        raise UsageError(f"{file}: an image without a name")
+    ours = type(known.get("row")) is int and isinstance(known.get("shard"), str)
+    return TruthName(
+        names=tuple(names),
+        shard=known["shard"] if ours else None,
+        row=known["row"] if ours else None,
+    )
 
 
 def _plain(name: str) -> str:
