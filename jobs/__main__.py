@@ -17,6 +17,7 @@ COMMANDS = {
     "label": "kept probability maps of segment, and an ontology -> annotations, as tables",
     "export": "labels -> COCO, YOLO, VOC, LabelMe, Label Studio, CVAT, PNG, Hugging Face or SAM",
     "view": "run of segment -> a page with images and their masks, for a browser",
+    "review": "labels -> the images worth a person's time, as a page or for an annotation tool",
     "evaluate": "kept maps or labels, and ground truth -> IoU, AP, calibration, a page",
     "calibrate": "kept maps, ground truth, an ontology -> its thresholds and gates, chosen",
     "status": "progress of a run: shards and rows done, failed and left",

@@ -65,15 +65,16 @@ class Groups:
     """The groups in a Parquet file with the columns shard, row and group, as `clipseg-ray
     duplicates --output` writes it. Holds 16 bytes a row."""
 
-    def __init__(self, uri: str):
+    def __init__(self, uri: str, option: str = "--group"):
+        """`option`: by which the file was named. Raises UsageError for what is no such file."""
         rows: dict[str, list[np.ndarray]] = defaultdict(list)
         groups: dict[str, list[np.ndarray]] = defaultdict(list)
         with open_part(uri) as parquet:
             names = parquet.schema_arrow.names
             if missing := [n for n in ("shard", "row", "group") if n not in names]:
-                columns = ", ".join(GROUP_COLUMNS)
+                columns = f"one of {', '.join(GROUP_COLUMNS)}, or " * (option == "--group")
                 raise UsageError(
-                    f"--group {uri}: no column {missing[0]!r} in it; give one of {columns}, or "
+                    f"{option} {uri}: no column {missing[0]!r} in it; give {columns}"
                     "the --output of clipseg-ray duplicates"
                 )
             for batch in parquet.iter_batches(columns=["shard", "row", "group"], use_threads=False):
@@ -81,8 +82,8 @@ class Groups:
                 of_shard = np.asarray(shards.indices)
                 for i, shard in enumerate(shards.dictionary.to_pylist()):
                     found = of_shard == i
-                    rows[shard].append(_integers(batch["row"], uri)[found])
-                    groups[shard].append(_integers(batch["group"], uri)[found])
+                    rows[shard].append(_integers(batch["row"], f"{option} {uri}")[found])
+                    groups[shard].append(_integers(batch["group"], f"{option} {uri}")[found])
         self._of_shard = {}
         for shard, some in rows.items():
             order = np.argsort(numbers := np.concatenate(some))
@@ -105,9 +106,9 @@ def _read_groups(file: str) -> Groups:
         raise UsageError(f"--group {file}: no such file, and none of {columns}") from error
 
 
-def _integers(column: pa.Array, uri: str) -> np.ndarray:
+def _integers(column: pa.Array, where: str) -> np.ndarray:
     if not pa.types.is_integer(column.type) or column.null_count:
-        raise UsageError(f"--group {uri}: rows and groups are whole numbers")
+        raise UsageError(f"{where}: rows and groups are whole numbers")
     return np.asarray(column, np.int64)
 
 
