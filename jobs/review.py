@@ -21,7 +21,7 @@ from pipeline.annotations.kept_maps import KeptMaps, open_kept_maps
 from pipeline.annotations.labelled import open_labels
 from pipeline.annotations.review import Review, review_labels
 from pipeline.annotations.review_page import draw_review
-from pipeline.annotations.splits import Groups
+from pipeline.annotations.splits import Groups, read_groups
 from pipeline.annotations.worth import CRITERIA
 from pipeline.config.command import run_command
 from pipeline.config.review import ReviewConfig
@@ -66,13 +66,13 @@ def review(config: ReviewConfig) -> None:
 def find_groups(config: ReviewConfig, kept: KeptMaps, folder: str) -> Groups | None:
     """Groups of near-duplicates: those that are named, or those of the run's embeddings."""
     if config.duplicates:
-        return Groups(storage.check_uri(config.duplicates), "--duplicates")
+        return read_groups(config.duplicates, "--duplicates")
     if not kept.embedded:
         return None
     file = storage.join(folder, "duplicates.parquet")
     found = find_duplicates(open_table(kept.output), DuplicatesConfig.cosine)
     write_parquet(file, found.read(), DUPLICATES)
-    return Groups(file)
+    return read_groups(file, "embeddings")
 
 
 def facts_of(found: Review) -> Only:

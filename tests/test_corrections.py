@@ -14,13 +14,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from cvat_sdk.masks import decode_mask, encode_mask
-from label_tables import CLASSES, Found, export_labels, image_row, random_blobs, write_labels
 from pycocotools import mask as coco
 
 from jobs import evaluate
 from pipeline.annotations.truth import Matcher
 from pipeline.annotations.truth_files import open_truth
 from pipeline.errors import UsageError
+from tests.label_tables import CLASSES, Found, export_labels, image_row, random_blobs, write_labels
 
 SIZE = (48, 64)
 NAMES = [name for name, _ in CLASSES]

@@ -47,7 +47,7 @@ class Splits:
         self.names = list(shares)
         self._ends = np.cumsum(list(shares.values()))
         self._column = group if group in GROUP_COLUMNS else None
-        self._groups = _read_groups(group) if group and not self._column else None
+        self._groups = read_groups(group, "--group") if group and not self._column else None
 
     def find(self, image: LabelledImage) -> str:
         """The split of an image."""
@@ -65,7 +65,7 @@ class Groups:
     """The groups in a Parquet file with the columns shard, row and group, as `clipseg-ray
     duplicates --output` writes it. Holds 16 bytes a row."""
 
-    def __init__(self, uri: str, option: str = "--group"):
+    def __init__(self, uri: str, option: str):
         """`option`: by which the file was named. Raises UsageError for what is no such file."""
         rows: dict[str, list[np.ndarray]] = defaultdict(list)
         groups: dict[str, list[np.ndarray]] = defaultdict(list)
@@ -98,12 +98,13 @@ class Groups:
         return int(groups[i]) if i < len(rows) and rows[i] == row else None
 
 
-def _read_groups(file: str) -> Groups:
+def read_groups(file: str, option: str) -> Groups:
+    """The groups in a file; raises UsageError, naming the option, for one that has none."""
     try:
-        return Groups(storage.check_uri(file))
+        return Groups(storage.check_uri(file), option)
     except NotFoundError as error:
-        columns = ", ".join(GROUP_COLUMNS)
-        raise UsageError(f"--group {file}: no such file, and none of {columns}") from error
+        columns = f", and none of {', '.join(GROUP_COLUMNS)}" * (option == "--group")
+        raise UsageError(f"{option} {file}: no such file{columns}") from error
 
 
 def _integers(column: pa.Array, where: str) -> np.ndarray:
