@@ -20,6 +20,7 @@ COMMANDS = {
     "review": "labels -> the images worth a person's time, as a page or for an annotation tool",
     "evaluate": "kept maps or labels, and ground truth -> IoU, AP, calibration, a page",
     "calibrate": "kept maps, ground truth, an ontology -> its thresholds and gates, chosen",
+    "reproduce": "data set of CLIPSeg's paper -> its figures, beside the published ones",
     "status": "progress of a run: shards and rows done, failed and left",
     "verify": "parts of a run, compared with the hashes in their receipts",
     "retry-failed": "reprocess shards with retryable failures",
