@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
+from pycocotools import mask as coco
 
 from pipeline import storage
 from pipeline.annotations.cut import Asked, ask, logit, presence_of, to_logits
@@ -187,13 +188,11 @@ def _open_labels(labels: str) -> Predictions:
 
 def _predicted_of_labels(image: LabelledImage) -> Predicted:
     def find(class_id: int, size: tuple[int, int]) -> Found:
-        inside = np.zeros(size[::-1], np.bool_)
-        presence = 0.0
-        for each in image.instances:
-            if each.class_id == class_id:
-                inside |= decode(each.rle)
-                presence = max(presence, each.presence)
-        return Found(inside=inside, presence=presence)
+        found = [each for each in image.instances if each.class_id == class_id]
+        if not found:
+            return Found(inside=np.zeros(size[::-1], np.bool_), presence=0.0)
+        inside = decode(coco.merge([each.rle for each in found]))
+        return Found(inside=inside, presence=max(each.presence for each in found))
 
     return Predicted(
         shard=image.shard,

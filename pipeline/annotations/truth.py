@@ -108,11 +108,12 @@ def check_rle(segmentation: Any, size: tuple[int, int], where: str) -> dict[str,
     if given is None or [int(n) for n in given] != list(size):
         raise UsageError(f"{where}: its mask has the size {given}, its image {list(size)}")
     text = counts.decode("ascii", "replace") if isinstance(counts, bytes) else counts
-    runs = text
     if isinstance(text, str):
-        runs = run_lengths(text) if text.isascii() else None
-    whole = isinstance(runs, list) and all(type(n) is int and n >= 0 for n in runs)
-    if not whole or sum(runs) != size[0] * size[1]:
+        runs = run_lengths(text) if text.isascii() else [-1]
+    else:
+        whole = isinstance(text, list) and all(type(n) is int for n in text)
+        runs = text if whole else [-1]
+    if min(runs, default=0) < 0 or sum(runs) != size[0] * size[1]:
         raise UsageError(f"{where}: counts that are no RLE of {size[0]} x {size[1]} px")
     if isinstance(text, str):
         return {"size": list(size), "counts": text}

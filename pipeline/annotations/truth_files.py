@@ -35,7 +35,7 @@ _LIMIT_PNG_BYTES = 2**28
 _LIMIT_LIST_BYTES = 2**23
 _NAMES = ("file_name", "member", "key")
 _CLASSES = ("class", "prompt", "label")
-_GROUPS_HELD = 2
+_HELD_BYTES = 2**28  # of row groups: all that an image needs, where each has another class
 _MODES = ("L", "P", "1", "I;16", "I")
 VOID = 255
 _KNOWN = "COCO .json, Label Studio .json, CVAT .xml, masks .parquet, or a folder of PNGs"
@@ -141,14 +141,17 @@ def _read_group(part: str, group: int) -> list[Any]:
 
 
 def _hold(read: Callable[[int], list[Any]]) -> Callable[[int], list[Any]]:
-    """The last few results of a function."""
+    """The last results of a function, columns of tables, that are of _HELD_BYTES together."""
     held: OrderedDict[int, list[Any]] = OrderedDict()
 
     def get(number: int) -> list[Any]:
         if number not in held:
-            while len(held) >= _GROUPS_HELD:
+            found = read(number)
+            sizes = [sum(column.nbytes for column in each) for each in (*held.values(), found)]
+            while held and sum(sizes) > _HELD_BYTES:
                 held.popitem(last=False)
-            held[number] = read(number)
+                del sizes[0]
+            held[number] = found
         held.move_to_end(number)
         return held[number]
 
