@@ -105,8 +105,9 @@ def check_rle(segmentation: Any, size: tuple[int, int], where: str) -> dict[str,
     pycocotools reads memory that is not its own where they do not.
     """
     counts, given = segmentation.get("counts"), segmentation.get("size")
-    if given is None or [int(n) for n in given] != list(size):
-        raise UsageError(f"{where}: its mask has the size {given}, its image {list(size)}")
+    if not isinstance(given, list) or given != list(size):
+        said = one_line(str(given), 60)
+        raise UsageError(f"{where}: its mask has the size {said}, its image {list(size)}")
     text = counts.decode("ascii", "replace") if isinstance(counts, bytes) else counts
     if isinstance(text, str):
         runs = run_lengths(text) if text.isascii() else [-1]

@@ -26,7 +26,9 @@ def open_coco(file: str, content: dict[str, Any]) -> Truth:
     objects: list[list[dict[str, Any]]] = [[] for _ in images]
     for each in _entries(content, "annotations", file):
         where = f"{file}: annotation {one_line(str(each.get('id')), 40)}"
-        if each.get("image_id") not in place or each.get("category_id") not in names:
+        ids = (each.get("image_id"), each.get("category_id"))
+        plain = all(isinstance(i, (int, str)) for i in ids)
+        if not plain or ids[0] not in place or ids[1] not in names:
             raise UsageError(f"{where}: its image_id or category_id is not in the file")
         objects[place[each["image_id"]]].append(each)
 

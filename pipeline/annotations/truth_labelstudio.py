@@ -104,12 +104,12 @@ def _is_lost(result: dict[str, Any]) -> bool:
 
 
 def _read_image(results: list[dict[str, Any]], where: str) -> TruthImage:
-    sizes = {(r.get("original_height"), r.get("original_width")) for r in results}
-    if len(sizes) > 1:
-        raise UsageError(f"{where}: results of several sizes")
+    sizes = [(r.get("original_height"), r.get("original_width")) for r in results]
     if not sizes:  # nothing is there, and nobody says how large the image is
         return TruthImage(size=(0, 0), instances=())
-    size = check_size(*sizes.pop(), where)
+    size = check_size(*sizes[0], where)
+    if any(each != size for each in sizes):
+        raise UsageError(f"{where}: results of several sizes")
     if any(r.get("image_rotation") for r in results):
         raise UsageError(f"{where}: was turned in Label Studio; turn it back there")
     found = []
