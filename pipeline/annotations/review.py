@@ -1,7 +1,7 @@
 """Labels and the kept maps that they were cut from -> the images that are worth a person's time.
 
 Two passes: criteria of every image into a file beside, then the same rows with their ranks. Of each
-image 40 bytes are held meanwhile, and 16 of each row in a group of near-duplicates.
+image 60 bytes are held meanwhile, and 16 of each row in a group of near-duplicates.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def rank(criteria: np.ndarray) -> np.ndarray:
 def choose(ranks: np.ndarray, groups: np.ndarray, top: int) -> np.ndarray:
     """(N,) bool: the images of the lowest ranks, one of each group (-1: in none)."""
     chosen, seen, count = np.zeros(len(ranks), np.bool_), set(), 0
-    for i in np.argsort(ranks, kind="stable").tolist():
+    for i in np.argsort(ranks, kind="stable"):
         group = int(groups[i])
         if count == top:
             break
