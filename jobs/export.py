@@ -14,12 +14,9 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.progress import Progress
 
-from pipeline import storage
-from pipeline.annotations.export import Account, export_labels
-from pipeline.annotations.labelled import read_classes
+from pipeline.annotations.export import describe_export, export_labels
 from pipeline.config.command import run_command
 from pipeline.config.export import ExportConfig
-from pipeline.errors import one_line
 
 
 def export(config: ExportConfig) -> None:
@@ -31,27 +28,7 @@ def export(config: ExportConfig) -> None:
         account = export_labels(
             config, lambda total: progress.update(bar, advance=1, total=total or None)
         )
-    print(summary(config, account))
-
-
-def summary(config: ExportConfig, account: Account) -> str:
-    """Lines for the user of an export: counts, losses, and how to open it."""
-    lines = [
-        f"{account.images:,} images ({account.empty:,} without annotations), "
-        f"{account.annotations:,} annotations -> {storage.check_uri(config.dest)}"
-    ]
-    if len(account.of_split) > 1:
-        splits = ", ".join(f"{name} {count:,}" for name, count in account.of_split.items())
-        lines.append(f"images of each split: {splits}")
-    names = [c.name for c in read_classes(storage.check_uri(config.labels))]
-    if without := [n for n, count in zip(names, account.of_class, strict=True) if not count]:
-        lines.append(f"warning: no annotations of {', '.join(without)}")
-    if account.turned and config.images == "copy":
-        lines.append(
-            f"warning: {account.turned:,} images are turned by their EXIF orientation, and their "
-            "masks are upright: for readers that do not turn them, Pillow's, --images upright"
-        )
-    return "\n  ".join(one_line(line, 1000) for line in [*lines, *account.lines])
+    print(describe_export(config, account))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

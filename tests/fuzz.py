@@ -27,11 +27,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 from safetensors.torch import save
 
-from pipeline.errors import REASONS, CheckpointError, RowError
+from pipeline.annotations.labelstudio import brush_rle
+from pipeline.annotations.truth_coco import open_coco
+from pipeline.annotations.truth_cvat import open_cvat
+from pipeline.annotations.truth_labelstudio import open_labelstudio
+from pipeline.errors import REASONS, CheckpointError, RowError, UsageError
 from pipeline.model.clipseg import CLIPSeg
 from pipeline.model.config import CLIPSegConfig
 from pipeline.prepare.processor import ImageProcessor
@@ -85,7 +90,38 @@ def fuzz_config(data: bytes) -> None:
         path.write_bytes(files[name])
 
 
-TARGETS: dict[str, Callable[[bytes], None]] = {"tar": fuzz_tar, "config": fuzz_config}
+def fuzz_truth(data: bytes) -> None:
+    """Any bytes as ground truth: its images, or a UsageError of one line.
+
+    The first byte says which: tasks of Label Studio, COCO instances, or CVAT's XML.
+    """
+    kind, content = (data[0] % 3, data[1:]) if data else (0, b"")
+    said = ""
+    try:
+        if kind == 2:
+            truth = open_cvat("truth.xml", content)
+        else:
+            try:
+                value = json.loads(content)
+            except (ValueError, RecursionError):
+                return  # told by open_truth
+            if not isinstance(value, (list, dict)[kind]):
+                return
+            truth = open_coco("t", value) if kind else open_labelstudio("t", value)
+        for index in range(len(truth.images)):
+            image = truth.read(index)
+            for each in image.instances:
+                assert tuple(each.rle["size"]) == image.size
+    except UsageError as error:
+        said = str(error)
+    assert "\n" not in said
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    "tar": fuzz_tar,
+    "config": fuzz_config,
+    "truth": fuzz_truth,
+}
 
 
 # ----------------------------------------------------------------------------- good inputs
@@ -135,6 +171,8 @@ def seeds(target: str) -> list[bytes]:
     if target == "config":
         contents = _checkpoint()[1].values()
         return [bytes([number]) + content for number, content in enumerate(contents)]
+    if target == "truth":
+        return _truths()
     members: list[Any] = [
         ("a.jpg", b"one"),
         ("a.json", b'{"caption": "two"}'),
@@ -158,6 +196,42 @@ def seeds(target: str) -> list[bytes]:
     return [*tars, *packed, pa.compress(tars[1], "zstd", asbytes=True), *odd]
 
 
+def _truths() -> list[bytes]:
+    """A file of each kind, with every shape that is read."""
+    mask = np.zeros((6, 8), np.uint8)
+    mask[1:4, 2:7] = 1
+    shapes: list[tuple[str, dict[str, Any]]] = [
+        ("brushlabels", {"rle": brush_rle(mask)}),
+        ("polygonlabels", {"points": [[10, 10], [90, 10], [50, 90.5]]}),
+        ("rectanglelabels", {"x": 1, "y": 2, "width": 50, "height": 30.5, "rotation": 20}),
+        ("ellipselabels", {"x": 50, "y": 50, "radiusX": 20, "radiusY": 10, "rotation": 0}),
+        ("choices", {"choices": ["good"]}),
+    ]
+    results = [
+        {"type": kind, "value": value | {kind: ["a"]}, "original_height": 6, "original_width": 8}
+        for kind, value in shapes
+    ]
+    tasks = [{"data": {"image": "/data/?d=a.jpg", "row": 3}, "annotations": [{"result": results}]}]
+    rle = {"size": [6, 8], "counts": [10, 5, 33]}
+    objects = [
+        {"id": i, "image_id": 1, "category_id": 2, "segmentation": each}
+        for i, each in enumerate([rle, [[1, 1, 5, 1, 3, 4.5]]])
+    ]
+    instances = {
+        "images": [{"id": 1, "file_name": "a.jpg", "height": 6, "width": 8}],
+        "categories": [{"id": 2, "name": "a"}],
+        "annotations": objects,
+    }
+    xml = """<?xml version="1.0" encoding="utf-8"?><annotations><meta><task><labels><label>
+<name>a</name></label></labels></task></meta><image id="0" name="a.jpg" width="8" height="6">
+<mask label="a" left="2" top="1" width="3" height="2" rle="0, 4, 2"/><tag label="a"/>
+<polygon label="a" points="1.5,2;7,3;4,5"><attribute name="x">1</attribute></polygon>
+<box label="a" xtl="1" ytl="2" xbr="5.5" ybr="4" rotation="12"/>
+<ellipse label="a" cx="4" cy="3" rx="2" ry="1" rotation="30"/></image></annotations>"""
+    files = (json.dumps(tasks), json.dumps(instances), xml)
+    return [bytes([kind]) + file.encode() for kind, file in enumerate(files)]
+
+
 # fmt: off
 TOKENS = {
     "tar": [
@@ -168,6 +242,11 @@ TOKENS = {
     "config": [
         b"null", b"-1", b"1e999", b"NaN", b"1000000000000", b"[]", b"{}", b'""', b"true", b"0.5",
         b"[[[[", b'"F16"', b"hidden_size", b'"\\ud800"', b"\xff", b"0", b"[1,2]",
+    ],
+    "truth": [
+        b"null", b"-1", b"1e999", b"NaN", b"1000000", b"[]", b"{}", b'""', b"0.5", b"[[[[", b"0",
+        b"<image>", b"</image>", b"<!-- -->", b"&#0;", b"&lt;", b'"', b"/>", b"<!DOCTYPE a [",
+        b"9" * 9,
     ],
 }
 # fmt: on

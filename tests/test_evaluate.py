@@ -37,7 +37,7 @@ from pipeline.annotations.labelstudio import brush_rle
 from pipeline.annotations.predicted import open_predictions
 from pipeline.annotations.truth import Matcher, Truth, TruthImage, TruthName
 from pipeline.annotations.truth_files import open_truth
-from pipeline.annotations.truth_json import decode_brush
+from pipeline.annotations.truth_labelstudio import decode_brush
 from pipeline.config.ontology import parse_ontology
 from pipeline.config.yaml_file import open_yaml
 from pipeline.demo.make_shards import PARQUET_NAME
@@ -175,9 +175,12 @@ def test_brush_masks_are_read_as_they_are_written() -> None:
         ({"segmentation": {"size": [48, 64], "counts": [4000, -928]}}, "counts that are no RLE"),
         ({"segmentation": {"size": [48, 64], "counts": None}}, "counts that are no RLE"),
         ({"segmentation": {"size": [48, 65], "counts": [3120]}}, "has the size"),
+        ({"segmentation": {"size": 48, "counts": "P"}}, "has the size"),
+        ({"segmentation": {"size": ["a", 64], "counts": "P"}}, "has the size"),
         ({"segmentation": [[1, 2, 3]]}, "a polygon needs 3 or more points"),
         ({"segmentation": [[1, 2, 3, float("nan"), 5, 6]]}, "a polygon needs 3 or more points"),
         ({"segmentation": []}, "has no segmentation"),
+        ({"image_id": [1]}, "its image_id or category_id is not in the file"),
         ({"image_id": 99}, "its image_id or category_id is not in the file"),
     ],
 )

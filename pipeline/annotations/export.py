@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -32,7 +35,7 @@ from pipeline.annotations.splits import GROUP_COLUMNS, Splits, name_image
 from pipeline.annotations.voc import WriteVoc
 from pipeline.annotations.yolo import WriteYolo
 from pipeline.config.export import ExportConfig
-from pipeline.errors import JobError, UsageError
+from pipeline.errors import JobError, UsageError, one_line
 from pipeline.run.manifest import name_run
 from pipeline.storage.uri import split_list
 
@@ -60,6 +63,8 @@ IMAGES = pa.schema(
     ]
 )
 _ROW_BYTES = 500  # about, of IMAGES
+Only = Mapping[str, Mapping[int, Mapping[str, Any]]]
+"""Images to export, by part and row number, and facts that go with each."""
 
 
 @dataclass(kw_only=True)
@@ -90,18 +95,21 @@ class Account:
 
 
 def export_labels(
-    config: ExportConfig, on_image: Callable[[int], None] = lambda total: None
+    config: ExportConfig,
+    on_image: Callable[[int], None] = lambda total: None,
+    only: Only | None = None,
 ) -> Account:
     """Write the export of a config; `on_image` is called for each image with their number, or 0.
 
-    One that is finished is left as it is. Raises UsageError, JobError, StorageError.
+    `only`: these images alone. An export that is finished is left as it is. Raises UsageError,
+    JobError, StorageError.
     """
     labels, dest = storage.check_uri(config.labels), storage.check_uri(config.dest)
     record, parts = open_labels(labels)
     classes, shares = read_classes(labels), config.shares()
     if f"{dest}/".startswith(f"{labels}/"):
         raise UsageError(f"{dest}: lies inside LABELS; choose another folder")
-    asked = _asked(config, labels, record)
+    asked = _asked(config, labels, record, only)
     if counts := read_finished(dest, asked):
         account = Account(**counts)
         account.lines.append("nothing was left to do")
@@ -113,14 +121,18 @@ def export_labels(
         raise UsageError(f"{dest}: lies inside the images' folder, which would hold them twice")
     account = Account(of_class=[0] * len(classes), of_split=dict.fromkeys(shares, 0))
     total = int(record.get("counts", {}).get("rows_ok", 0))
+    if only is not None:
+        parts, total = [part for part in parts if part in only], sum(map(len, only.values()))
     with Destination(dest, asked) as files:
         writer = _open_writer(config, files, classes, list(shares))
         index = RowFiles(files, "_images", IMAGES)
         for part in parts:
-            found = read_labels(labels, part, len(classes))
-            for image, data in _with_data(found, labels, part, pictures):
+            rows = only[part] if only is not None else None
+            found = read_labels(labels, part, len(classes), rows)
+            wanted = partial(read_rows_of, labels, part) if rows is None else partial(sorted, rows)
+            for image, data in _with_data(found, wanted, pictures):
                 item = _item(image, data, account.images + 1, splits, config.images)
-                writer.add(item)
+                writer.add(replace(item, facts=rows[image.row]) if rows is not None else item)
                 account.count(image, item.split)
                 index.add(_index_row(item), _ROW_BYTES)
                 on_image(total)
@@ -130,13 +142,19 @@ def export_labels(
     return account
 
 
-def _asked(config: ExportConfig, labels: str, record: dict[str, Any]) -> dict[str, Any]:
+def _asked(
+    config: ExportConfig, labels: str, record: dict[str, Any], only: Only | None
+) -> dict[str, Any]:
     """Everything that decides the files of an export."""
     options = {name: getattr(config, name) for name in ("format", "images", "split", "counts")}
     group = config.group
     if group and group not in GROUP_COLUMNS:
         group = storage.check_uri(group)
-    return {"labels": labels, "run": name_run(record), "group": group, **options}
+    asked = {"labels": labels, "run": name_run(record), "group": group, **options}
+    if only is not None:
+        facts = json.dumps([[part, sorted(rows.items())] for part, rows in sorted(only.items())])
+        asked["only"] = hashlib.sha256(facts.encode()).hexdigest()
+    return asked
 
 
 def _open_writer(
@@ -150,16 +168,19 @@ def _open_writer(
 
 
 def _with_data(
-    images: Iterable[LabelledImage], labels: str, part: str, pictures: Pictures | None
+    images: Iterable[LabelledImage], rows: Callable[[], list[int]], pictures: Pictures | None
 ) -> Iterator[tuple[LabelledImage, bytes | None]]:
-    """Each image with its file, read from its shard side by side. Raises JobError."""
+    """Each image with its file, read from its shard side by side; `rows`: of the images.
+
+    Raises JobError.
+    """
     if pictures is None:
         yield from ((image, None) for image in images)
         return
     samples = None
     for image in images:
         if samples is None:
-            samples = pictures.read(image.shard, read_rows_of(labels, part))
+            samples = pictures.read(image.shard, rows())
         row, sample = next(samples, (-1, None))
         if sample is None or row != image.row:
             raise JobError(
@@ -192,3 +213,23 @@ def _index_row(item: Item) -> dict[str, Any]:
         **{name: getattr(image, name) for name in columns},
         "annotations": len(image.instances),
     }
+
+
+def describe_export(config: ExportConfig, account: Account) -> str:
+    """Lines for the user of an export: counts, losses, and how to open it."""
+    lines = [
+        f"{account.images:,} images ({account.empty:,} without annotations), "
+        f"{account.annotations:,} annotations -> {storage.check_uri(config.dest)}"
+    ]
+    if len(account.of_split) > 1:
+        splits = ", ".join(f"{name} {count:,}" for name, count in account.of_split.items())
+        lines.append(f"images of each split: {splits}")
+    names = [c.name for c in read_classes(storage.check_uri(config.labels))]
+    if without := [n for n, count in zip(names, account.of_class, strict=True) if not count]:
+        lines.append(f"warning: no annotations of {', '.join(without)}")
+    if account.turned and config.images == "copy":
+        lines.append(
+            f"warning: {account.turned:,} images are turned by their EXIF orientation, and their "
+            "masks are upright: for readers that do not turn them, Pillow's, --images upright"
+        )
+    return "\n  ".join(one_line(line, 1000) for line in [*lines, *account.lines])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from pipeline.annotations.labelled import LabelledImage
 
@@ -22,6 +23,8 @@ class Item:
     """The image's file name, also where it is not written."""
     data: bytes | None
     """The image's file; None with --images none."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """Of the image, for formats with a place for them."""
 
 
 class Writer(Protocol):

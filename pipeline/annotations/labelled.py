@@ -7,7 +7,7 @@ Shapes: H and W of the upright image.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,8 +122,10 @@ def read_rows_of(labels: str, part: str) -> list[int]:
     return rows
 
 
-def read_labels(labels: str, part: str, classes: int) -> Iterator[LabelledImage]:
-    """The images of one part in the order of their rows, each with its annotations.
+def read_labels(
+    labels: str, part: str, classes: int, rows: Container[int] | None = None
+) -> Iterator[LabelledImage]:
+    """The images of one part, or those of some rows, in order, each with its annotations.
 
     Raises JobError where rows are out of order, an annotation has no image, its mask another size
     than the image, or its class is none of so many.
@@ -140,6 +142,8 @@ def read_labels(labels: str, part: str, classes: int) -> Iterator[LabelledImage]
         while ahead is not None and ahead["row"] == image["row"]:
             instances.append(_instance(ahead, image, classes, uri))
             ahead = next(annotations, None)
+        if rows is not None and image["row"] not in rows:
+            continue
         yield LabelledImage(**image, instances=tuple(instances))
     if ahead is not None:
         raise JobError(f"{uri}: has no row {ahead['row']} in its place, of which are annotations")

@@ -91,6 +91,7 @@ class WriteLabelStudio:
             "shard": image.shard,
             "row": image.row,
             "key": image.key,
+            **item.facts,
         }
         results = [_result(i, instance) for i, instance in enumerate(image.instances)]
         scores = [instance.score for instance in image.instances]

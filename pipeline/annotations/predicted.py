@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
+from pycocotools import mask as coco
 
 from pipeline import storage
 from pipeline.annotations.cut import Asked, ask, logit, presence_of, to_logits
 from pipeline.annotations.kept_maps import KeptMaps, open_kept_maps, read_kept_maps
 from pipeline.annotations.label import refuse_missing_prompts
 from pipeline.annotations.labelled import LabelledImage, open_labels, read_classes, read_labels
+from pipeline.annotations.splits import name_image, name_row
 from pipeline.annotations.truth import decode
 from pipeline.config.ontology import Ontology, OntologyClass
 from pipeline.errors import UsageError
@@ -44,7 +46,7 @@ class Predicted:
     shard: str
     row: int
     names: tuple[str, ...]
-    """Key, member."""
+    """Key, member, and the name of its files in an export."""
     size: tuple[int, int]
     """(height, width) in pixels."""
     find: Callable[[int, tuple[int, int]], Found]
@@ -124,10 +126,11 @@ def _predicted_of_maps(record: dict[str, Any], wanted: list[int], asked: list[As
     height, width = record["map_height"].as_py(), record["map_width"].as_py()
     flat = np.frombuffer(record["maps"].as_buffer(), np.uint8)
     maps = dict(zip(wanted, flat.reshape(-1, height, width), strict=True))
+    shard, row, key = (record[name].as_py() for name in ("shard", "row", "key"))
     return Predicted(
-        shard=record["shard"].as_py(),
-        row=record["row"].as_py(),
-        names=(record["key"].as_py(), record["member"].as_py()),
+        shard=shard,
+        row=row,
+        names=(key, record["member"].as_py(), name_row(shard, row, key)),
         size=(record["height"].as_py(), record["width"].as_py()),
         find=lambda class_id, size: find_class(maps, asked[class_id], size),
     )
@@ -185,18 +188,16 @@ def _open_labels(labels: str) -> Predictions:
 
 def _predicted_of_labels(image: LabelledImage) -> Predicted:
     def find(class_id: int, size: tuple[int, int]) -> Found:
-        inside = np.zeros(size[::-1], np.bool_)
-        presence = 0.0
-        for each in image.instances:
-            if each.class_id == class_id:
-                inside |= decode(each.rle)
-                presence = max(presence, each.presence)
-        return Found(inside=inside, presence=presence)
+        found = [each for each in image.instances if each.class_id == class_id]
+        if not found:
+            return Found(inside=np.zeros(size[::-1], np.bool_), presence=0.0)
+        inside = decode(coco.merge([each.rle for each in found]))
+        return Found(inside=inside, presence=max(each.presence for each in found))
 
     return Predicted(
         shard=image.shard,
         row=image.row,
-        names=(image.key, image.member),
+        names=(image.key, image.member, name_image(image)),
         size=(image.height, image.width),
         find=find,
         instances=tuple(

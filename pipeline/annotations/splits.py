@@ -23,13 +23,18 @@ _READABLE = 60  # characters of the key that a file name keeps
 
 
 def name_image(image: LabelledImage) -> str:
-    """A file name without ending, unique in an export.
+    """A file name without ending, unique in an export: see name_row."""
+    return name_row(image.shard, image.row, image.key)
+
+
+def name_row(shard: str, row: int, key: str) -> str:
+    """The name of a row's files in an export, without ending.
 
     ASCII letters, digits, hyphens: the end of the key, to be read by people, and a hash of shard,
     row and key, by which no two are equal, also where case does not count.
     """
-    readable = re.sub(r"[^A-Za-z0-9]+", "-", image.key).strip("-")[-_READABLE:].strip("-")
-    who = f"{image.shard}\0{image.row}\0{image.key}"
+    readable = re.sub(r"[^A-Za-z0-9]+", "-", key).strip("-")[-_READABLE:].strip("-")
+    who = f"{shard}\0{row}\0{key}"
     return f"{readable or 'image'}-{_hash(who).hexdigest()[:20]}"
 
 
@@ -42,7 +47,7 @@ class Splits:
         self.names = list(shares)
         self._ends = np.cumsum(list(shares.values()))
         self._column = group if group in GROUP_COLUMNS else None
-        self._groups = _read_groups(group) if group and not self._column else None
+        self._groups = read_groups(group, "--group") if group and not self._column else None
 
     def find(self, image: LabelledImage) -> str:
         """The split of an image."""
@@ -60,15 +65,16 @@ class Groups:
     """The groups in a Parquet file with the columns shard, row and group, as `clipseg-ray
     duplicates --output` writes it. Holds 16 bytes a row."""
 
-    def __init__(self, uri: str):
+    def __init__(self, uri: str, option: str):
+        """`option`: by which the file was named. Raises UsageError for what is no such file."""
         rows: dict[str, list[np.ndarray]] = defaultdict(list)
         groups: dict[str, list[np.ndarray]] = defaultdict(list)
         with open_part(uri) as parquet:
             names = parquet.schema_arrow.names
             if missing := [n for n in ("shard", "row", "group") if n not in names]:
-                columns = ", ".join(GROUP_COLUMNS)
+                columns = f"one of {', '.join(GROUP_COLUMNS)}, or " * (option == "--group")
                 raise UsageError(
-                    f"--group {uri}: no column {missing[0]!r} in it; give one of {columns}, or "
+                    f"{option} {uri}: no column {missing[0]!r} in it; give {columns}"
                     "the --output of clipseg-ray duplicates"
                 )
             for batch in parquet.iter_batches(columns=["shard", "row", "group"], use_threads=False):
@@ -76,8 +82,8 @@ class Groups:
                 of_shard = np.asarray(shards.indices)
                 for i, shard in enumerate(shards.dictionary.to_pylist()):
                     found = of_shard == i
-                    rows[shard].append(_integers(batch["row"], uri)[found])
-                    groups[shard].append(_integers(batch["group"], uri)[found])
+                    rows[shard].append(_integers(batch["row"], f"{option} {uri}")[found])
+                    groups[shard].append(_integers(batch["group"], f"{option} {uri}")[found])
         self._of_shard = {}
         for shard, some in rows.items():
             order = np.argsort(numbers := np.concatenate(some))
@@ -92,17 +98,18 @@ class Groups:
         return int(groups[i]) if i < len(rows) and rows[i] == row else None
 
 
-def _read_groups(file: str) -> Groups:
+def read_groups(file: str, option: str) -> Groups:
+    """The groups in a file; raises UsageError, naming the option, for one that has none."""
     try:
-        return Groups(storage.check_uri(file))
+        return Groups(storage.check_uri(file), option)
     except NotFoundError as error:
-        columns = ", ".join(GROUP_COLUMNS)
-        raise UsageError(f"--group {file}: no such file, and none of {columns}") from error
+        columns = f", and none of {', '.join(GROUP_COLUMNS)}" * (option == "--group")
+        raise UsageError(f"{option} {file}: no such file{columns}") from error
 
 
-def _integers(column: pa.Array, uri: str) -> np.ndarray:
+def _integers(column: pa.Array, where: str) -> np.ndarray:
     if not pa.types.is_integer(column.type) or column.null_count:
-        raise UsageError(f"--group {uri}: rows and groups are whole numbers")
+        raise UsageError(f"{where}: rows and groups are whole numbers")
     return np.asarray(column, np.int64)
 
 

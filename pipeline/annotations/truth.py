@@ -7,7 +7,7 @@ path, then without its ending, then without its folders. A name that two images 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +85,11 @@ def encode(mask: np.ndarray) -> dict[str, Any]:
     return coco.encode(mask.view(np.uint8).T)
 
 
+def not_empty(instances: Iterable[TruthInstance]) -> tuple[TruthInstance, ...]:
+    """Those with a pixel: an empty mask says that nothing is there."""
+    return tuple(each for each in instances if coco.area(each.rle))
+
+
 def check_size(height: Any, width: Any, where: str) -> tuple[int, int]:
     """(height, width); raises UsageError for what is no size of an image."""
     if type(height) is not int or type(width) is not int or min(height, width) < 1:
@@ -100,14 +105,16 @@ def check_rle(segmentation: Any, size: tuple[int, int], where: str) -> dict[str,
     pycocotools reads memory that is not its own where they do not.
     """
     counts, given = segmentation.get("counts"), segmentation.get("size")
-    if given is None or [int(n) for n in given] != list(size):
-        raise UsageError(f"{where}: its mask has the size {given}, its image {list(size)}")
+    if not isinstance(given, list) or given != list(size):
+        said = one_line(str(given), 60)
+        raise UsageError(f"{where}: its mask has the size {said}, its image {list(size)}")
     text = counts.decode("ascii", "replace") if isinstance(counts, bytes) else counts
-    runs = text
     if isinstance(text, str):
-        runs = run_lengths(text) if text.isascii() else None
-    whole = isinstance(runs, list) and all(type(n) is int and n >= 0 for n in runs)
-    if not whole or sum(runs) != size[0] * size[1]:
+        runs = run_lengths(text) if text.isascii() else [-1]
+    else:
+        whole = isinstance(text, list) and all(type(n) is int for n in text)
+        runs = text if whole else [-1]
+    if min(runs, default=0) < 0 or sum(runs) != size[0] * size[1]:
         raise UsageError(f"{where}: counts that are no RLE of {size[0]} x {size[1]} px")
     if isinstance(text, str):
         return {"size": list(size), "counts": text}
@@ -129,6 +136,23 @@ def check_polygons(polygons: Any, size: tuple[int, int], where: str) -> dict[str
     if not found:
         raise UsageError(f"{where}: no polygon in its segmentation")
     return coco.merge(coco.frPyObjects(found, height, width))
+
+
+def name_of(known: dict[str, Any], names: list[str], file: str) -> TruthName:
+    """The names of an image in a file; our own exports tell shard, row, key and member as well.
+
+    Raises UsageError, naming the file, for an image without any.
+    """
+    names += [str(known[n]) for n in ("member", "key") if known.get(n)]
+    names = [n for n in names if n and n != "None"]
+    if not names:
+        raise UsageError(f"{file}: an image without a name")
+    ours = type(known.get("row")) is int and isinstance(known.get("shard"), str)
+    return TruthName(
+        names=tuple(names),
+        shard=known["shard"] if ours else None,
+        row=known["row"] if ours else None,
+    )
 
 
 def _plain(name: str) -> str:

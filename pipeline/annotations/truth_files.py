@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from pycocotools import mask as coco
 
 from pipeline import storage
 from pipeline.annotations.truth import (
@@ -22,21 +21,24 @@ from pipeline.annotations.truth import (
     check_rle,
     check_size,
     encode,
+    not_empty,
 )
-from pipeline.annotations.truth_json import open_coco, open_labelstudio
+from pipeline.annotations.truth_coco import open_coco
+from pipeline.annotations.truth_cvat import open_cvat
+from pipeline.annotations.truth_labelstudio import open_labelstudio
 from pipeline.errors import StorageError, UsageError, one_line
 from pipeline.storage import FileInfo
 from pipeline.write.parts import open_part, read_part
 
-_LIMIT_JSON_BYTES = 2**31
+_LIMIT_WHOLE_BYTES = 2**31
 _LIMIT_PNG_BYTES = 2**28
 _LIMIT_LIST_BYTES = 2**23
 _NAMES = ("file_name", "member", "key")
 _CLASSES = ("class", "prompt", "label")
-_GROUPS_HELD = 2
+_HELD_BYTES = 2**28  # of row groups: all that an image needs, where each has another class
 _MODES = ("L", "P", "1", "I;16", "I")
 VOID = 255
-_KNOWN = "COCO .json, Label Studio .json, masks .parquet, or a folder of PNGs"
+_KNOWN = "COCO .json, Label Studio .json, CVAT .xml, masks .parquet, or a folder of PNGs"
 
 
 def open_truth(source: str) -> Truth:
@@ -45,6 +47,8 @@ def open_truth(source: str) -> Truth:
     try:
         if uri.lower().endswith(".json"):
             return _open_json(uri)
+        if uri.lower().endswith(".xml"):
+            return open_cvat(uri, _read_whole(uri))
         if uri.lower().endswith(".parquet"):
             return open_parquet(uri, [uri])
         files = storage.list_files(uri)
@@ -60,11 +64,8 @@ def open_truth(source: str) -> Truth:
 
 
 def _open_json(uri: str) -> Truth:
-    data = storage.read_bytes(uri, limit_bytes=_LIMIT_JSON_BYTES + 1)
-    if len(data) > _LIMIT_JSON_BYTES:
-        raise UsageError(f"{uri}: larger than 2 GiB; give the truth as Parquet")
     try:
-        content = json.loads(data)
+        content = json.loads(_read_whole(uri))
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{uri}: not valid JSON: {str(error)[:200]}") from error
     if isinstance(content, dict):
@@ -72,6 +73,13 @@ def _open_json(uri: str) -> Truth:
     if isinstance(content, list):
         return open_labelstudio(uri, content)
     raise UsageError(f"--ground-truth {uri}: none of {_KNOWN}")
+
+
+def _read_whole(uri: str) -> bytes:
+    data = storage.read_bytes(uri, limit_bytes=_LIMIT_WHOLE_BYTES + 1)
+    if len(data) > _LIMIT_WHOLE_BYTES:
+        raise UsageError(f"{uri}: larger than 2 GiB; give the truth as Parquet")
+    return data
 
 
 def open_parquet(source: str, parts: list[str]) -> Truth:
@@ -119,8 +127,7 @@ def open_parquet(source: str, parts: list[str]) -> Truth:
                 size = check_size(rle["size"][0], rle["size"][1], where) if size is None else size
                 checked = check_rle(rle, size, where)
                 found.append(TruthInstance(name=name, rle=checked))
-        there = tuple(each for each in found if _area(each.rle))
-        return TruthImage(size=size or (0, 0), instances=there)
+        return TruthImage(size=size or (0, 0), instances=not_empty(found))
 
     images = [_row_name(dict(key)) for key in index]
     return Truth(source=source, classes=sorted(classes), images=images, read=read, instances=True)
@@ -134,14 +141,17 @@ def _read_group(part: str, group: int) -> list[Any]:
 
 
 def _hold(read: Callable[[int], list[Any]]) -> Callable[[int], list[Any]]:
-    """The last few results of a function."""
+    """The last results of a function, columns of tables, that are of _HELD_BYTES together."""
     held: OrderedDict[int, list[Any]] = OrderedDict()
 
     def get(number: int) -> list[Any]:
         if number not in held:
-            while len(held) >= _GROUPS_HELD:
+            found = read(number)
+            sizes = [sum(column.nbytes for column in each) for each in (*held.values(), found)]
+            while held and sum(sizes) > _HELD_BYTES:
                 held.popitem(last=False)
-            held[number] = read(number)
+                del sizes[0]
+            held[number] = found
         held.move_to_end(number)
         return held[number]
 
@@ -157,10 +167,6 @@ def _row_name(known: dict[str, Any]) -> TruthName:
 
 def _names(image: TruthName) -> str:
     return one_line(image.names[0], 80)
-
-
-def _area(rle: dict[str, Any]) -> int:
-    return int(coco.area(rle))
 
 
 def open_pngs(folder: str, files: list[FileInfo]) -> Truth:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
@@ -63,6 +63,9 @@ class View:
     captions: Mapping[Place, str]
     colors: Mapping[str, str]
     """By prompt, of those with a colour of their own."""
+    title: str = "Masks by prompt"
+    notes: Mapping[Place, str] = field(default_factory=dict)
+    """A line below the heading of an image."""
 
 
 def view_run(config: ViewConfig) -> View:
@@ -104,7 +107,7 @@ def view_run(config: ViewConfig) -> View:
     places = {(image.shard, image.row): image for image in found}
 
     def draw(place: Place, image: Image.Image) -> list[bytes] | str:
-        return _draw(places[place], image, colors, named=config.prompt is not None)
+        return draw_pictures(places[place], image, colors, named=config.prompt is not None)
 
     source = find_images(output)
     pictures = read_wanted(source, set(places), draw, moved_to=config.input_moved_to)
@@ -140,8 +143,8 @@ def _shown(image: ChosenImage, *, named: bool) -> list[int]:
     return [i for i, mask in enumerate(image.masks) if named or mask.share > 0][:CELLS]
 
 
-def _draw(
-    chosen: ChosenImage, image: Image.Image, colors: Mapping[str, str], *, named: bool
+def draw_pictures(
+    chosen: ChosenImage, image: Image.Image, colors: Mapping[str, str], *, named: bool = False
 ) -> list[bytes] | str:
     """JPEG files of an image and its shown masks, or why it is not the image of the table."""
     if (image.height, image.width) != chosen.size:
@@ -167,7 +170,7 @@ def draw_page(view: View, *, named: bool = False) -> str:
         f"<dt>{k}</dt><dd>{escape_text(v, 2000)}</dd>\n" for k, v in view.facts.items()
     )
     sections = [_section(view, image, named=named) for image in view.images]
-    body = "\n".join([f"<h1>Masks by prompt</h1>\n<dl>\n{header}</dl>", *sections])
+    body = "\n".join([f"<h1>{escape_text(view.title)}</h1>\n<dl>\n{header}</dl>", *sections])
     return make_page(f"Masks: {view.facts.get('run', '')}", body)
 
 
@@ -184,6 +187,8 @@ def _section(view: View, image: ChosenImage, *, named: bool) -> str:
         inside = _picture(pictures, number, f"{mask.prompt} in {image.key}")
         cells.append(_cell(inside, mask.prompt, *said, color=color))
     lines = [f"{escape_text(image.shard)}, row {image.row}"]
+    if note := view.notes.get(place):
+        lines.insert(0, escape_text(note))
     if caption := view.captions.get(place):
         lines.append(f"<q>{escape_text(caption, CAPTION_CHARACTERS)}</q>")
     left = [mask for i, mask in enumerate(image.masks) if i not in shown]

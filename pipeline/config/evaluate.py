@@ -22,7 +22,8 @@ class EvaluateConfig:
     """The OUTPUT of `segment` with kept maps, or of `label`; local or s3://."""
 
     truth: GroundTruth
-    """COCO .json, Label Studio .json, masks .parquet, or a folder of PNGs; docs/evaluate.md."""
+    """COCO .json, Label Studio .json, CVAT .xml, masks .parquet, or a folder of PNGs;
+    docs/evaluate.md."""
 
     ontology: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """For a RUN: classes with their phrases, thresholds and gates; by default each prompt is a
@@ -53,7 +54,8 @@ class CalibrateConfig:
     """The OUTPUT of `segment` with kept maps; local or s3://."""
 
     truth: GroundTruth
-    """COCO .json, Label Studio .json, masks .parquet, or a folder of PNGs; docs/evaluate.md."""
+    """COCO .json, Label Studio .json, CVAT .xml, masks .parquet, or a folder of PNGs;
+    docs/evaluate.md."""
 
     ontology: Annotated[str, tyro.conf.arg(metavar="FILE")]
     """The classes, with the prompts of the run."""
