@@ -118,16 +118,29 @@ class PrepareImages:
         self.processor, self.max_pixels = processor, max_pixels
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        records = [self._prepare(record) for record in batch.to_pylist()]
-        return pa.Table.from_pylist(records, schema=schema.PIXELS)
+        # Written into their column at once: a list of bytes would be copied twice more, which is a
+        # tenth of the time of a photograph.
+        height, width = self.processor.image_size
+        column = np.empty((len(batch), height, width, 3), np.uint8)
+        records: list[dict[str, Any]] = []
+        ends = [0]
+        for record in batch.to_pylist():
+            records.append(self._prepare(record, column[ends[-1]]))
+            ends.append(ends[-1] + (records[-1]["height"] > 0))
+        table = pa.Table.from_pylist(records, schema=schema.PIXELS)
+        offsets = np.array(ends, np.int64) * (height * width * 3)
+        buffers = [None, pa.py_buffer(offsets), pa.py_buffer(column[: ends[-1]])]
+        pixels = pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(batch), buffers)
+        return table.set_column(table.schema.get_field_index("pixels"), "pixels", pixels)
 
-    def _prepare(self, record: dict[str, Any]) -> dict[str, Any]:
+    def _prepare(self, record: dict[str, Any], into: np.ndarray) -> dict[str, Any]:
+        """A record of schema.PIXELS, its pixels in `into` (H, W, 3) instead."""
         data, record = record["image"], _blank(record)
         if record["reason"] or record["row"] < 0:
             return record
         try:
             decoded = decode_image(data, max_pixels=self.max_pixels)
-            pixels = self.processor.resize(decoded.image)
+            into[:] = self.processor.resize(decoded.image)
         except RowError as error:
             failure = error
         except MemoryError:
@@ -136,7 +149,7 @@ class PrepareImages:
             facts = ("height", "width", "format", "mode", "orientation")
             record |= {name: getattr(decoded, name) for name in facts}
             size_bytes = len(data) if isinstance(data, bytes) else data.nbytes
-            return record | {"size_bytes": size_bytes, "pixels": pixels.tobytes()}
+            return record | {"size_bytes": size_bytes}
         return _failed(record, failure)
 
 
