@@ -121,7 +121,7 @@ def open_run(
     elif found is None:
         found = _start(output, record)
     prompts = _settle_prompts(output, found.get("fingerprint", {}), record["fingerprint"])
-    record["started_at"] = found["started_at"]
+    record |= {name: found[name] for name in ("started_at", "decode") if name in found}
     write_empty_parts(output, tables)
     retry = config.run.retry
     forget = read_failures(output).choose(every=retry == "all") if retry != "none" else set()
