@@ -19,6 +19,7 @@ COMMANDS = {
     "view": "run of segment -> a page with images and their masks, for a browser",
     "evaluate": "kept maps or labels, and ground truth -> IoU, AP, calibration, a page",
     "calibrate": "kept maps, ground truth, an ontology -> its thresholds and gates, chosen",
+    "plan": "a job's command -> its time, its limit and its price, from a few images",
     "status": "progress of a run: shards and rows done, failed and left",
     "verify": "parts of a run, compared with the hashes in their receipts",
     "retry-failed": "reprocess shards with retryable failures",

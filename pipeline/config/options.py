@@ -102,6 +102,9 @@ class RunOptions:
     only: tyro.conf.Suppress[tuple[str, ...]] = ()
     """Names of the shards to process; all when empty (verify --recompute)."""
 
+    sample_s: tyro.conf.Suppress[float] = 0.0
+    """Seconds for the first images of a few shards, instead of the whole input (plan)."""
+
     def __post_init__(self) -> None:
         if not 0 <= self.max_error_rate <= 1:
             raise UsageError(f"--max-error-rate {self.max_error_rate}: must be between 0 and 1")

@@ -43,7 +43,7 @@ def follow_run(
         run.notes.append("nothing was left to do")
         return close_run(run, time.monotonic() - started)
     with (
-        open_engine(options) as engine,
+        open_engine(options, sample_s=run.sample_s) as engine,
         _open_display(run, options) as progress,
     ):
         for of_pass in run.passes:
@@ -58,6 +58,8 @@ def follow_run(
             except PipelineError:
                 note_missing(run, lost | follower.lost)
                 raise
+        if engine.spent:
+            run.record.update(device=engine.device, stages=engine.spent)
     return close_run(run, time.monotonic() - started, lost)
 
 
