@@ -21,10 +21,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from pipeline.config import log
+from pipeline.config.classify import ClassifyConfig
 from pipeline.config.command import run_command
 from pipeline.config.options import WorkerOptions
 from pipeline.config.plan import JOBS, PlanConfig
 from pipeline.config.segment import SegmentConfig
+from pipeline.embeddings.source import open_embeddings
+from pipeline.errors import UsageError
 from pipeline.run.plan import Machine, Sample, describe_plan, read_sample
 
 
@@ -41,9 +44,18 @@ def plan(config: PlanConfig) -> None:
 def measure(config: PlanConfig) -> Sample:
     """The job's stages over a few images, in this process."""
     name = next(name for name, kind in JOBS.items() if isinstance(config.job, kind))
+    if isinstance(config.job, ClassifyConfig) and open_embeddings(config.job.input):
+        raise UsageError(
+            f"{config.job.input}: holds embeddings, and these are classified at once, without a "
+            "model on images; a plan is for images"
+        )
     asked = config.job.workers
-    device = "cpu" if asked.device == "cpu" else "auto"
-    workers = WorkerOptions(local=True, quiet=True, device=device, batch_size=asked.batch_size)
+    workers = WorkerOptions(
+        local=True,
+        quiet=True,
+        device="cpu" if asked.device == "cpu" else "auto",
+        batch_size=asked.batch_size,
+    )
     limits = replace(
         config.job.run, restart=False, max_error_rate=1.0, sample_s=config.plan.seconds
     )

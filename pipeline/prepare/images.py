@@ -30,6 +30,7 @@ from pipeline.prepare.convert import image_of_array, to_rgb
 from pipeline.prepare.identify import describe, identify
 from pipeline.prepare.png import pixel_chunks
 from pipeline.prepare.processor import ImageProcessor
+from pipeline.prepare.resize import Box
 
 MAX_ASPECT = 1000
 
@@ -71,6 +72,9 @@ class DecodedImage:
     """Pillow's mode before conversion: RGB, L, CMYK, I;16, ..."""
     orientation: int
     """The EXIF orientation that was applied, 1..8; 1 when there was none."""
+    box: Box | None = None
+    """Left, top, right and bottom of the file's pixels in an image that was decoded smaller: its
+    last row and column may stand for less than the others."""
 
 
 def decode_image(
@@ -151,7 +155,8 @@ class PrepareImages:
             return record
         try:
             decoded = decode_image(data, max_pixels=self.max_pixels, at_least=self.at_least)
-            into[:] = self.processor.fit(decoded.image, (decoded.height, decoded.width))
+            whole = (decoded.height, decoded.width)
+            into[:] = self.processor.fit(decoded.image, whole, decoded.box)
         except RowError as error:
             failure = error
         except MemoryError:
@@ -191,6 +196,7 @@ def _decode(
 ) -> DecodedImage:
     image = _open(data, max_pixels) if isinstance(data, bytes) else _take(data, max_pixels)
     form, mode, (width, height) = image.format or "", image.mode, image.size
+    box: Box | None = None
     if form == "TIFF":
         # Pillow applies a TIFF's orientation itself while loading, and forgets it.
         orientation = _orientation(image)
@@ -199,7 +205,7 @@ def _decode(
         width, height = image.size
     else:
         if at_least and isinstance(image, JpegImageFile):
-            _reduce(image, at_least)
+            box = _reduce(image, at_least)
         # In this order, as asking a PNG for its EXIF loads it.
         image.load()
         orientation = _orientation(image)
@@ -208,6 +214,8 @@ def _decode(
             image = image.transpose(_TRANSPOSE[orientation])
         if orientation in _SIDEWAYS:
             width, height = height, width
+        if box:
+            box = _turn(box, orientation, image.size)
     return DecodedImage(
         image=image,
         height=height,
@@ -215,13 +223,31 @@ def _decode(
         format=form,
         mode=mode,
         orientation=orientation,
+        box=box,
     )
 
 
-def _reduce(image: JpegImageFile, at_least: tuple[int, int]) -> None:
-    """Have a JPEG decoded to 1/2, 1/4 or 1/8, no smaller than (height, width) once upright."""
+def _reduce(image: JpegImageFile, at_least: tuple[int, int]) -> Box | None:
+    """Have a JPEG decoded to 1/2, 1/4 or 1/8, no smaller than (height, width) once upright.
+
+    Returns the box of its pixels; None where it stays as large as it is.
+    """
     height, width = at_least[::-1] if _orientation(image) in _SIDEWAYS else at_least
-    image.draft(None, (width, height))
+    before = image.size
+    drafted = image.draft(None, (width, height))
+    return drafted[1] if drafted and image.size != before else None
+
+
+def _turn(box: Box, orientation: int, size: tuple[int, int]) -> Box:
+    """The box after an orientation was applied that made the image one of (width, height)."""
+    left, top, right, bottom = box
+    if orientation in _SIDEWAYS:
+        left, top, right, bottom = top, left, bottom, right
+    if orientation in (2, 3, 6, 7):
+        left, right = size[0] - right, size[0] - left
+    if orientation in (3, 4, 7, 8):
+        top, bottom = size[1] - bottom, size[1] - top
+    return left, top, right, bottom
 
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:

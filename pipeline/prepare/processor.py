@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.errors import CheckpointError
-from pipeline.prepare.resize import crop_center, resize_and_crop
+from pipeline.prepare.resize import Box, crop_center, resize_and_crop
 from pipeline.storage.documents import read_json
 
 if TYPE_CHECKING:  # 2 s and 200 MB in every process, and those that only resize need none of it
@@ -148,8 +148,14 @@ class ImageProcessor:
         """
         return np.array(self.fit(image))
 
-    def fit(self, image: Image.Image, whole: tuple[int, int] | None = None) -> Image.Image:
-        """As resize, still an image; `whole`: (height, width) before it was decoded smaller."""
+    def fit(
+        self,
+        image: Image.Image,
+        whole: tuple[int, int] | None = None,
+        box: Box | None = None,
+    ) -> Image.Image:
+        """As resize, still an image; `whole` and `box` of one that was decoded smaller: its own
+        (height, width), and where its pixels are in the image."""
         if image.mode != "RGB":
             if not self.do_convert_rgb:
                 raise ValueError(f"expected an RGB image, found mode {image.mode}")
@@ -157,7 +163,7 @@ class ImageProcessor:
         if self.do_resize:
             size = self._resized_size(*(whole or (image.height, image.width)))
             crop = self.crop_size if self.do_center_crop else size
-            image = resize_and_crop(image, size, crop, self.resample)
+            image = resize_and_crop(image, size, crop, self.resample, box)
         elif self.do_center_crop:
             image = crop_center(image, self.crop_size)
         return image

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -34,10 +35,9 @@ def measure_decode(run: Run, options: ImageOptions, processor: ImageProcessor) -
     todo = run.first.todo
     some = [todo[i * len(todo) // SHARDS] for i in range(SHARDS)] if len(todo) > SHARDS else todo
     found: list[tuple[bool, float, int]] = []
-    try:
-        found.extend(run_apart(compare_decoders, some, processor, options.max_pixels))
-    except ProcessDiedError:
-        pass  # over an image that the job will meet, and name
+    with contextlib.suppress(ProcessDiedError):  # over an image that the job will meet, and name
+        for each in run_apart(compare_decoders, some, processor, options.max_pixels):
+            found.append(each)
     reduced = [(mean, most) for smaller, mean, most in found if smaller]
     facts: dict[str, Any] = {"images": len(found), "reduced": len(reduced)}
     if reduced:
@@ -72,10 +72,10 @@ def compare_decoders(
 
 def _compare(data: Any, processor: ImageProcessor, max_pixels: int) -> tuple[bool, float, int]:
     fast = decode_image(data, max_pixels=max_pixels, at_least=processor.least_size)
-    if (fast.image.height, fast.image.width) == (fast.height, fast.width):
+    if not fast.box:
         return False, 0.0, 0
     exact = processor.fit(decode_image(data, max_pixels=max_pixels).image)
-    found = processor.fit(fast.image, (fast.height, fast.width))
+    found = processor.fit(fast.image, (fast.height, fast.width), fast.box)
     difference = np.abs(np.asarray(exact, np.int16) - np.asarray(found, np.int16))
     return True, float(difference.mean()), int(difference.max())
 

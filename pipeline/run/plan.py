@@ -21,9 +21,11 @@ from pipeline.config.plan import PlanOptions
 from pipeline.errors import JobError
 from pipeline.model.config import VisionConfig
 from pipeline.read.records import BATCH_ROWS
+from pipeline.run.failures import sample_failures
 from pipeline.run.manifest import read_run
 from pipeline.run.progress import duration
 from pipeline.run.resources import divide
+from pipeline.run.sample import SHARDS
 from pipeline.write.layout import EMPTY_PART
 from pipeline.write.parts import read_part
 
@@ -120,7 +122,7 @@ def read_sample(output: str) -> Sample:
     counts, whole = record["counts"], record["input"]["whole"]
     images, good = counts["rows_in"], counts["rows_ok"]
     if not good:
-        raise JobError(f"none of the first {images:,} images came out well; look at them with the job")
+        raise JobError(f"none of the first {images:,} images came out well: {_reasons(output)}")
     stages: dict[str, dict[str, float]] = record["stages"]
     read_whole = stages.pop("whole")
     (model,) = [stages[name] for name in stages if name not in STAGES]
@@ -151,8 +153,15 @@ def read_sample(output: str) -> Sample:
     )
 
 
+def _reasons(output: str) -> str:
+    reasons = sample_failures(output, names=0, shards=SHARDS).reasons.most_common()
+    return ", ".join(f"{count:,} {reason}" for reason, count in reasons) or "there are none"
+
+
 def _mean_image_bytes(output: Path) -> float:
-    tables = [read_part(str(path), ["size_bytes"]) for path in (output / "images").glob("*.parquet")]
+    tables = [
+        read_part(str(path), ["size_bytes"]) for path in (output / "images").glob("*.parquet")
+    ]
     sums = [(pc.sum(table["size_bytes"]).as_py() or 0, len(table)) for table in tables]
     return sum(size for size, _ in sums) / max(sum(count for _, count in sums), 1)
 
@@ -259,7 +268,8 @@ def describe_plan(
     each = f"{_size(sample.output / max(sample.total, 1))} an image"
     yield f"output: {_size(sample.output)}, {each}"
     if asked.price_per_hour is not None:
-        yield f"price: {seconds / 3600 * asked.price_per_hour:,.2f} at {asked.price_per_hour:g} an hour"
+        price = seconds / 3600 * asked.price_per_hour
+        yield f"price: {price:,.2f} at {asked.price_per_hour:g} an hour"
     if not options.local:
         yield from _describe_balance(sample, asked.gpu_tflops)
         yield f"settings: {_settings(machine, options)}"

@@ -33,7 +33,7 @@ def share_cluster(options: WorkerOptions, *, spare: float = 0.0) -> dict[str, An
 def divide(
     options: WorkerOptions, device: str, *, cpus: float, gpus: int, spare: float = 0.0
 ) -> dict[str, Any]:
-    """Divide so many CPUs and GPUs, as share_cluster and as a plan: `actors` of `actor` counts them.
+    """Divide so many CPUs and GPUs; `actors` of `actor` is the number of workers with the model.
 
     Read, decode and write tasks take `task` CPUs each, so that one of every kind fits beside the
     actors even on one CPU; without that a streaming job waits for itself for ever.
