@@ -1,6 +1,6 @@
 """`clipseg-ray plan` against the runs that it foretells, on copies of the bundled shards.
 
-    python -m benchmarks.plan [--copies 30] [--rounds 3] [--jobs segment embed]
+    python -m benchmarks.plan [--copies 30] [--rounds 3] [--jobs segment embed] [--engines Ray]
 
 Each round runs the plan, the job on Ray, and the same with --local, on one copy (all start-up) and
 on many; the differences leave start-up out. The rate foretold is that of a machine that does
@@ -25,9 +25,11 @@ from pathlib import Path
 
 from benchmarks.watch import descendants
 from pipeline.demo import MODEL, SHARDS
+from pipeline.read.records import BATCH_ROWS
+from pipeline.run.plan import RAY_BLOCK_S
 
 IMAGES = 72  # of a copy
-CPUS = len(os.sched_getaffinity(0))
+ENGINES: dict[str, list[str]] = {"Ray": [], "local": ["--local"]}
 JOBS = {
     "segment": ["--prompt", "star", "--prompt", "blue"],
     "embed": [],
@@ -62,15 +64,19 @@ def watch(command: list[str]) -> tuple[float, float]:
     return time.perf_counter() - start, sum(used.values())
 
 
-def foretold(job: str, source: Path, options: list[str]) -> tuple[float, float]:
-    """Images/s of the plan, and the seconds that it took."""
+def foretold(job: str, source: Path, options: list[str]) -> tuple[float, float, float]:
+    """Images/s of the plan, its ms of one CPU an image, and the seconds that it took."""
     start = time.perf_counter()
     command = ["jobs.plan", job, str(source), "nowhere", *options]
     said = subprocess.run(
         [sys.executable, "-m", *command], check=True, capture_output=True, text=True
     ).stdout
     (rate,) = re.findall(r": ([\d,.]+) images/s; the limit", said)
-    return float(rate.replace(",", "")), time.perf_counter() - start
+    (stages,) = re.findall(r"in ms of one CPU: (.*)", said)
+    ms = sum(map(float, re.findall(r" ([\d.e+-]+)(?=[,;]|$)", stages)))
+    if "--local" not in options:
+        ms += 1000 * RAY_BLOCK_S / BATCH_ROWS
+    return float(rate.replace(",", "")), ms, time.perf_counter() - start
 
 
 def main() -> int:
@@ -79,6 +85,7 @@ def main() -> int:
     parser.add_argument("--copies", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     arguments = parser.parse_args()
     far = 0
     print("                    images/s        ms of CPU an image    measured  plan took")
@@ -89,26 +96,24 @@ def main() -> int:
         many = copy_shards(folder / "many", arguments.copies)
         more = IMAGES * (arguments.copies - 1)
         for job in arguments.jobs:
-            found: dict[str, list[tuple[float, ...]]] = {"Ray": [], "local": []}
+            found: dict[str, list[tuple[float, ...]]] = {name: [] for name in arguments.engines}
             for _ in range(arguments.rounds):
-                for engine, option in (("Ray", []), ("local", ["--local"])):
-                    options = [*JOBS[job], "--model", str(MODEL), *option]
-                    rate, took = foretold(job, many, options)
+                for engine in arguments.engines:
+                    options = [*JOBS[job], "--model", str(MODEL), *ENGINES[engine]]
+                    plan = foretold(job, many, options)
                     spent = []
                     for source in (few, many):
                         shutil.rmtree(folder / "output", ignore_errors=True)
                         command = [f"jobs.{job}", str(source), str(folder / "output"), "--quiet"]
                         spent.append(watch([*command, *options]))
                     wall, cpu = (b - a for a, b in zip(*spent, strict=True))
-                    found[engine].append((rate, took, more / wall, 1000 * cpu / more))
+                    found[engine].append((*plan, more / wall, 1000 * cpu / more))
                     print(
                         f"# {job} {engine} {found[engine][-1]} {os.getloadavg()}", file=sys.stderr
                     )
             for engine, rows in found.items():
-                rate, took, clock, measured = map(statistics.median, zip(*rows, strict=True))
-                ms = 1000 * CPUS / rate
-                # Alone, a local job has its stages one after the other: the clock is its measure.
-                ratio = measured / ms if engine == "Ray" else rate / clock
+                rate, ms, took, clock, measured = map(statistics.median, zip(*rows, strict=True))
+                ratio = measured / ms
                 far += not 0.75 <= ratio <= 1.25
                 print(
                     f"{job:8} {engine:6} {rate:9.1f} {clock:9.1f} {ms:9.2f} {measured:9.2f} "
