@@ -5,7 +5,7 @@
 JPEGs as heavy as photographs, to CLIPSeg's 352 x 352 (bicubic here, as heavy as any) and to CLIP's
 224 x 224 centre. The loop is Image.open, convert, resize, crop and np.array; the stage is
 PrepareImages as the jobs run it, from Arrow records to Arrow pixels, with every check. Both run on
-the same bytes, eight at a time in turns; figures are medians over the rounds, in CPU time, which a
+the same bytes, a batch of 16 in turns; figures are medians over the rounds, in CPU time, which a
 busy machine changes least. Ends with the deviation of fast from exact pixels.
 """
 
@@ -29,7 +29,7 @@ from pipeline.prepare.resize import crop_center
 
 SIZES = ((500, 375), (640, 480), (1920, 1080))
 MAX_PIXELS = 50_000_000
-BATCH = 8
+BATCH = 16
 MODELS = {
     "CLIPSeg": {
         "image_processor_type": "ViTImageProcessor",

@@ -61,7 +61,7 @@ def say(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
 
 @pytest.mark.parametrize(
     ("job", "options"),
-    [("segment", ["--prompt", "star", "--prompt", "blue"]), ("embed", []), ("classify", [])],
+    [("segment", ["--prompt", "star", "--prompt", "blue"]), ("classify", [])],
 )
 def test_the_bundled_shards(
     job: str, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -71,7 +71,7 @@ def test_the_bundled_shards(
         options = ["--labels", str(tmp_path / "labels.txt")]
     output = tmp_path / "out"
     command = [job, str(SHARDS), str(output), "--model", str(MODEL), *options]
-    code, said, _ = say(capsys, *command, "--price-per-hour", "36", "--seconds", "5")
+    code, said, _ = say(capsys, *command, "--price-per-hour", "36", "--seconds", "1")
     assert code == 0 and not output.exists()
     (total, measured) = re.findall(r"(\d+) (?:images in|of them)", said)
     assert total == "72" and 2 <= int(measured) <= 72

@@ -48,6 +48,8 @@ def resize_and_crop(
 
 def crop_center(image: Image.Image, crop: tuple[int, int]) -> Image.Image:
     """The centre (height, width) of an image, zeros beyond it."""
+    if (image.height, image.width) == crop:  # Pillow would copy it
+        return image
     top, left = (image.height - crop[0]) // 2, (image.width - crop[1]) // 2
     return image.crop((left, top, left + crop[1], top + crop[0]))
 
