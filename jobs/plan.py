@@ -28,7 +28,8 @@ from pipeline.config.plan import JOBS, PlanConfig
 from pipeline.config.segment import SegmentConfig
 from pipeline.embeddings.source import open_embeddings
 from pipeline.errors import UsageError
-from pipeline.run.plan import Machine, Sample, describe_plan, read_sample
+from pipeline.run.plan import Machine, Sample, read_sample
+from pipeline.run.plan_text import describe_plan
 
 
 def plan(config: PlanConfig) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from PIL import ExifTags, Image, ImageFile, TiffImagePlugin, UnidentifiedImageError, features
+from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError, features
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
@@ -31,6 +31,7 @@ from pipeline.prepare.identify import describe, identify
 from pipeline.prepare.png import pixel_chunks
 from pipeline.prepare.processor import ImageProcessor
 from pipeline.prepare.resize import Box
+from pipeline.prepare.upright import SIDEWAYS, TRANSPOSE, read_orientation, reduce_jpeg, turn_box
 
 MAX_ASPECT = 1000
 
@@ -44,17 +45,6 @@ _UNDECODED = {
     "size_bytes": 0,
     "pixels": b"",
 }
-
-_TRANSPOSE = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_SIDEWAYS = (5, 6, 7, 8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,23 +189,23 @@ def _decode(
     box: Box | None = None
     if form == "TIFF":
         # Pillow applies a TIFF's orientation itself while loading, and forgets it.
-        orientation = _orientation(image)
+        orientation = read_orientation(image)
         image.load()
         image = to_rgb(image)
         width, height = image.size
     else:
         if at_least and isinstance(image, JpegImageFile):
-            box = _reduce(image, at_least)
+            box = reduce_jpeg(image, at_least)
         # In this order, as asking a PNG for its EXIF loads it.
         image.load()
-        orientation = _orientation(image)
+        orientation = read_orientation(image)
         image = to_rgb(image)
         if orientation != 1:
-            image = image.transpose(_TRANSPOSE[orientation])
-        if orientation in _SIDEWAYS:
+            image = image.transpose(TRANSPOSE[orientation])
+        if orientation in SIDEWAYS:
             width, height = height, width
         if box:
-            box = _turn(box, orientation, image.size)
+            box = turn_box(box, orientation, image.size)
     return DecodedImage(
         image=image,
         height=height,
@@ -225,29 +215,6 @@ def _decode(
         orientation=orientation,
         box=box,
     )
-
-
-def _reduce(image: JpegImageFile, at_least: tuple[int, int]) -> Box | None:
-    """Have a JPEG decoded to 1/2, 1/4 or 1/8, no smaller than (height, width) once upright.
-
-    Returns the box of its pixels; None where it stays as large as it is.
-    """
-    height, width = at_least[::-1] if _orientation(image) in _SIDEWAYS else at_least
-    before = image.size
-    drafted = image.draft(None, (width, height))
-    return drafted[1] if drafted and image.size != before else None
-
-
-def _turn(box: Box, orientation: int, size: tuple[int, int]) -> Box:
-    """The box after an orientation was applied that made the image one of (width, height)."""
-    left, top, right, bottom = box
-    if orientation in _SIDEWAYS:
-        left, top, right, bottom = top, left, bottom, right
-    if orientation in (2, 3, 6, 7):
-        left, right = size[0] - right, size[0] - left
-    if orientation in (3, 4, 7, 8):
-        top, bottom = size[1] - bottom, size[1] - top
-    return left, top, right, bottom
 
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:
@@ -336,15 +303,6 @@ def _pillow_limited_to(max_pixels: int) -> Iterator[None]:
             TiffImagePlugin.READ_LIBTIFF = libtiff
             Image.MAX_IMAGE_PIXELS = limit
             ImageFile.LOAD_TRUNCATED_IMAGES = lenient
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-        return int(orientation) if orientation in _TRANSPOSE else 1
-    # Whatever a broken EXIF block raises, the picture itself may be fine.
-    except Exception:
-        return 1
 
 
 def _refusal(reason: str, detail: str, *, retryable: bool = False) -> RowError:
