@@ -21,6 +21,7 @@ COMMANDS = {
     "evaluate": "kept maps or labels, and ground truth -> IoU, AP, calibration, a page",
     "calibrate": "kept maps, ground truth, an ontology -> its thresholds and gates, chosen",
     "reproduce": "data set of CLIPSeg's paper -> its figures, beside the published ones",
+    "plan": "a job's command -> its time, its limit and its price, from a few images",
     "status": "progress of a run: shards and rows done, failed and left",
     "verify": "parts of a run, compared with the hashes in their receipts",
     "retry-failed": "reprocess shards with retryable failures",

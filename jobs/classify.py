@@ -21,12 +21,14 @@ from pipeline import infer
 from pipeline.config.classify import ClassifyConfig
 from pipeline.config.command import run_command
 from pipeline.config.embed import EmbedConfig
+from pipeline.config.options import ImageOptions
 from pipeline.embeddings.source import ReadEmbeddings, open_embeddings
 from pipeline.embeddings.vectors import EmbeddingTable, check_weights
 from pipeline.errors import CheckpointError, UsageError
 from pipeline.prepare.images import PrepareImages, fail_crashed_image
 from pipeline.read.inputs import Listing, list_shards
 from pipeline.read.records import end_crashed_shard, read_batches, read_one_by_one
+from pipeline.run.deviation import measure_decode
 from pipeline.run.engine import Dataset, Engine
 from pipeline.run.finished import list_finished
 from pipeline.run.follow import follow_run
@@ -66,6 +68,8 @@ def classify(config: ClassifyConfig) -> None:
     tell([f"clipseg-ray classify: {note}" for note in classifier.notes])
     tables = config.tables(classifier.facts(), classifier.top, images=table is None)
     run = open_run(config, *listing, model=classifier.fingerprint(), tables=tables)
+    if not table:
+        measure_decode(run, config.images, classifier.checkpoint.processor)
     tell(run.notes)
     rows = MakeLabelRows(tables, classifier.labels)
 
@@ -73,7 +77,7 @@ def classify(config: ClassifyConfig) -> None:
         if table:
             ranked = classify_vectors(run, engine, table, classifier)
         else:
-            ranked = classify_images(run, engine, config.images.max_pixels, classifier)
+            ranked = classify_images(run, engine, config.images, classifier)
         write = WriteFragments(run.first.ledger, rows)
         return ranked.map_batches(engine.guard(write), **engine.task)
 
@@ -83,10 +87,10 @@ def classify(config: ClassifyConfig) -> None:
 
 
 def classify_images(
-    run: Run, engine: Engine, max_pixels: int, classifier: infer.Classifier
+    run: Run, engine: Engine, images: ImageOptions, classifier: infer.Classifier
 ) -> Dataset:
     """Read shards -> decode and resize -> classify: schema.RANKED."""
-    prepare = PrepareImages(classifier.checkpoint.processor, max_pixels)
+    prepare = PrepareImages(classifier.checkpoint.processor, images.max_pixels, images.decode)
     return (
         engine.dataset(run.first.todo)
         .map_batches(engine.guard(read_batches, end_crashed_shard, read_one_by_one), **engine.read)

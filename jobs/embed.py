@@ -20,6 +20,7 @@ from pipeline.config.embed import EmbedConfig
 from pipeline.prepare.images import PrepareImages, fail_crashed_image
 from pipeline.read.inputs import list_shards
 from pipeline.read.records import end_crashed_shard, read_batches, read_one_by_one
+from pipeline.run.deviation import measure_decode
 from pipeline.run.engine import Dataset, Engine
 from pipeline.run.follow import follow_run
 from pipeline.run.launch import load_beside
@@ -55,8 +56,9 @@ def embed(config: EmbedConfig) -> None:
     checkpoint = spec.checkpoint
     tables = config.tables(checkpoint.dimension, checkpoint.weights_hash)
     run = open_run(config, *listing, model=checkpoint.fingerprint(), tables=tables)
+    measure_decode(run, config.images, checkpoint.processor)
     tell(run.notes)
-    prepare = PrepareImages(checkpoint.processor, config.images.max_pixels)
+    prepare = PrepareImages(checkpoint.processor, config.images.max_pixels, config.images.decode)
     rows = MakeEmbeddingRows(tables["embeddings"].schema)
 
     def stream(engine: Engine) -> Dataset:

@@ -24,6 +24,7 @@ from pipeline.prepare.images import PrepareImages, fail_crashed_image
 from pipeline.read.inputs import list_shards
 from pipeline.read.records import end_crashed_shard, read_batches, read_one_by_one
 from pipeline.read.shard import as_phrases
+from pipeline.run.deviation import measure_decode
 from pipeline.run.engine import Dataset, Engine
 from pipeline.run.follow import follow_run
 from pipeline.run.launch import load_beside
@@ -65,6 +66,7 @@ def segment(config: SegmentConfig) -> None:
     checkpoint = spec.checkpoint
     tables = config.tables(checkpoint.dimension, checkpoint.weights_hash)
     run = open_run(config, *listing, model=checkpoint.fingerprint(), tables=tables)
+    measure_decode(run, config.images, checkpoint.processor)
     tell(run.notes)
     conditional = [spec.only(each.prompts, embed=False).conditional for each in run.passes]
     write_prompt_vectors(run.output, np.concatenate(conditional))
@@ -87,7 +89,9 @@ def stream(
 ) -> Dataset:
     """The chain of one pass, with its prompts, over its unfinished shards."""
     asked = spec.only(of_pass.prompts, embed="embeddings" in of_pass.tables)
-    prepare = PrepareImages(spec.checkpoint.processor, config.images.max_pixels)
+    prepare = PrepareImages(
+        spec.checkpoint.processor, config.images.max_pixels, config.images.decode
+    )
     rows = MakeMaskRows(config, of_pass.tables, of_pass.prompts, of_pass.ledger.first_prompt)
     uncounted = [name for name, table in of_pass.tables.items() if not table.rows_per_image]
     write = WriteFragments(of_pass.ledger, rows, uncounted)

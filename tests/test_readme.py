@@ -57,6 +57,9 @@ def run(line: str) -> Any:
     name = name.replace("-", "_")
     job: Callable[..., None] = getattr(importlib.import_module(f"jobs.{name}"), name)
     config = tyro.cli(get_type_hints(job)["config"], args=arguments)
+    if name == "plan":
+        job(replace(config, job=replace(config.job, model=str(MODEL))))
+        return config
     if hasattr(config, "model") and (config.model or name != "label"):
         config = replace(config, model=str(MODEL))
     if hasattr(config, "workers"):

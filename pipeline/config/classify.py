@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import tyro
@@ -78,7 +78,12 @@ class ClassifyConfig:
 
     def fingerprint(self) -> dict[str, Any]:
         """Options that decide results, beside the model and its labels."""
-        return {"job": "classify", "input": self.input, "top": self.top, **asdict(self.images)}
+        return {
+            "job": "classify",
+            "input": self.input,
+            "top": self.top,
+            **self.images.fingerprint(),
+        }
 
     def tables(self, facts: dict[str, str], top: int, *, images: bool) -> dict[str, Table]:
         """The tables that the job writes beside `errors`.

@@ -157,7 +157,7 @@ def _parse(config: type[Config], prog: str, arguments: list[str]) -> Config:
         del lines[0]
     first = itertools.takewhile(lambda line: line and not _is_rule(line), lines)
     message = " ".join(line.strip() for line in first if not line.startswith(" " * 8))
-    message = message.removeprefix(f"Error parsing {config.__name__}: ")
+    message = re.sub(rf"^Error parsing (?:{config.__name__}|job): ", "", message)
     if message.startswith("Unrecognized options: "):
         rest = message.removeprefix("Unrecognized options: ")
         many = f"too many arguments: {rest} (put a phrase of several words in quotes)"
@@ -174,7 +174,7 @@ def _name_unknown(config: type[Any], prog: str, arguments: list[str]) -> str:
     """The mistake behind superfluous arguments; "" if not found."""
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
-        _run_tyro(config, prog, ["--help"])
+        _run_tyro(config, prog, [*itertools.takewhile(str.isalpha, arguments[:1]), "--help"])
     known = set(re.findall(r"--[a-z][\w-]*", text.getvalue()))
     options = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
     for option in options:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -47,7 +47,7 @@ class EmbedConfig:
             "text_column": self.text_column,
             "normalize": self.normalize,
             "vectors": self.dtype,
-            **asdict(self.images),
+            **self.images.fingerprint(),
         }
 
     def tables(self, dimension: int, weights_hash: str) -> dict[str, Table]:

@@ -10,7 +10,7 @@ import ast
 import inspect
 import textwrap
 from dataclasses import fields, is_dataclass
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import tyro
 
@@ -26,6 +26,7 @@ EXAMPLES = {
     "calibrate": "maps/ --ground-truth truth.json --ontology in.yaml --output out.yaml",
     "reproduce": "phrasecut --data VGPhraseCut_v0 --model CIDAS/clipseg-rd64",
     "view": 'masks/ --prompt "a cat" --sort uncertain --output view.html',
+    "plan": 'segment photos/ masks/ --prompt "a cat" --gpus 8 --cpus-per-gpu 16',
     "status": "masks/ --errors",
     "verify": "masks/ --sample 0.01",
     "retry-failed": "masks/",
@@ -47,6 +48,7 @@ PAGES = {
     "calibrate": "docs/evaluate.md",
     "reproduce": "docs/reproduce.md",
     "view": "docs/tables.md",
+    "plan": "docs/speed.md",
     "status": "docs/errors.md",
     "verify": "docs/reliability.md",
     "retry-failed": "docs/reliability.md",
@@ -80,6 +82,9 @@ def with_help(config: type[Any]) -> None:
         if is_dataclass(made):
             with_help(type(made))
             continue
+        for kind in get_args(hints[item.name]):
+            if is_dataclass(command := next(iter(get_args(kind)), None)):
+                with_help(command)  # type: ignore[arg-type]
         nothing = item.default is None or item.default is False
         told = tyro.conf.arg(help=docs.get(item.name), help_behavior_hint="" if nothing else None)
         config.__annotations__[item.name] = Annotated[hints[item.name], told]

@@ -48,8 +48,8 @@ class LabelConfig:
         check_file("--ontology", self.ontology)
         if self.model is None and self.images != ImageOptions():
             raise UsageError(
-                "--image-column, --member-suffix, --max-pixels: are for images; name the --model "
-                "that segments them first"
+                "--image-column, --member-suffix, --max-pixels, --decode: are for images; name the "
+                "--model that segments them first"
             )
 
     def of_images(self) -> SegmentConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -149,7 +149,7 @@ class SegmentConfig:
             "mask_size": self.mask_size,
             "keep_probabilities": self.keep_probabilities,
             "embed": self.embed,
-            **asdict(self.images),
+            **self.images.fingerprint(),
         }
 
     def tables(self, dimension: int, weights_hash: str) -> dict[str, Table]:

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.errors import CheckpointError
-from pipeline.prepare.resize import crop_center, resize_and_crop
+from pipeline.prepare.resize import Box, crop_center, resize_and_crop
 from pipeline.storage.documents import read_json
 
 if TYPE_CHECKING:  # 2 s and 200 MB in every process, and those that only resize need none of it
@@ -131,6 +131,14 @@ class ImageProcessor:
             "set size to a height and a width, or turn do_center_crop on"
         )
 
+    @property
+    def least_size(self) -> tuple[int, int] | None:
+        """The smallest (height, width) that no image of it is made larger from; None where images
+        are not resized."""
+        if not self.do_resize:
+            return None
+        return self.size if isinstance(self.size, tuple) else (self.size, self.size)
+
     def resize(self, image: Image.Image) -> np.ndarray:
         """Resize and crop an RGB image: (H, W, 3) uint8, 0..255.
 
@@ -138,17 +146,27 @@ class ImageProcessor:
         modes are converted (Pillow's way) if the config says do_convert_rgb, else refused with a
         ValueError: pipeline.prepare.decode_image makes RGB of every mode with more care.
         """
+        return np.array(self.fit(image))
+
+    def fit(
+        self,
+        image: Image.Image,
+        whole: tuple[int, int] | None = None,
+        box: Box | None = None,
+    ) -> Image.Image:
+        """As resize, still an image; `whole` and `box` of one that was decoded smaller: its own
+        (height, width), and where its pixels are in the image."""
         if image.mode != "RGB":
             if not self.do_convert_rgb:
                 raise ValueError(f"expected an RGB image, found mode {image.mode}")
             image = image.convert("RGB")
         if self.do_resize:
-            size = self._resized_size(image.height, image.width)
+            size = self._resized_size(*(whole or (image.height, image.width)))
             crop = self.crop_size if self.do_center_crop else size
-            image = resize_and_crop(image, size, crop, self.resample)
+            image = resize_and_crop(image, size, crop, self.resample, box)
         elif self.do_center_crop:
             image = crop_center(image, self.crop_size)
-        return np.array(image)
+        return image
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         """(B, H, W, 3) uint8 on any device -> (B, 3, H, W) float32 on the same device."""

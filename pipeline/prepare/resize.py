@@ -10,6 +10,9 @@ import math
 
 from PIL import Image
 
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom of a part of an image, in pixels."""
+
 # Of a resized image, held at once: a photograph of 3 : 2 at 1,024 is one piece.
 PIECE_PX = 1 << 21
 # At once, however long they are: what a line of such a length costs beforehand, they share.
@@ -17,9 +20,13 @@ LEAST_LINES = 8
 
 
 def resize_and_crop(
-    image: Image.Image, size: tuple[int, int], crop: tuple[int, int], resample: int
+    image: Image.Image,
+    size: tuple[int, int],
+    crop: tuple[int, int],
+    resample: int,
+    box: Box | None = None,
 ) -> Image.Image:
-    """Pixel for pixel image.resize(size) and its centre `crop`, zeros beyond the image.
+    """Pixel for pixel image.resize(size, box=box) and its centre `crop`, zeros beyond the image.
 
     Sizes are (height, width). Pillow makes each row wider by itself, rounds to 8 bits, and then
     makes each column higher by itself: so a few rows at a time, and then a few columns, give the
@@ -27,8 +34,9 @@ def resize_and_crop(
     and with its aspect kept the result is smaller than the image.
     """
     (height, width), (kept_height, kept_width) = size, crop
-    if size == crop or height < image.height or height * width <= PIECE_PX:
-        return crop_center(image.resize((width, height), Image.Resampling(resample)), crop)
+    if box or size == crop or height < image.height or height * width <= PIECE_PX:
+        resized = image.resize((width, height), Image.Resampling(resample), box=box)
+        return crop_center(resized, crop)
     top, left = (height - kept_height) // 2, (width - kept_width) // 2
     first, last = _sources(image.height, height, top, kept_height)
     rows = image.crop((0, first, image.width, last))
@@ -40,6 +48,8 @@ def resize_and_crop(
 
 def crop_center(image: Image.Image, crop: tuple[int, int]) -> Image.Image:
     """The centre (height, width) of an image, zeros beyond it."""
+    if (image.height, image.width) == crop:  # Pillow would copy it
+        return image
     top, left = (image.height - crop[0]) // 2, (image.width - crop[1]) // 2
     return image.crop((left, top, left + crop[1], top + crop[0]))
 

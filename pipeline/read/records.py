@@ -85,7 +85,7 @@ def end_crashed_shard(
     rows = last["row"].to_pylist() if last is not None else []
     total = max([-1, *rows, *iter_rows(shard.skip)]) + 1
     failure = RowError("read", "reader_crashed", how, retryable=killed)
-    return pa.Table.from_pylist([_end(shard, total, failure)], schema=RECORDS)
+    return pa.Table.from_pylist([end_record(shard, total, failure)], schema=RECORDS)
 
 
 def read_shard(shard: Shard) -> Records:
@@ -130,10 +130,12 @@ def read_shard(shard: Shard) -> Records:
         # Memory says nothing of the bytes: as where the storage does not give them.
         reason = "shard_unreadable" if isinstance(error, MemoryError) else "shard_corrupt"
         failure = RowError("read", reason, detail, retryable=isinstance(error, MemoryError))
-    yield _end(shard, total, failure, skipped)
+    yield end_record(shard, total, failure, skipped)
 
 
-def _end(shard: Shard, total: int, failure: RowError | None, skipped: int = 0) -> dict[str, Any]:
+def end_record(
+    shard: Shard, total: int, failure: RowError | None = None, skipped: int = 0
+) -> dict[str, Any]:
     """The end record of a shard with `total` rows, and so many samples without an image."""
     return {
         "shard": shard.name,

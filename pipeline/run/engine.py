@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from pipeline.read.shard import Shard
@@ -49,3 +49,5 @@ class Engine:
     """Call a function outside the stream: submit(function, *arguments)."""
     finishers: int
     """Number of shards whose parts are put together at the same time."""
+    spent: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Time of each stage so far, where the engine knows it: wall_s, and cpu_s of all threads."""

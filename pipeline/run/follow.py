@@ -45,7 +45,7 @@ def follow_run(
         run.notes.append("nothing was left to do")
         return close_run(run, time.monotonic() - started)
     with (
-        open_engine(options) as opened,
+        open_engine(options, sample_s=run.sample_s) as opened,
         _open_display(run, options) as progress,
     ):
         given = engine(opened)
@@ -61,6 +61,8 @@ def follow_run(
             except PipelineError:
                 note_missing(run, lost | follower.lost)
                 raise
+        if given.spent:
+            run.record.update(device=given.device, stages=given.spent)
     return close_run(run, time.monotonic() - started, lost)
 
 

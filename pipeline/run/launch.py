@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import TypeVar
 
 from pipeline.config.options import WorkerOptions
@@ -17,13 +18,19 @@ Progress = Callable[[int, int], None]
 
 
 @contextmanager
-def open_engine(options: WorkerOptions) -> Iterator[Engine]:
+def open_engine(options: WorkerOptions, *, sample_s: float = 0.0) -> Iterator[Engine]:
     """The engine that the options ask for: Ray, or with `local` this process.
+
+    `sample_s`: seconds for a sample of the images, in this process; see run.sample.
 
     Errors of stages come out as the PipelineError they were, or as a JobError. Raises UsageError
     for GPUs that are not there.
     """
-    if options.local:
+    if sample_s:
+        from pipeline.run.sample import open_sampler
+
+        open_it: Callable[..., AbstractContextManager[Engine]] = partial(open_sampler, sample_s)
+    elif options.local:
         from pipeline.run.local import open_local as open_it
     else:
         from pipeline.run.session import open_ray as open_it  # Ray: 2 s that not all can do with

@@ -27,6 +27,7 @@ from pipeline.run.manifest import (
     write_run,
 )
 from pipeline.run.resume import discard_shard, find_left, list_passes, read_failures
+from pipeline.run.sample import choose_sample, describe_whole
 from pipeline.schema import Table
 from pipeline.write.fragments import Fragment
 from pipeline.write.layout import (
@@ -73,6 +74,8 @@ class Run:
     """The run's own, then additions in their order: each needs the results of the first."""
     max_error_rate: float
     """Maximum share of failed rows, of 1,000 or more, before the job stops."""
+    sample_s: float = 0.0
+    """Seconds for a sample of `passes`, see run.sample; 0 for all of it."""
     notes: list[str] = field(default_factory=list)
     """Lines for the user."""
 
@@ -112,7 +115,12 @@ def open_run(
         raise UsageError(f"{output}: lies inside the input, which would then read its own tables")
     if config.run.only:
         shards = [shard for shard in shards if shard.name in config.run.only]
+    whole = shards
+    if config.run.sample_s:
+        shards = choose_sample(shards)
     record = new_record(config, shards, source, output, model, tables)
+    if config.run.sample_s:
+        record["input"]["whole"] = describe_whole(whole)
     found = read_run(output)
     if found is not None and (config.run.restart or found.get("status") == DELETING):
         _delete_run(output, found)
@@ -121,7 +129,7 @@ def open_run(
     elif found is None:
         found = _start(output, record)
     prompts = _settle_prompts(output, found.get("fingerprint", {}), record["fingerprint"])
-    record["started_at"] = found["started_at"]
+    record |= {name: found[name] for name in ("started_at", "decode") if name in found}
     write_empty_parts(output, tables)
     retry = config.run.retry
     forget = read_failures(output).choose(every=retry == "all") if retry != "none" else set()
@@ -163,6 +171,7 @@ def open_run(
         record=record,
         passes=passes,
         max_error_rate=config.run.max_error_rate,
+        sample_s=config.run.sample_s,
         notes=notes,
     )
 

@@ -6,6 +6,7 @@ For a few hundred images and for tests: no scheduler, and no options of its own.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -21,12 +22,20 @@ from pipeline.run.guard import OnCrash, Stage, isolate_rows, run_stage
 
 BATCH_SIZE = 16
 
+Spent = dict[str, dict[str, float]]
+
 
 class LocalDataset:
-    """The methods of ray.data.Dataset that jobs use, over blocks made in this process."""
+    """The methods of ray.data.Dataset that jobs use, over blocks made in this process.
 
-    def __init__(self, blocks: Callable[[], Iterator[pa.Table]]):
-        self.blocks = blocks
+    The time of each stage is added to `spent`, see Engine.
+    """
+
+    def __init__(
+        self, blocks: Callable[[], Iterator[pa.Table]], spent: Spent, *, warm: bool = False
+    ):
+        """`warm`: run each stage once before its time counts: imports, and buffers of kernels."""
+        self.blocks, self.spent, self.warm = blocks, spent, warm
 
     def map_batches(
         self,
@@ -40,15 +49,44 @@ class LocalDataset:
 
         def blocks() -> Iterator[pa.Table]:
             stage = fn(*fn_constructor_args) if isinstance(fn, type) else fn
+            name, warm = name_stage(stage), self.warm
             for batch in _batches(self.blocks(), batch_size):
-                yield from run_stage(stage, batch)
+                if warm:
+                    next(run_stage(stage, batch.slice(0, 1)), None)
+                    warm = False
+                yield from timed(run_stage(stage, batch), name, self.spent)
 
-        return LocalDataset(blocks)
+        return LocalDataset(blocks, self.spent, warm=self.warm)
 
     def iter_rows(self) -> Iterator[dict[str, Any]]:
         """Run the stream, and yield its rows."""
         for block in self.blocks():
             yield from block.to_pylist()
+
+
+def name_stage(stage: Any) -> str:
+    """The name of a function, or of the class of an object."""
+    return str(getattr(stage, "__name__", type(stage).__name__))
+
+
+@contextmanager
+def clock(name: str, spent: Spent) -> Iterator[None]:
+    """Add the time of the block to a stage's."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    yield
+    so_far = spent.setdefault(name, {"wall_s": 0.0, "cpu_s": 0.0})
+    so_far["wall_s"] += time.perf_counter() - wall
+    so_far["cpu_s"] += time.process_time() - cpu
+
+
+def timed(work: Iterator[pa.Table], name: str, spent: Spent) -> Iterator[pa.Table]:
+    """The same tables, and the time until each of them added to a stage's."""
+    while True:
+        with clock(name, spent):
+            table = next(work, None)
+        if table is None:
+            return
+        yield table
 
 
 def _batches(blocks: Iterator[pa.Table], size: int | None) -> Iterator[pa.Table]:
@@ -75,22 +113,25 @@ def open_local(options: WorkerOptions) -> Iterator[Engine]:
     by row in processes of their own.
     """
     task = {"batch_size": None}
+    spent: Spent = {}
     yield Engine(
         device="cpu",
         threads=None,
         read={"batch_size": 1},
         task=task,
         actor={"batch_size": options.batch_size or BATCH_SIZE},
-        dataset=_dataset_of,
+        dataset=lambda shards: dataset_of(shards, spent),
         guard=_isolated if os.environ.get(ISOLATE) else _unguarded,
-        submit=_submit,
         finishers=1,
+        submit=lambda *call: _submit(spent, *call),
+        spent=spent,
     )
 
 
-def _dataset_of(shards: list[Shard]) -> LocalDataset:
+def dataset_of(shards: list[Shard], spent: Spent) -> LocalDataset:
+    """One row per shard, in blocks of one."""
     rows = pa.Table.from_pylist([shard_to_row(shard) for shard in shards])  # of one schema
-    return LocalDataset(lambda: (rows.slice(i, 1) for i in range(len(rows))))
+    return LocalDataset(lambda: (rows.slice(i, 1) for i in range(len(rows))), spent)
 
 
 def _unguarded(stage: Stage, on_crash: OnCrash | None = None, alone: Stage | None = None) -> Stage:
@@ -103,8 +144,9 @@ def _isolated(stage: Stage, on_crash: OnCrash | None = None, alone: Stage | None
     return lambda batch: isolate_rows(alone or stage, batch, on_crash)
 
 
-def _submit(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+def _submit(spent: Spent, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
     """Call a function here and now."""
     future: Future[Any] = Future()
-    future.set_result(function(*arguments))
+    with clock(name_stage(function), spent):
+        future.set_result(function(*arguments))
     return future

@@ -171,7 +171,7 @@ class ProgressDisplay:
         of = f" of {about}{total:,}" if total is not None else ""
         share = f" ({self.amount.done / total:.0%})" if total else ""
         rate = f", {self.rate:.1f} images/s" if self.rate else ""
-        left = f", {_duration(facts['left_s'])} left" if facts["left_s"] else ""
+        left = f", {duration(facts['left_s'])} left" if facts["left_s"] else ""
         return (
             f"{self.amount.done:,}{of} images{share}{rate}{left}, {self.errors:,} errors, "
             f"{self.shards:,} of {self.total_shards:,} shards"
@@ -252,7 +252,8 @@ def tell(notes: list[str]) -> None:
     notes.clear()
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """As 0:03:42."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}"

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import ray
-import ray.data
-
 from pipeline.config.options import WorkerOptions
 from pipeline.errors import UsageError
 
@@ -14,16 +11,34 @@ from pipeline.errors import UsageError
 def share_cluster(options: WorkerOptions, *, spare: float = 0.0) -> dict[str, Any]:
     """Divide the cluster: device, threads, read, task and actor of an Engine.
 
-    Read, decode and write tasks take `task` CPUs each, so that one of every kind fits beside the
-    actors even on one CPU; without that a streaming job waits for itself for ever. Actors leave
-    `spare` CPUs to tasks that are not ours. Raises UsageError if GPUs are asked for that the
-    cluster does not have.
+    Actors leave `spare` CPUs to tasks that are not ours. Raises UsageError if GPUs are asked for
+    that the cluster does not have.
     """
+    import ray
+    import ray.data
+
     resources = ray.cluster_resources()
     cpus, gpus = resources.get("CPU", 0.0), int(resources.get("GPU", 0))
-    device, actors = options.device, options.actors
+    device = options.device
     if device == "auto":
         device = "cuda" if gpus else "cpu"
+    share = divide(options, device, cpus=cpus, gpus=gpus, spare=spare)
+    size = share["actor"].pop("actors")
+    for options_of_stage in (share["read"], share["task"], share["actor"]):
+        options_of_stage["batch_format"] = "pyarrow"
+    share["actor"]["compute"] = ray.data.ActorPoolStrategy(size=size)
+    return share
+
+
+def divide(
+    options: WorkerOptions, device: str, *, cpus: float, gpus: int, spare: float = 0.0
+) -> dict[str, Any]:
+    """Divide so many CPUs and GPUs; `actors` of `actor` is the number of workers with the model.
+
+    Read, decode and write tasks take `task` CPUs each, so that one of every kind fits beside the
+    actors even on one CPU; without that a streaming job waits for itself for ever.
+    """
+    actors = options.actors
     task = min(1.0, cpus / 8)
     for_actors = max(0.0, min(cpus / 2, cpus - spare))
     if device == "cuda":
@@ -43,12 +58,8 @@ def share_cluster(options: WorkerOptions, *, spare: float = 0.0) -> dict[str, An
         "threads": threads,
         # Another share than the other tasks have, or Ray would make one task of reading and
         # decoding, and a single large shard would be decoded on a single CPU.
-        "read": {"num_cpus": task / 2, "batch_format": "pyarrow", "batch_size": 1},
-        "task": {"num_cpus": task, "batch_format": "pyarrow", "batch_size": None},
+        "read": {"num_cpus": task / 2, "batch_size": 1},
+        "task": {"num_cpus": task, "batch_size": None},
         "actor": share
-        | {
-            "batch_format": "pyarrow",
-            "compute": ray.data.ActorPoolStrategy(size=actors),
-            "batch_size": options.batch_size or (64 if device == "cuda" else 16),
-        },
+        | {"actors": actors, "batch_size": options.batch_size or (64 if device == "cuda" else 16)},
     }

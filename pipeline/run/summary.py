@@ -146,8 +146,11 @@ def _next_commands(run: Run, counts: Mapping[str, int]) -> Iterator[str]:
     if "embeddings" in run.tables and counts["rows_ok"]:
         yield f'search: clipseg-ray search {output} --text "..."'
     if "probabilities" in run.tables:
-        ontology = shlex.quote(str(run.record["config"].get("ontology") or "FILE"))
-        yield f"other thresholds: clipseg-ray label {output} LABELS --ontology {ontology}"
+        named = run.record["config"].get("ontology")
+        what, ontology = (
+            ("labels", shlex.quote(str(named))) if named else ("other thresholds", "FILE")
+        )
+        yield f"{what}: clipseg-ray label {output} LABELS --ontology {ontology}"
     if counts["rows_error"] or counts["shards_failed"] or counts.get("rows_error_later"):
         yield f"what failed: clipseg-ray status {output} --errors"
 
