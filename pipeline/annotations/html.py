@@ -75,6 +75,11 @@ input, select { max-width: 100%; border: 1px solid var(--bar); border-radius: 4p
 .cards div { padding: 10px 14px; border-radius: 6px; background: var(--cell) }
 .cards dd { font-size: 20px; font-weight: 600; font-variant-numeric: tabular-nums }
 nav { display: flex; flex-wrap: wrap; gap: 4px 16px }
+.groups { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(520px, 100%), 1fr));
+  gap: 0 36px }
+.groups ol, ol.row { grid-template-columns: repeat(auto-fill, minmax(min(110px, calc(50% - 8px)),
+  1fr)); gap: 14px }
+ol.row { max-width: 760px; margin-bottom: 18px }
 .plots { display: flex; flex-wrap: wrap; gap: 20px }
 figure { margin: 0 }
 figcaption { color: var(--faded); font-size: 12.5px }
@@ -95,7 +100,9 @@ dialog img { display: block; width: 82vmin; max-width: 100%; max-height: 76vh;
   object-fit: contain; margin-bottom: 10px }
 dialog button { border: 1px solid var(--bar); border-radius: 4px; padding: 4px 14px;
   background: var(--cell); color: inherit; font: inherit }
-@media (max-width: 500px) { body { padding: 16px } ol { gap: 16px 12px } th, td { padding: 4px 7px } }
+@media (max-width: 500px) {
+  body { padding: 16px } ol { gap: 16px 12px } th, td { padding: 4px 7px }
+}
 """
 
 _PAGE = """<!doctype html>
@@ -118,7 +125,7 @@ _PAGE = """<!doctype html>
 
 def make_page(title: str, body: str, *, script: str = "") -> str:
     """A page; `title` is text, `body` HTML, `script` one of ours: no word of it from the data."""
-    policy = f"default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:; "
+    policy = "default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:; "
     policy += f"style-src '{_hash(_STYLE)}'"
     if script:
         policy += f"; script-src '{_hash(script)}'"

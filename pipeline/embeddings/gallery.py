@@ -59,7 +59,9 @@ def draw_gallery(
     for query, found in zip(queries, hits, strict=True):
         cells = [_cell(rank, hit, thumbnails) for rank, hit in enumerate(found, 1)]
         count = f"{len(found):,} nearest, by cosine" if found else "nothing found"
-        sections.append(f"<h1>{escape_text(query)}</h1>\n<p>{count}</p>\n<ol>\n{''.join(cells)}</ol>")
+        sections.append(
+            f"<h1>{escape_text(query)}</h1>\n<p>{count}</p>\n<ol>\n{''.join(cells)}</ol>"
+        )
     title = queries[0] if len(queries) == 1 else f"{len(queries):,} queries"
     return make_page(title, "\n".join(sections))
 
