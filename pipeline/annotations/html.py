@@ -55,6 +55,7 @@ button.cell { cursor: zoom-in }
 .line + .line { color: var(--faded); font-size: 12.5px }
 .kept { color: var(--mark); font-weight: 600 }
 .scroll { overflow-x: auto }
+.scroll + p { margin-top: 8px }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: 4px 10px; text-align: right; border-bottom: 1px solid var(--line) }
 th { font-weight: 600; vertical-align: bottom }
@@ -77,9 +78,10 @@ input, select { max-width: 100%; border: 1px solid var(--bar); border-radius: 4p
 nav { display: flex; flex-wrap: wrap; gap: 4px 16px }
 .groups { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(520px, 100%), 1fr));
   gap: 0 36px }
-.groups ol, ol.row { grid-template-columns: repeat(auto-fill, minmax(min(110px, calc(50% - 8px)),
-  1fr)); gap: 14px }
-ol.row { max-width: 760px; margin-bottom: 18px }
+.groups ol { grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 14px }
+.groups ol.pair { grid-template-columns: repeat(2, minmax(0, 1fr)) }
+.pairs { grid-template-columns: repeat(auto-fit, minmax(min(300px, 100%), 1fr)) }
+.groups > ol { margin-bottom: 18px }
 .plots { display: flex; flex-wrap: wrap; gap: 20px }
 figure { margin: 0 }
 figcaption { color: var(--faded); font-size: 12.5px }
@@ -101,7 +103,10 @@ dialog img { display: block; width: 82vmin; max-width: 100%; max-height: 76vh;
 dialog button { border: 1px solid var(--bar); border-radius: 4px; padding: 4px 14px;
   background: var(--cell); color: inherit; font: inherit }
 @media (max-width: 500px) {
-  body { padding: 16px } ol { gap: 16px 12px } th, td { padding: 4px 7px }
+  body { padding: 16px }
+  ol, .groups ol { gap: 14px 12px }
+  .groups ol { grid-template-columns: repeat(2, minmax(0, 1fr)) }
+  th, td { padding: 4px 7px }
 }
 """
 
@@ -168,10 +173,12 @@ def cell(
     *below: tuple[str, str],
     before: str = "",
     zoom: bool = False,
+    strong: bool = False,
 ) -> str:
     """An item of a list: `inside`, a picture or why it is missing, above lines of text.
 
-    `before`: HTML in front of the title. `zoom`: the script (see script.ZOOM) enlarges it.
+    `before`: HTML in front of the title. `zoom`: the script (see script.ZOOM) enlarges the picture.
+    `strong`: what stands beside the title is marked.
     """
     holder = 'button type="button"' if zoom and inside.startswith("<img") else "div"
     lines = "".join(
@@ -179,10 +186,10 @@ def cell(
         f"<span>{escape_text(other)}</span></div>\n"
         for one, other in below
     )
-    title = escape_text(title)
+    title, mark = escape_text(title), ' class="kept"' if strong else ""
     return f"""<li>
 <{holder} class="cell">{inside}</{holder.partition(" ")[0]}>
 <div class="line"><span title="{title}">{before}<bdi>{title}</bdi></span>
-<span>{escape_text(beside)}</span></div>
+<span{mark}>{escape_text(beside)}</span></div>
 {lines}</li>
 """

@@ -128,7 +128,7 @@ class _Reader:
         if vectors is None or self.source is None:
             return replace(report, vectors=vectors)
         groups = (*vectors.neighbours, *vectors.closest)
-        wanted = {(one.shard, one.row) for group in groups for one in group}
+        wanted = [(one.shard, one.row) for group in groups for one in group]
         thumbnails = draw_thumbnails(
             self.source, shards, wanted, self.budget, moved_to=self.moved_to
         )

@@ -141,6 +141,9 @@ def _found(report: Report, sample: Sample) -> str:
     ordered = list(sample.classes)
     if not sample.kind.has_masks:
         ordered.sort(key=lambda one: -one.found)
+        every = [sum(bins) for bins in zip(*(one.scores for one in ordered), strict=True)]
+        caption = "probability of the first label of each image; heights are square roots"
+        parts.append(f'<div class="plots">{histogram(caption, every, (0.0, 1.0))}</div>')
     parts.append(_coverage(sample, ordered, report.colors))
     for one in ordered[:HISTOGRAMS]:
         if one.images:
@@ -243,7 +246,7 @@ def _table(sample: Sample) -> str:
         if len(rows) == TABLE_ROWS
         else f"All {len(rows):,} rows of an image and class"
     )
-    return f"<p>{said}; the heads sort.</p>\n{sortable_table('images', columns, rows)}"
+    return f"<p>{said}; the heads sort.</p>\n" + sortable_table("table of images", columns, rows)
 
 
 def _vectors(report: Report, sample: VectorSample) -> str:
@@ -267,22 +270,24 @@ def _vectors(report: Report, sample: VectorSample) -> str:
     parts.append(f'<div class="plots">{"".join(plots)}</div>')
     if sample.neighbours:
         parts.append("<h3>Images, each in front of its nearest others in the sample</h3>")
-        parts += [_near(report, some, "image") for some in sample.neighbours]
-        parts.append('<h3>The closest pairs of the sample</h3>\n<div class="groups">')
-        parts += [_near(report, some, "") for some in sample.closest]
-        parts.append("</div>")
+        rows = "".join(_near(report, some) for some in sample.neighbours)
+        parts.append(f'<div class="groups">{rows}</div>')
+        parts.append("<h3>The closest pairs of the sample</h3>")
+        rows = "".join(_near(report, some) for some in sample.closest)
+        parts.append(f'<div class="groups pairs">{rows}</div>')
     return "\n".join(parts)
 
 
-def _near(report: Report, some: Sequence[Neighbour], first: str) -> str:
+def _near(report: Report, some: Sequence[Neighbour]) -> str:
     cells = []
     for i, one in enumerate(some):
         found = report.thumbnails.get((one.shard, one.row), "not available")
-        said = first if not i else f"{one.cosine:.4f}"
+        said = f"{one.cosine:.4f}" if i else ""
         alt = f"{one.key[:_KEY]}{f', cosine {said}' if i else ''}"
         inside = missing(found) if isinstance(found, str) else picture(found, alt)
         cells.append(cell(inside, one.key[:_KEY], said, zoom=True))
-    return f'<ol class="row">\n{"".join(cells)}</ol>'
+    kind = ' class="pair"' if len(some) == 2 else ""
+    return f"<ol{kind}>\n{''.join(cells)}</ol>"
 
 
 def _errors(report: Report) -> str:

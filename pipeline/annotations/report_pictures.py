@@ -138,17 +138,17 @@ def draw_pictures(
 def draw_thumbnails(
     source: Images,
     shards: Mapping[str, Shard],
-    wanted: set[Place],
+    wanted: Sequence[Place],
     budget_bytes: int,
     *,
     moved_to: str | None = None,
 ) -> dict[Place, bytes | str]:
-    """As draw_pictures, of plain images."""
+    """As draw_pictures, of plain images, of which some are `wanted` several times."""
     room = budget_bytes // max(len(wanted), 1)
     plain = Row(key="", size=None)
     return read_wanted(
         source,
-        wanted,
+        set(wanted),
         lambda _, image: _draw(image, plain, ACCENT, room),
         moved_to=moved_to,
         shards=shards,

@@ -18,7 +18,7 @@ from pipeline.write.parts import open_part
 VECTORS = 2048
 SHARDS = 64
 IMAGES = 8  # with their neighbours
-NEIGHBOURS = 4
+NEIGHBOURS = 3
 PAIRS = 6
 BINS = 60
 

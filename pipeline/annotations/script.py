@@ -56,6 +56,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
   };
   only.addEventListener("change", filter);
   find.addEventListener("input", filter);
+  filter();
 }
 """
 

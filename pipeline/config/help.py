@@ -30,7 +30,7 @@ EXAMPLES = {
     "retry-failed": "masks/",
     "index": "embeddings/ index/",
     "search": 'embeddings/ --text "a red car" --top 20 --gallery found.html',
-    "duplicates": "embeddings/ --output duplicates.parquet",
+    "duplicates": "embeddings/ --output duplicates.parquet --gallery duplicates.html",
 }
 """Arguments of a call of each command."""
 

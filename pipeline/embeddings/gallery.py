@@ -24,7 +24,7 @@ THUMBNAIL_PX = 320  # the longer side
 MOST_THUMBNAILS = 5000  # of a page: about 100 MB
 
 
-def open_gallery(output: str, thumbnails: int) -> Images:
+def open_gallery(output: str, thumbnails: int = 0) -> Images:
     """Find the images of the run in the folder `output`, for a page of so many thumbnails.
 
     Raises UsageError where the run's record is not to be found, or the page would be too large.

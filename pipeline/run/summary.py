@@ -36,7 +36,7 @@ def summary(run: Run, counts: Mapping[str, int], *, report: str | None = None) -
             *_found(run, counts["rows_ok"]),
             *_tables(run, counts),
             *([f"look: {report}"] if report else []),
-            *_next_commands(run, counts),
+            *_next_commands(run, counts, "more images" if report else "look"),
         ]
     )
 
@@ -118,10 +118,10 @@ def _tables(run: Run, counts: Mapping[str, int]) -> Iterator[str]:
         yield f"  table {storage.join(run.output, name)}/*.parquet{rows}"
 
 
-def _next_commands(run: Run, counts: Mapping[str, int]) -> Iterator[str]:
+def _next_commands(run: Run, counts: Mapping[str, int], look: str) -> Iterator[str]:
     output = shlex.quote(run.output)
     if "masks" in run.tables and counts["rows_ok"]:
-        yield f"more images: clipseg-ray view {output}"
+        yield f"{look}: clipseg-ray view {output}"
     if "annotations" in run.tables:
         yield f"for an annotation tool or a trainer: clipseg-ray export {output} DEST --format coco"
     if "embeddings" in run.tables and counts["rows_ok"]:
