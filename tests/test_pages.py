@@ -16,6 +16,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from jobs import classify, duplicates, embed, evaluate, label, search, segment, view
@@ -36,16 +37,20 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A page of each kind, of one bundled shard and a broken one."""
+    """A page of each kind, of one bundled shard and a broken one; without axe-core the report of
+    masks alone, which has all the script that there is."""
     folder = tmp_path_factory.mktemp("pages")
     (folder / "in").mkdir()
     (shard,) = SHARDS.glob("*.parquet")
-    shutil.copy(shard, folder / "in")
+    pq.write_table(pq.read_table(shard).slice(0, 12), folder / "in" / shard.name)
     (folder / "in" / "bad.tar").write_bytes(make_tar([("x.png", b"<html>")]))
     (folder / "labels.txt").write_text("red\nblue\ngreen\n")
     at = {n: str(folder / n) for n in ("in", "masks", "labels", "classes", "vectors")}
     run = ["--model", str(MODEL), "--local", "--quiet"]
     assert segment.main([at["in"], at["masks"], "--ontology", str(ONTOLOGY), *run]) == 0
+    files = {n: folder / n / "report" / "index.html" for n in at if n != "in"}
+    if not AXE.is_file():
+        return {"masks": files["masks"]}
     cut = ["--ontology", str(ONTOLOGY), "--local", "--quiet"]
     assert label.main([at["masks"], at["labels"], *cut]) == 0
     some = ["--labels", f"{folder}/labels.txt", "--template", "{}", "--top", "2"]
@@ -59,7 +64,6 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     demo_truth.main([f"{folder}/truth.json"])
     held = ["--ground-truth", f"{folder}/truth.json", "--output", f"{folder}/evaluation"]
     assert evaluate.main([at["masks"], *held, "--quiet"]) == 0
-    files = {n: folder / n / "report" / "index.html" for n in at if n != "in"}
     files |= {n: folder / f"{n}.html" for n in ("view", "gallery", "groups")}
     return files | {"evaluation": folder / "evaluation" / "evaluation.html"}
 
@@ -136,7 +140,7 @@ def test_the_browser_obeys_and_the_script_runs_under_the_policy(pages: dict[str,
     """The count of rows is the script's; a script that slipped in does nothing."""
     page = pages["masks"]
     rows = page.read_text().count('<tr><th scope="row" class="text">')
-    assert rows > 30
+    assert rows == 3 * 12
     assert f"<output>{rows} of {rows} rows</output>" in browse(page)
     bad = page.parent / "bad.html"
     slipped = "<main><script>document.title = 'owned'</script>"
@@ -184,7 +188,7 @@ def test_the_table_sorts_and_filters_and_pictures_grow(
     (title,) = re.findall("<title>(.*?)</title>", browse(file), re.DOTALL)
     said = json.loads(html.unescape(title))
     down, up = [float(v) for v in said["down"][0]], [float(v) for v in said["up"][0]]
-    assert down == sorted(down, reverse=True) and up == sorted(up) and len(set(up)) > 5
+    assert down == sorted(down, reverse=True) and up == sorted(up) and len(set(up)) > 3
     assert (said["down"][1], said["up"][1]) == ("descending", "ascending")
     assert said["names"][0] == sorted(said["names"][0]) and said["names"][1:] == ["ascending", None]
     every = len(up)
