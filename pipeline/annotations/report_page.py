@@ -329,7 +329,27 @@ def _speed(report: Report) -> str:
         facts["input"] = f"{size:,} bytes"
     workers = record.get("config", {}).get("workers", {})
     facts["device"] = f"{workers.get('device', '?')}{', one process' * bool(workers.get('local'))}"
-    return _facts(facts)
+    return _facts(facts) + _stages(last)
+
+
+def _stages(last: Mapping[str, Any]) -> str:
+    """Each stage's busy seconds, and the images that it does in one."""
+    stages, images = last.get("stages"), last.get("images")
+    if not isinstance(stages, dict) or not images:
+        return ""
+    every = sum(stages.values()) or 1.0
+    lines = "".join(
+        f'<tr><th scope="row">{escape_text(str(name), 80)}</th><td>{busy:,.2f} s</td>'
+        f"<td>{share_bar(busy / every)}</td><td>{images / busy:,.1f}</td></tr>\n"
+        for name, busy in list(stages.items())[:_FACTS]
+        if busy > 0
+    )
+    return f"""<div class="scroll" role="region" aria-label="speed of stages" tabindex="0">
+<table><thead><tr><th scope="col">stage</th><th scope="col">busy</th>
+<td aria-hidden="true"></td><th scope="col">images a second of it</th></tr></thead><tbody>
+{lines}</tbody></table></div>
+<p>Busy seconds of all processes together: the stages run beside each other.</p>
+"""
 
 
 def _configuration(report: Report) -> str:

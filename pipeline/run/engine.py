@@ -5,6 +5,7 @@ A job writes its stream once, as map_batches over the dataset of its engine.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -23,6 +24,10 @@ class Dataset(Protocol):
 
     def iter_rows(self) -> Iterator[dict[str, Any]]:
         """Run the stream, and yield its rows."""
+        ...
+
+    def stats(self) -> str:
+        """Text about the stream that has run; see stage_seconds."""
         ...
 
 
@@ -47,3 +52,25 @@ class Engine:
     """Wrap a stage of tasks: guard(stage, on_crash=None, alone=None); see run.guard."""
     submit: Callable[..., Future[Any]]
     """Call a function outside the stream: submit(function, *arguments)."""
+
+
+_OPERATOR = re.compile(
+    r"Operator \d+ (?P<name>[^\n]*?): [^*]*?\* Remote wall time: [^\n]*?"
+    r"(?P<total>[\d.]+)(?P<unit>us|ms|s) total"
+)
+_UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+
+
+def stage_seconds(stream: Dataset) -> dict[str, float]:
+    """Seconds that each stage of a stream was busy, over all processes, in the stages' order.
+
+    Read from the text that Dataset.stats() of Ray is, and so of as many stages as it says
+    something of. Stages that run in one task are one: "read_batches + PrepareImages".
+    """
+    found: dict[str, float] = {}
+    for match in _OPERATOR.finditer(stream.stats()):
+        names = re.findall(r"MapBatches\((\w+)\)", match["name"])
+        if names:
+            name = " + ".join(names)
+            found[name] = found.get(name, 0.0) + float(match["total"]) * _UNITS[match["unit"]]
+    return found
