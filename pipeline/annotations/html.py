@@ -56,11 +56,14 @@ button.cell { cursor: zoom-in }
 .kept { color: var(--mark); font-weight: 600 }
 .scroll { overflow-x: auto }
 .scroll + p { margin-top: 8px }
+dl + .scroll { margin-top: 18px }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: 4px 10px; text-align: right; border-bottom: 1px solid var(--line) }
-th { font-weight: 600; vertical-align: bottom }
+th, td { padding: 4px 8px; text-align: right; border-bottom: 1px solid var(--line) }
+th, td { vertical-align: baseline }
+th { font-weight: 600 }
+thead th { vertical-align: bottom }
 th:first-child, .text { text-align: left }
-th:first-child, td.text { min-width: 110px; max-width: 260px; overflow-wrap: anywhere }
+th:first-child, td.text { min-width: 130px; max-width: 260px; overflow-wrap: anywhere }
 tr.all { font-weight: 600 }
 th button { border: 0; padding: 0; background: none; color: inherit; font: inherit;
   cursor: pointer; text-decoration: underline dotted; text-underline-offset: 3px }
