@@ -16,6 +16,7 @@ COMMANDS = {
     "ontology": "a list of classes in another tool's format -> an ontology file",
     "label": "kept probability maps of segment, and an ontology -> annotations, as tables",
     "export": "labels -> COCO, YOLO, VOC, LabelMe, Label Studio, CVAT, PNG, Hugging Face or SAM",
+    "report": "run, finished or not -> a page with its counts, classes, pictures and errors",
     "view": "run of segment -> a page with images and their masks, for a browser",
     "review": "labels -> the images worth a person's time, as a page or for an annotation tool",
     "evaluate": "kept maps or labels, and ground truth -> IoU, AP, calibration, a page",

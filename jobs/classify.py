@@ -18,6 +18,7 @@ import sys
 from collections.abc import Sequence
 
 from pipeline import infer
+from pipeline.annotations.report import end_with_report
 from pipeline.config.classify import ClassifyConfig
 from pipeline.config.command import run_command
 from pipeline.config.embed import EmbedConfig
@@ -83,7 +84,7 @@ def classify(config: ClassifyConfig) -> None:
 
     counts = follow_run(run, lambda _, engine: stream(engine), config.workers)
     tell(run.notes)
-    print(summary(run, counts))
+    print(summary(run, counts, report=end_with_report(run)))
 
 
 def classify_images(

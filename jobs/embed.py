@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from pipeline import infer
+from pipeline.annotations.report import end_with_report
 from pipeline.config.command import run_command
 from pipeline.config.embed import EmbedConfig
 from pipeline.prepare.images import PrepareImages, fail_crashed_image
@@ -77,7 +78,7 @@ def embed(config: EmbedConfig) -> None:
 
     counts = follow_run(run, lambda _, engine: stream(engine), config.workers)
     tell(run.notes)
-    print(summary(run, counts))
+    print(summary(run, counts, report=end_with_report(run)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

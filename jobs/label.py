@@ -24,6 +24,7 @@ from pipeline.annotations.label import (
     refuse_missing_prompts,
     refuse_missing_vectors,
 )
+from pipeline.annotations.report import end_with_report
 from pipeline.config.command import run_command
 from pipeline.config.label import LabelConfig
 from pipeline.errors import UsageError
@@ -58,7 +59,7 @@ def label(config: LabelConfig) -> None:
     cut = CutAnnotations(ontology, kept.prompt_ids, vectors)
     counts = follow_run(run, lambda _, engine: stream(cut, run, engine), config.workers)
     tell(run.notes)
-    print(summary(run, counts))
+    print(summary(run, counts, report=end_with_report(run)))
     print("\n".join(describe_classes(count_annotations(run.output), ontology)))
 
 

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pipeline import infer
+from pipeline.annotations.report import end_with_report
 from pipeline.config.command import run_command
 from pipeline.config.segment import SegmentConfig
 from pipeline.prepare.images import PrepareImages, fail_crashed_image
@@ -75,7 +76,7 @@ def segment(config: SegmentConfig) -> None:
         run, lambda each, engine: stream(config, spec, each, engine), config.workers
     )
     tell(run.notes)
-    print(summary(run, counts))
+    print(summary(run, counts, report=end_with_report(run)))
     if config.contact_sheet:
         from pipeline.annotations.contact_sheet import write_contact_sheet  # 0.3 s of --help
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from embeddings import embedding_part, ids_of, random_vectors, write_part, write
 
 from jobs import duplicates
 from pipeline.embeddings.duplicates import Forest, find_duplicates
+from pipeline.embeddings.duplicates_page import MEMBERS
 from pipeline.embeddings.vectors import open_table, read_vectors
 
 
@@ -169,6 +172,42 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     shown = capsys.readouterr().out
     assert "rows more; --output writes them all" in shown
     assert "near-duplicates" in shown.splitlines()[-1]
+
+
+def test_the_gallery_shows_the_least_alike_groups_first_and_what_would_be_kept(
+    tmp_path: Path,
+) -> None:
+    """Of a large group the members that are least like the first."""
+    noise = 0.02 * random_vectors(20, seed=5)
+    vectors = np.concatenate([clustered(), random_vectors(1, seed=6) + noise])
+    hostile = "<script>x</script>\x1b"
+    table = tmp_path / "t"
+    keys = [f"{hostile}{i}" for i in range(420)]
+    write_part(str(table), embedding_part(vectors, "a.tar", keys=keys))
+    record = {"config": {"input": str(tmp_path / "gone"), "images": {}}}
+    (table / "_run.json").write_text(json.dumps(record))
+    page, file = tmp_path / "page.html", tmp_path / "d.parquet"
+    argv = [str(table), "--cosine", "0.97", "--gallery", str(page), "--output", str(file)]
+    assert duplicates.main([*argv, "--quiet"]) == 0
+    groups: dict[int, list[dict[str, Any]]] = {}
+    for row in pq.read_table(file).to_pylist():
+        groups.setdefault(row["group"], []).append(row)
+    order = sorted(groups.values(), key=lambda some: min(row["cosine"] for row in some))
+    text = page.read_text()
+    assert len(order) > 20 and max(map(len, order)) > MEMBERS and "<script" not in text
+    sections = text.split("<h2>")[1:]
+    assert len(sections) == len(order)
+    for section, members in zip(sections, order, strict=True):
+        first, *others = members
+        shown = re.findall(r"<bdi>.*?(\d+)</bdi></span>\s*<span[^>]*>(.*?)</span>", section)
+        shown = [pair for pair in shown if pair[1] and "row" not in pair[1]]
+        near = sorted(others, key=lambda row: row["cosine"])[: MEMBERS - 1]
+        assert shown[0] == (str(first["row"]), "kept")
+        assert [c for _, c in shown[1:]] == [f"{row['cosine']:.4f}" for row in near]
+        assert f"<p>{len(members)} images" in section
+    assert text.count("the input is not there any more") >= 2 * len(order)
+    (table / "_run.json").unlink()
+    assert duplicates.main(argv) == 2
 
 
 def test_wrong_usage_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,7 +40,8 @@ def test_a_run_ends_with_what_a_person_needs(
         assert f"  images in which something was found, of {images}: {blue} 'blue'" in lines
     assert any(f"0 of {images} images have anything for " in x and "'forklift'" in x for x in lines)
     assert f"  table {output}/masks/*.parquet: {len(masks)} rows" in lines
-    assert f"look: clipseg-ray view {output}" in lines
+    assert f"look: {output}/report/index.html" in lines
+    assert f"more images: clipseg-ray view {output}" in lines
     assert f"what failed: clipseg-ray status {output} --errors" in lines
     assert len(lines) < 24
     # The same again: what was found is counted from the receipts.

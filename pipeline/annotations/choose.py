@@ -6,6 +6,7 @@ run with many shards some are looked at, spread evenly over them.
 
 from __future__ import annotations
 
+import bisect
 import heapq
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -182,13 +183,13 @@ def read_chosen(
         rows = wanted[id_]
         found: dict[tuple[str, int], ChosenImage] = {}
         for uri in images.get(id_, []):
-            for image in _rows_of(uri, rows, ["shard", "row", "key", "height", "width"]):
+            for image in rows_of(uri, rows, ["shard", "row", "key", "height", "width"]):
                 size = (image["height"], image["width"])
                 named = {name: image[name] for name in ("shard", "row", "key")}
                 found[(id_, image["row"])] = ChosenImage(size=size, **named)
         for uri in masks.get(id_, []):
             columns = ["row", "prompt_id", "prompt", "rle", "score_max", "area"]
-            for mask in _rows_of(uri, rows, columns):
+            for mask in rows_of(uri, rows, columns):
                 if (id_, mask["row"]) in found and (not prompts or mask["prompt"] in prompts):
                     found[(id_, mask["row"])].masks.append(_mask(mask))
         return found
@@ -212,13 +213,22 @@ def _mask(row: dict[str, Any]) -> Mask:
     )
 
 
-def _rows_of(uri: str, rows: Collection[int], columns: list[str]) -> Iterator[dict[str, Any]]:
-    """A part is in the order of its rows: nothing behind the last one wanted is read."""
-    last = max(rows)
+def rows_of(uri: str, rows: Collection[int], columns: list[str]) -> Iterator[dict[str, Any]]:
+    """Columns of some rows of a part, by their number: of the row groups alone that hold them."""
+    wanted = sorted(rows)
     with open_part(uri) as parquet:
-        batches = parquet.iter_batches(_MASKS_AT_ONCE, columns=columns, use_threads=False)
-        for batch in batches:
-            wanted = pc.is_in(batch["row"], value_set=pa.array(rows, pa.int64()))
-            yield from batch.filter(wanted).to_pylist()
-            if batch["row"][-1].as_py() > last:
+        at = parquet.schema_arrow.names.index("row")  # no column in front of it has several leaves
+        groups = []
+        for group in range(parquet.num_row_groups):
+            known = parquet.metadata.row_group(group).column(at).statistics
+            first = bisect.bisect_left(wanted, known.min) if known else 0
+            if first < len(wanted) and (not known or wanted[first] <= known.max):
+                groups.append(group)
+        batches = parquet.iter_batches(
+            _MASKS_AT_ONCE, row_groups=groups, columns=columns, use_threads=False
+        )
+        for batch in batches if groups else ():
+            here = pc.is_in(batch["row"], value_set=pa.array(wanted, pa.int64()))
+            yield from batch.filter(here).to_pylist()
+            if batch["row"][-1].as_py() > wanted[-1]:
                 return

@@ -1,23 +1,22 @@
 """An evaluation -> a table for a terminal, a Parquet file, and an HTML page that loads nothing.
 
-Names of classes are whatever the data holds: all text is escaped, and the page's policy lets
-nothing load and nothing run. Plots are inline SVG.
+Names of classes are whatever the data holds: see html.py. Plots are inline SVG.
 """
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
 
+from pipeline.annotations.charts import curve
+from pipeline.annotations.html import escape_text, make_page
 from pipeline.annotations.metrics import THRESHOLDS
 from pipeline.errors import one_line
 
 MOST_CLASSES = 200  # of a page
-_SIDE = 220  # of a plot
 _COLUMNS = {
     "class": "class",
     "images": "images",
@@ -63,50 +62,6 @@ _SCHEMA = pa.schema(
         ("bin_probabilities", pa.list_(pa.float64())),  # their sum
     ]
 )
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light dark; --paper: #fff; --ink: #202226; --faded: #5c6169;
-  --line: #d5d8dc; --mark: #c4006a }}
-@media (prefers-color-scheme: dark) {{
-  :root {{ --paper: #17191c; --ink: #e7e9ec; --faded: #a4aab3; --line: #3a3f46; --mark: #ff6db5 }}
-}}
-* {{ box-sizing: border-box }}
-body {{ margin: 0 auto; padding: 24px; max-width: 1480px; background: var(--paper);
-  color: var(--ink); font: 14px/1.45 system-ui, sans-serif }}
-h1 {{ margin: 0 0 4px; font-size: 22px; overflow-wrap: anywhere }}
-h2 {{ margin: 36px 0 8px; font-size: 16px; overflow-wrap: anywhere }}
-p, ul {{ margin: 0 0 12px; color: var(--faded); overflow-wrap: anywhere }}
-.scroll {{ overflow-x: auto }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
-th, td {{ padding: 4px 10px; text-align: right; border-bottom: 1px solid var(--line) }}
-th {{ font-weight: 600; vertical-align: bottom }}
-th:first-child {{ text-align: left; min-width: 110px; max-width: 260px; overflow-wrap: anywhere }}
-tbody tr:last-child {{ font-weight: 600 }}
-.plots {{ display: flex; flex-wrap: wrap; gap: 20px }}
-figure {{ margin: 0 }}
-figcaption {{ color: var(--faded); font-size: 12.5px }}
-svg {{ display: block; width: 240px; max-width: 100%; height: auto }}
-.axis {{ fill: none; stroke: var(--line) }}
-.even {{ stroke: var(--line); stroke-dasharray: 3 3 }}
-.curve {{ fill: none; stroke: var(--mark); stroke-width: 2 }}
-.dot {{ fill: var(--mark) }}
-text {{ fill: var(--faded); font-size: 10px }}
-</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""
 
 
 def evaluation_table(rows: Sequence[dict[str, Any]]) -> pa.Table:
@@ -164,17 +119,17 @@ def _show(row: dict[str, Any], name: str) -> str:
 def draw_evaluation(title: str, rows: Sequence[dict[str, Any]], lines: Sequence[str]) -> str:
     """The page: notes, the table, and plots of all and of each class, at most MOST_CLASSES."""
     names = _known_columns(rows)
-    head = "".join(f'<th scope="col">{_text(_COLUMNS[n])}</th>' for n in names)
+    head = "".join(f'<th scope="col">{escape_text(_COLUMNS[n])}</th>' for n in names)
     body = "".join(
-        f'<tr><th scope="row">{_text(_show(row, names[0]))}</th>'
+        f'<tr{_of_all(row)}><th scope="row">{escape_text(_show(row, names[0]))}</th>'
         + "".join(f"<td>{_show(row, n)}</td>" for n in names[1:])
         + "</tr>\n"
         for row in rows
     )
-    notes = "".join(f"<li>{_text(line)}</li>" for line in lines)
+    notes = "".join(f"<li>{escape_text(line)}</li>" for line in lines)
     parts = [
-        f"<h1>{_text(title)}</h1>",
-        f"<p>{_text(_describe_overall(rows[-1])[0])}</p>",
+        f"<h1>{escape_text(title)}</h1>",
+        f"<p>{escape_text(_describe_overall(rows[-1])[0])}</p>",
         f"<ul>{notes}</ul>" if notes else "",
         '<div class="scroll" role="region" aria-label="figures" tabindex="0">'
         f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>",
@@ -183,19 +138,23 @@ def draw_evaluation(title: str, rows: Sequence[dict[str, Any]], lines: Sequence[
         parts += [_plots(row) for row in [rows[-1], *rows[:-1][:MOST_CLASSES]]]
         if len(rows) - 1 > MOST_CLASSES:
             parts.append(f"<p>Plots of the first {MOST_CLASSES} classes.</p>")
-    return _PAGE.format(title=_text(title), body="\n".join(parts))
+    return make_page(title, "\n".join(parts))
+
+
+def _of_all(row: dict[str, Any]) -> str:
+    return ' class="all"' if row["class"] is None else ""
 
 
 def _plots(row: dict[str, Any]) -> str:
-    name = _text(_show(row, "class"))
+    name = escape_text(_show(row, "class"))
     filled = [i for i, n in enumerate(row["bin_pixels"]) if n]
     means = [row["bin_probabilities"][i] / row["bin_pixels"][i] for i in filled]
     shares = [row["bin_pixels_of_class"][i] / row["bin_pixels"][i] for i in filled]
     at = THRESHOLDS.tolist()
     plots = [
-        _plot(f"IoU of {name} at each threshold", "threshold", at, row["iou_at"]),
-        _plot(f"Precision over recall of {name}", "recall", row["recall"], row["precision"]),
-        _plot(
+        curve(f"IoU of {name} at each threshold", "threshold", at, row["iou_at"]),
+        curve(f"Precision over recall of {name}", "recall", row["recall"], row["precision"]),
+        curve(
             f"Share of pixels that are {name}, over the probability",
             "probability",
             means,
@@ -204,31 +163,3 @@ def _plots(row: dict[str, Any]) -> str:
         ),
     ]
     return f'<h2>{name}</h2>\n<div class="plots">{"".join(plots)}</div>'
-
-
-def _plot(
-    caption: str, axis: str, xs: Sequence[float], ys: Sequence[float], *, even: bool = False
-) -> str:
-    """A curve in the unit square; `even`: with the diagonal, and a dot for each point."""
-    left, top = 26, 6
-    points = [(left + _SIDE * x, top + _SIDE * (1 - y)) for x, y in zip(xs, ys, strict=True)]
-    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    bottom, right = top + _SIDE, left + _SIDE
-    extra = ""
-    if even:
-        extra = f'<line class="even" x1="{left}" y1="{bottom}" x2="{right}" y2="{top}"/>'
-        extra += "".join(
-            f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>' for x, y in points
-        )
-    box = f"0 0 {right + 8} {bottom + 18}"
-    return f"""<figure><svg viewBox="{box}" role="img" aria-label="{caption}">
-<rect class="axis" x="{left}" y="{top}" width="{_SIDE}" height="{_SIDE}"/>{extra}
-<polyline class="curve" points="{line}"/>
-<text x="{left - 4}" y="{top + 9}" text-anchor="end">1</text>
-<text x="{left - 4}" y="{bottom}" text-anchor="end">0</text>
-<text x="{right}" y="{bottom + 13}" text-anchor="end">{axis} 1</text>
-</svg><figcaption>{caption}</figcaption></figure>"""
-
-
-def _text(text: str) -> str:
-    return html.escape(one_line(text, 300))

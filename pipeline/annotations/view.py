@@ -22,7 +22,7 @@ from pipeline.annotations.choose import (
     read_chosen,
     spread,
 )
-from pipeline.annotations.html import escape_text, make_page, picture
+from pipeline.annotations.html import cell, dot, escape_text, make_page, missing, picture
 from pipeline.annotations.overlay import (
     ACCENT,
     colors_of,
@@ -179,13 +179,14 @@ def _section(view: View, image: ChosenImage, *, named: bool) -> str:
     pictures = view.pictures.get(place, "not available")
     shown = _shown(image, named=named)
     height, width = image.size
-    cells = [_cell(_picture(pictures, 0, image.key), "image", f"{height} x {width} px", "")]
+    whole = _picture(pictures, 0, image.key)
+    cells = [cell(whole, "image", "", (f"{height} x {width} px", ""))]
     for number, i in enumerate(shown, 1):
         mask = image.masks[i]
-        color = view.colors.get(mask.prompt, ACCENT)
         said = (f"p {mask.score:.2f}", describe_share(mask.share))
         inside = _picture(pictures, number, f"{mask.prompt} in {image.key}")
-        cells.append(_cell(inside, mask.prompt, *said, color=color))
+        mark = dot(view.colors.get(mask.prompt, ACCENT))
+        cells.append(cell(inside, mask.prompt, "", said, before=mark))
     lines = [f"{escape_text(image.shard)}, row {image.row}"]
     if note := view.notes.get(place):
         lines.insert(0, escape_text(note))
@@ -202,19 +203,8 @@ def _section(view: View, image: ChosenImage, *, named: bool) -> str:
 
 def _picture(pictures: Sequence[bytes] | str, number: int, alt: str) -> str:
     if isinstance(pictures, str):
-        return f"<span>{escape_text(pictures)}</span>"
+        return missing(pictures)
     return picture(pictures[number], alt)
-
-
-def _cell(inside: str, title: str, left: str, right: str, *, color: str = "") -> str:
-    dot = f'<span class="dot" style="background: {escape_text(color)}"></span>' if color else ""
-    title = escape_text(title)
-    return f"""<li>
-<div class="cell">{inside}</div>
-<div class="line"><span title="{title}">{dot}<bdi>{title}</bdi></span></div>
-<div class="line"><span>{escape_text(left)}</span><span>{escape_text(right)}</span></div>
-</li>
-"""
 
 
 def _name(prompts: Sequence[str]) -> str:

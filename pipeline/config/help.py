@@ -25,6 +25,7 @@ EXAMPLES = {
     "evaluate": "maps/ --ground-truth truth.json --output evaluation/",
     "calibrate": "maps/ --ground-truth truth.json --ontology in.yaml --output out.yaml",
     "reproduce": "phrasecut --data VGPhraseCut_v0 --model CIDAS/clipseg-rd64",
+    "report": "masks/",
     "view": 'masks/ --prompt "a cat" --sort uncertain --output view.html',
     "plan": 'segment photos/ masks/ --prompt "a cat" --gpus 8 --cpus-per-gpu 16',
     "status": "masks/ --errors",
@@ -32,7 +33,7 @@ EXAMPLES = {
     "retry-failed": "masks/",
     "index": "embeddings/ index/",
     "search": 'embeddings/ --text "a red car" --top 20 --gallery found.html',
-    "duplicates": "embeddings/ --output duplicates.parquet",
+    "duplicates": "embeddings/ --output duplicates.parquet --gallery duplicates.html",
 }
 """Arguments of a call of each command."""
 
@@ -47,6 +48,7 @@ PAGES = {
     "evaluate": "docs/evaluate.md",
     "calibrate": "docs/evaluate.md",
     "reproduce": "docs/reproduce.md",
+    "report": "docs/report.md",
     "view": "docs/tables.md",
     "plan": "docs/speed.md",
     "status": "docs/errors.md",

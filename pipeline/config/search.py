@@ -114,6 +114,10 @@ class DuplicatesConfig:
     output: Annotated[str | None, tyro.conf.arg(metavar="PARQUET")] = None
     """Write all groups into this Parquet file."""
 
+    gallery: Annotated[str | None, tyro.conf.arg(metavar="HTML")] = None
+    """Write a page of up to 200 groups, the least alike first, into this HTML file: images side by
+    side, with the one that would be kept."""
+
     quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """No progress display and no groups on the terminal, only the last line."""
 
@@ -121,3 +125,4 @@ class DuplicatesConfig:
         if not 0 <= self.cosine <= 1:
             raise UsageError(f"--cosine {self.cosine}: must be between 0 and 1")
         check_file("--output", self.output)
+        check_file("--gallery", self.gallery)

@@ -8,15 +8,13 @@ nothing run.
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Sequence
 
 from PIL import Image
 
 from pipeline import storage
-from pipeline.annotations.html import escape_text as _text
-from pipeline.annotations.html import make_page
+from pipeline.annotations.html import cell, escape_text, make_page, missing, picture
 from pipeline.embeddings.search import Hit
 from pipeline.errors import UsageError
 from pipeline.run.images import Images, find_images
@@ -26,7 +24,7 @@ THUMBNAIL_PX = 320  # the longer side
 MOST_THUMBNAILS = 5000  # of a page: about 100 MB
 
 
-def open_gallery(output: str, thumbnails: int) -> Images:
+def open_gallery(output: str, thumbnails: int = 0) -> Images:
     """Find the images of the run in the folder `output`, for a page of so many thumbnails.
 
     Raises UsageError where the run's record is not to be found, or the page would be too large.
@@ -61,7 +59,9 @@ def draw_gallery(
     for query, found in zip(queries, hits, strict=True):
         cells = [_cell(rank, hit, thumbnails) for rank, hit in enumerate(found, 1)]
         count = f"{len(found):,} nearest, by cosine" if found else "nothing found"
-        sections.append(f"<h1>{_text(query)}</h1>\n<p>{count}</p>\n<ol>\n{''.join(cells)}</ol>")
+        sections.append(
+            f"<h1>{escape_text(query)}</h1>\n<p>{count}</p>\n<ol>\n{''.join(cells)}</ol>"
+        )
     title = queries[0] if len(queries) == 1 else f"{len(queries):,} queries"
     return make_page(title, "\n".join(sections))
 
@@ -84,18 +84,15 @@ def _thumbnail(place: tuple[str, int], image: Image.Image) -> bytes:
     return file.getvalue()
 
 
+def show_thumbnail(
+    place: tuple[str, int], key: str, thumbnails: dict[tuple[str, int], bytes | str]
+) -> str:
+    """The element of a thumbnail, or why there is none."""
+    found = thumbnails.get(place, "not available")
+    return missing(found) if isinstance(found, str) else picture(found, key)
+
+
 def _cell(rank: int, hit: Hit, thumbnails: dict[tuple[str, int], bytes | str]) -> str:
-    thumbnail = thumbnails.get((hit.shard, hit.row), "not available")
-    if isinstance(thumbnail, str):
-        inside = f"<span>{_text(thumbnail)}</span>"
-    else:
-        data = base64.b64encode(thumbnail).decode()
-        inside = f'<img src="data:image/jpeg;base64,{data}" alt="{_text(hit.key)}">'
-    key, shard = _text(hit.key), _text(hit.shard)
-    return f"""<li>
-<div class="cell">{inside}</div>
-<div class="line"><span title="{key}">{rank}.&ensp;<bdi>{key}</bdi></span>
-<span>{hit.cosine:.4f}</span></div>
-<div class="line"><span title="{shard}"><bdi>{shard}</bdi></span><span>row {hit.row}</span></div>
-</li>
-"""
+    inside = show_thumbnail((hit.shard, hit.row), hit.key, thumbnails)
+    below = (hit.shard, f"row {hit.row}")
+    return cell(inside, hit.key, f"{hit.cosine:.4f}", below, before=f"{rank}.&ensp;")

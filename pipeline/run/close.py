@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from typing import Any
 
 from pipeline import storage
 from pipeline.errors import JobError, StorageError, one_line
@@ -25,12 +26,17 @@ from pipeline.write.receipts import Receipt, covers, is_borne_out, list_parts, l
 Receipts = dict[str, Receipt]
 
 
-def close_run(run: Run, seconds: float, lost: dict[str, str] | None = None) -> dict[str, int]:
+def close_run(
+    run: Run,
+    seconds: float,
+    lost: dict[str, str] | None = None,
+    stages: Mapping[str, float] | None = None,
+) -> dict[str, int]:
     """Check that the receipts equal the shards, write the counts into _run.json, and _SUCCESS.
 
     `seconds`: duration of the passes. `lost`: by the name of a shard, what of it the storage did
-    not give. Returns the counts over all shards. Raises JobError if a shard has no receipt, or if
-    meanwhile prompts were added or the run started over.
+    not give. `stages`: seconds that each was busy. Returns the counts over all shards. Raises
+    JobError if a shard has no receipt, or if meanwhile prompts were added or the run started over.
     """
     refuse_another_start(run.output, run.record)
     listed = [list_receipts(each.ledger) for each in run.passes]
@@ -56,7 +62,12 @@ def close_run(run: Run, seconds: float, lost: dict[str, str] | None = None) -> d
         run.notes.append(_note_removed(len(removed), names))
     todo = [r[ids[s.name]] for p, r in zip(run.passes, found, strict=True) for s in p.todo]
     images = sum(receipt.ok + receipt.error for receipt in todo)
-    last = {"seconds": round(seconds, 2), "images": images, "images_per_s": images / seconds}
+    last: dict[str, Any] = {
+        "seconds": round(seconds, 2),
+        "images": images,
+        "images_per_s": images / seconds,
+    }
+    last["stages"] = {name: round(busy, 3) for name, busy in (stages or {}).items()}
     run.record["throughput"] = last
     record = run.record | {"status": "complete", "finished_at": now()}
     record |= {"counts": counts, "removed_shards": names}

@@ -5,6 +5,7 @@ A job writes its stream once, as map_batches over the dataset of its engine.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -51,3 +52,25 @@ class Engine:
     """Number of shards whose parts are put together at the same time."""
     spent: dict[str, dict[str, float]] = field(default_factory=dict)
     """Time of each stage so far, where the engine knows it: wall_s, and cpu_s of all threads."""
+
+
+_OPERATOR = re.compile(
+    r"Operator \d+ (?P<name>[^\n]*?): [^*]*?\* Remote wall time: [^\n]*?"
+    r"(?P<total>[\d.]+)(?P<unit>us|ms|s) total"
+)
+_UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+
+
+def stage_seconds(stats: str) -> dict[str, float]:
+    """Busy seconds of each stage of a stream, over all processes, in the stages' order.
+
+    `stats`: the text of Dataset.stats() of Ray, which may leave stages out. Stages in one task are
+    one: "read_batches + PrepareImages".
+    """
+    found: dict[str, float] = {}
+    for match in _OPERATOR.finditer(stats):
+        names = re.findall(r"MapBatches\((\w+)\)", match["name"])
+        if names:
+            name = " + ".join(names)
+            found[name] = found.get(name, 0.0) + float(match["total"]) * _UNITS[match["unit"]]
+    return found

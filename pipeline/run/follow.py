@@ -13,7 +13,7 @@ from pipeline.config.options import WorkerOptions
 from pipeline.errors import JobError, PipelineError
 from pipeline.read.shard import Shard
 from pipeline.run.close import close_run, note_missing
-from pipeline.run.engine import Dataset, Engine
+from pipeline.run.engine import Dataset, Engine, stage_seconds
 from pipeline.run.launch import open_engine
 from pipeline.run.lifecycle import Pass, Run
 from pipeline.run.progress import Amount, ProgressDisplay
@@ -41,6 +41,7 @@ def follow_run(
     """
     started = time.monotonic()
     lost: dict[str, str] = {}
+    busy_s: Counter[str] = Counter()
     if run.is_done:
         run.notes.append("nothing was left to do")
         return close_run(run, time.monotonic() - started)
@@ -57,13 +58,16 @@ def follow_run(
             each = replace(of_pass, todo=left)
             follower = _Follower(run, each, given, progress)
             try:
-                lost |= follower.follow(stream(each, given))
+                running = stream(each, given)
+                lost |= follower.follow(running)
             except PipelineError:
                 note_missing(run, lost | follower.lost)
                 raise
-        if given.spent:
+            busy_s.update(stage_seconds(getattr(running, "stats", str)()))  # Ray's alone has it
+        busy_s.update({name: spent.get("wall_s", 0.0) for name, spent in given.spent.items()})
+        if run.sample_s:
             run.record.update(device=given.device, stages=given.spent)
-    return close_run(run, time.monotonic() - started, lost)
+    return close_run(run, time.monotonic() - started, lost, busy_s)
 
 
 def _open_display(run: Run, options: WorkerOptions) -> ProgressDisplay:

@@ -35,6 +35,7 @@ from pipeline.write.layout import (
     PROMPT_VECTORS,
     PROMPTS,
     RECEIPTS,
+    REPORT,
     RUN,
     STAGING,
     SUCCESS,
@@ -240,6 +241,6 @@ def _delete_run(output: str, record: dict[str, Any]) -> None:
     storage.delete_file(storage.join(output, SUCCESS))
     tables = [str(name) for name in record.get("tables", ())]
     storage.delete_file(storage.join(output, PROMPT_VECTORS))
-    for name in (*tables, ERRORS, STAGING, RECEIPTS, PROMPTS):
+    for name in (*tables, ERRORS, STAGING, RECEIPTS, PROMPTS, REPORT):
         if "/" not in name and name not in ("", ".", ".."):
             storage.delete_folder(storage.join(output, name))

@@ -19,7 +19,7 @@ from pipeline.config.prompt import locate_image_prompts
 from pipeline.errors import ChangedError, JobError, NotFoundError, UsageError
 from pipeline.read.shard import Shard
 from pipeline.schema import SCHEMA_VERSION, Table
-from pipeline.write.layout import ERRORS, PROMPTS, RECEIPTS, RUN, STAGING, SUCCESS
+from pipeline.write.layout import ERRORS, PROMPTS, RECEIPTS, REPORT, RUN, STAGING, SUCCESS
 from pipeline.write.passes import read_added
 
 INNER_RUN = "segment"  # in the output of label: the run that it made itself, and is cut from
@@ -105,7 +105,7 @@ def is_free(output: str, source: str, tables: Iterable[str]) -> bool:
     from."""
     if source != storage.join(output, INNER_RUN):
         return storage.is_empty(output)
-    folders = (*tables, ERRORS, STAGING, RECEIPTS, PROMPTS)
+    folders = (*tables, ERRORS, STAGING, RECEIPTS, PROMPTS, REPORT)
     nothing = all(storage.is_empty(storage.join(output, name)) for name in folders)
     return nothing and not storage.list_files(output, recursive=False)
 

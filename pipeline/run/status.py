@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline import storage
 from pipeline.errors import REASONS, UsageError, one_line
@@ -26,6 +26,39 @@ def open_output(output: str) -> tuple[str, dict[str, Any]]:
     return uri, record
 
 
+class Account(NamedTuple):
+    """Counts of the finished shards of a run's first pass, by the names of their receipts."""
+
+    planned: int
+    done: int
+    removed: int
+    """Shards that are no longer in the input; not among those done."""
+    cut: int
+    """Shards that are damaged: what is behind the damage is in no table."""
+    ok: int
+    error: int
+    skipped: int
+    """Samples without an image."""
+
+
+def count_shards(
+    output: str, record: dict[str, Any], found: dict[str, list[Receipt]] | None = None
+) -> Account:
+    """The account of a run; `found`: the receipts of its first pass, if listed already."""
+    listed = list_receipts(Ledger(output=output)) if found is None else found
+    receipts = [r for some in listed.values() for r in some]
+    removed = int(record.get("input", {}).get("removed_shards", 0))
+    return Account(
+        planned=int(record.get("input", {}).get("shards", 0)),
+        done=max(len(receipts) - removed, 0),
+        removed=removed,
+        cut=sum(r.cut for r in receipts),
+        ok=sum(r.ok for r in receipts),
+        error=sum(r.error for r in receipts),
+        skipped=sum(r.skipped for r in receipts),
+    )
+
+
 def describe(output: str, record: dict[str, Any], *, shards: int = SHARDS) -> str:
     """Some lines on the progress of a run.
 
@@ -35,25 +68,24 @@ def describe(output: str, record: dict[str, Any], *, shards: int = SHARDS) -> st
     ledgers = [Ledger(output=output, first_prompt=first) for first in (0, *added)]
     passes = [list_receipts(ledger) for ledger in ledgers]
     lost = _count_lost(output, record, dict(zip((0, *added), passes, strict=True)))
-    receipts = [r for some in passes[0].values() for r in some]
-    planned = int(record.get("input", {}).get("shards", 0))
-    removed = int(record.get("input", {}).get("removed_shards", 0))
+    count = count_shards(output, record, passes[0])
     complete = is_complete(output, record) and not lost
-    ok, error = sum(r.ok for r in receipts), sum(r.error for r in receipts)
-    done = max(len(receipts) - removed, 0)
     failures = sample_failures(output, names=0, shards=shards)
     job = record.get("fingerprint", {}).get("job", "?")
     state = "complete" if complete else "not complete: the same command again does the rest"
+    left = max(count.planned - count.done, 0)
     lines = [
         f"{output}: {job}, {state}",
         f"  started {record.get('started_at', '?')}",
-        f"  shards: {done:,} done, {max(planned - done, 0):,} left of {planned:,}",
-        f"  images: {ok:,} done, {error:,} failed",
+        f"  shards: {count.done:,} done, {left:,} left of {count.planned:,}",
+        f"  images: {count.ok:,} done, {count.error:,} failed",
     ]
-    if cut := sum(r.cut for r in receipts):
-        lines.insert(3, f"  {cut:,} shards are damaged: images behind the damage are in no table")
-    if removed:
-        lines.insert(3, f"  {removed:,} more, done before, are no longer in the input")
+    if count.cut:
+        lines.insert(
+            3, f"  {count.cut:,} shards are damaged: images behind the damage are in no table"
+        )
+    if count.removed:
+        lines.insert(3, f"  {count.removed:,} more, done before, are no longer in the input")
     if lost:
         lines.append(
             f"  {lost:,} shards have parts that are gone or of another size, and are made again: "
@@ -68,7 +100,7 @@ def describe(output: str, record: dict[str, Any], *, shards: int = SHARDS) -> st
     if added:
         prompts = sum(map(len, added.values()))
         later = sum(len(some) for receipts in passes[1:] for some in receipts.values())
-        left = max(planned * len(added) - later, 0)
+        left = max(count.planned * len(added) - later, 0)
         lines.append(f"  {prompts:,} prompts were added: {later:,} shards done, {left:,} left")
     if failures.retryable:
         least = "at least " if failures.unread else ""
@@ -76,7 +108,7 @@ def describe(output: str, record: dict[str, Any], *, shards: int = SHARDS) -> st
             f"  {least}{failures.retryable:,} failures are retryable: "
             f"clipseg-ray retry-failed {output}"
         )
-    if error:
+    if count.error:
         lines.append(f"  their names: clipseg-ray status {shlex.quote(output)} --errors")
     return "\n".join(lines)
 

@@ -27,15 +27,16 @@ SHARDS = 1000  # whose receipts, and errors, are read
 _AT_ONCE = 32
 
 
-def summary(run: Run, counts: Mapping[str, int]) -> str:
-    """Lines for the user of a finished run; `counts` of lifecycle.close_run."""
+def summary(run: Run, counts: Mapping[str, int], *, report: str | None = None) -> str:
+    """Lines for the user of a finished run; `counts` of close_run, `report` the page about it."""
     return "\n".join(
         [
             _first_line(run, counts),
             *_failures(run, counts),
             *_found(run, counts["rows_ok"]),
             *_tables(run, counts),
-            *_next_commands(run, counts),
+            *([f"look: {report}"] if report else []),
+            *_next_commands(run, counts, "more images" if report else "look"),
         ]
     )
 
@@ -137,10 +138,10 @@ def _tables(run: Run, counts: Mapping[str, int]) -> Iterator[str]:
         yield f"  table {storage.join(run.output, name)}/*.parquet{rows}"
 
 
-def _next_commands(run: Run, counts: Mapping[str, int]) -> Iterator[str]:
+def _next_commands(run: Run, counts: Mapping[str, int], look: str) -> Iterator[str]:
     output = shlex.quote(run.output)
     if "masks" in run.tables and counts["rows_ok"]:
-        yield f"look: clipseg-ray view {output}"
+        yield f"{look}: clipseg-ray view {output}"
     if "annotations" in run.tables:
         yield f"for an annotation tool or a trainer: clipseg-ray export {output} DEST --format coco"
     if "embeddings" in run.tables and counts["rows_ok"]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TypeVar
@@ -11,11 +11,12 @@ from PIL import Image
 
 from pipeline.errors import CredentialsError, PipelineError, RowError
 from pipeline.prepare.images import decode_image
-from pipeline.read.shard import Sample
+from pipeline.read.shard import Sample, Shard
 from pipeline.read.wanted import read_rows
 from pipeline.run.images import Images, find_shards, is_unchanged
 
 SHARDS_AT_ONCE = 4
+GONE = "the input is not there any more"
 
 T = TypeVar("T")
 Place = tuple[str, int]
@@ -28,19 +29,18 @@ def read_wanted(
     draw: Callable[[Place, Image.Image], T],
     *,
     moved_to: str | None = None,
+    shards: Mapping[str, Shard] | None = None,
 ) -> dict[Place, T | str]:
     """`draw` of each wanted image; for each that cannot be had, the reason.
 
     Only shards with wanted images are read, each once and no further than its last. `moved_to`: the
-    input's place now; there a shard counts as unchanged whatever its version. Raises
-    CredentialsError: that is no fault of an image.
+    input's place now; there a shard counts as unchanged whatever its version. `shards`: those of
+    the input by name, if known already. Raises CredentialsError: that is no fault of an image.
     """
-    try:
-        shards = find_shards(replace(images, source=moved_to) if moved_to else images)
-    except CredentialsError:
-        raise
-    except PipelineError:
-        return dict.fromkeys(wanted, "the input is not there any more")
+    if shards is None:
+        shards = list_there(images, moved_to)
+    if not shards:
+        return dict.fromkeys(wanted, GONE)
     rows: dict[str, set[int]] = {}
     for shard, row in wanted:
         rows.setdefault(shard, set()).add(row)
@@ -59,6 +59,19 @@ def read_wanted(
 
     with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
         return {k: v for found in pool.map(read, sorted(rows)) for k, v in found.items()}
+
+
+def list_there(images: Images, moved_to: str | None = None) -> dict[str, Shard]:
+    """The shards that are there now, by name; none where the input is gone.
+
+    Raises CredentialsError.
+    """
+    try:
+        return find_shards(replace(images, source=moved_to) if moved_to else images)
+    except CredentialsError:
+        raise
+    except PipelineError:
+        return {}
 
 
 def _decode(sample: Sample, max_pixels: int) -> Image.Image | str:

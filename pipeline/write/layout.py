@@ -11,6 +11,7 @@
     _prompts/<first>.json                   prompts that were added, from number <first> on
     _prompts/<first>/{_receipts,_staging}/  the ledger of their pass over the shards
     <table>/<id>.from-<first>.parquet       and its parts
+    report/index.html                       a page about the run; may go at any time
 
 `<id>` stands for the shard's name, `<version>` for its content and the run.
 """
@@ -30,6 +31,8 @@ STAGING = "_staging"
 PROMPTS = "_prompts"
 PROMPT_VECTORS = "_prompts.npy"
 ERRORS = "errors"
+REPORT = "report"
+REPORT_PAGE = f"{REPORT}/index.html"
 # The file of each table that exists from the start and holds no rows, so that a reader's glob
 # always matches something, even where no row ever failed.
 EMPTY_PART = "_schema.parquet"
