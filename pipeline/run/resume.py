@@ -78,8 +78,9 @@ def list_passes(ledgers: list[Ledger], tables: Iterable[str]) -> dict[int, Liste
     }
     output = ledgers[0].output
     parts = list_parts(output, tables, others=others)
-    beside = [storage.join(output, name) for name, _ in storage.list_sizes(output)]
-    storage.delete_unfinished([*others, *beside])
+    if not storage.is_s3(output):
+        others += [storage.join(output, name) for name, _ in storage.list_sizes(output)]
+    storage.delete_unfinished(others)
     return {first: Listed(staged[first], receipts[first], parts[first]) for first in receipts}
 
 

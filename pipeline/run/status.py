@@ -88,7 +88,8 @@ def _count_lost(
 
     `passes`: the receipts of each, by its first prompt, listed before the parts are.
     """
-    tables = [str(name) for name in record.get("tables", ()) if "/" not in str(name)]
+    names = map(str, record.get("tables", ()))
+    tables = [name for name in names if "/" not in name and name not in ("", ".", "..")]
     parts = list_parts(output, tables)
     lost = set()
     for first, receipts in passes.items():
