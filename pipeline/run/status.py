@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 from pipeline import storage
@@ -35,12 +37,14 @@ def describe(output: str, record: dict[str, Any], *, shards: int = SHARDS) -> st
     ledgers = [Ledger(output=output, first_prompt=first) for first in (0, *added)]
     passes = [list_receipts(ledger) for ledger in ledgers]
     lost = _count_lost(output, record, dict(zip((0, *added), passes, strict=True)))
-    receipts = [r for some in passes[0].values() for r in some]
+    count = ok = error = cut = 0
+    for receipt in chain.from_iterable(passes[0].values()):
+        count, ok, error = count + 1, ok + receipt.ok, error + receipt.error
+        cut += receipt.cut
     planned = int(record.get("input", {}).get("shards", 0))
     removed = int(record.get("input", {}).get("removed_shards", 0))
     complete = is_complete(output, record) and not lost
-    ok, error = sum(r.ok for r in receipts), sum(r.error for r in receipts)
-    done = max(len(receipts) - removed, 0)
+    done = max(count - removed, 0)
     failures = sample_failures(output, names=0, shards=shards)
     job = record.get("fingerprint", {}).get("job", "?")
     state = "complete" if complete else "not complete: the same command again does the rest"
@@ -50,7 +54,7 @@ def describe(output: str, record: dict[str, Any], *, shards: int = SHARDS) -> st
         f"  shards: {done:,} done, {max(planned - done, 0):,} left of {planned:,}",
         f"  images: {ok:,} done, {error:,} failed",
     ]
-    if cut := sum(r.cut for r in receipts):
+    if cut:
         lines.insert(3, f"  {cut:,} shards are damaged: images behind the damage are in no table")
     if removed:
         lines.insert(3, f"  {removed:,} more, done before, are no longer in the input")
@@ -82,7 +86,7 @@ def describe(output: str, record: dict[str, Any], *, shards: int = SHARDS) -> st
 
 
 def _count_lost(
-    output: str, record: dict[str, Any], passes: dict[int, dict[str, list[Receipt]]]
+    output: str, record: dict[str, Any], passes: Mapping[int, Mapping[str, list[Receipt]]]
 ) -> int:
     """Number of finished shards whose parts have not the bytes that their receipts say.
 
