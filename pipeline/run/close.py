@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 from pipeline import storage
 from pipeline.errors import JobError, StorageError, one_line
+from pipeline.read.shard import Shard
 from pipeline.run.lifecycle import Pass, Run
 from pipeline.run.manifest import (
     name_success,
@@ -16,14 +18,18 @@ from pipeline.run.manifest import (
     replace_run,
 )
 from pipeline.run.resume import read_names
-from pipeline.write.layout import (
-    SUCCESS,
-    shard_id,
-)
+from pipeline.write.layout import SUCCESS, Ledger, shard_id
 from pipeline.write.passes import read_added
-from pipeline.write.receipts import Receipt, covers, is_borne_out, list_parts, list_receipts
+from pipeline.write.receipts import (
+    Receipt,
+    Receipts,
+    covers,
+    is_borne_out,
+    list_parts,
+    list_receipts,
+)
 
-Receipts = dict[str, Receipt]
+Parts = Mapping[int, Mapping[str, int]]  # bytes by first prompt and id of a shard
 
 
 def close_run(
@@ -41,27 +47,21 @@ def close_run(
     refuse_another_start(run.output, run.record)
     listed = [list_receipts(each.ledger) for each in run.passes]
     parts = list_parts(run.output, run.tables)  # after the receipts: they are written before them
-    ids = {shard.name: shard_id(shard.name) for shard in run.first.shards}
     found = [
-        _borne_out(each, ids, receipts, parts[each.ledger.first_prompt])
+        _count_pass(each, receipts, run.first, listed[0], parts)
         for each, receipts in zip(run.passes, listed, strict=True)
     ]
-    missing = {
-        name
-        for each, receipts in zip(run.passes, found, strict=True)
-        for name, id_ in ids.items()
-        if id_ not in receipts or (each.ledger.added and not _covers_first(id_, receipts, found[0]))
-    }
-    if missing:
+    if missing := set().union(*(names for _, names in found)):
         _refuse_unfinished(run, missing, lost or {})
     _refuse_more_prompts(run)
-    counts = _count(run, found)
-    removed = listed[0].keys() - set(ids.values())
+    counts = _sum_up(run, [of_pass for of_pass, _ in found])
+    removed = set()
+    if len(listed[0]) > len(run.first.shards):  # each of these has one
+        removed = listed[0].keys() - {shard_id(shard.name) for shard in run.first.shards}
     names = read_names(run.first.ledger, {id_: listed[0][id_] for id_ in removed})
     if names:
         run.notes.append(_note_removed(len(removed), names))
-    todo = [r[ids[s.name]] for p, r in zip(run.passes, found, strict=True) for s in p.todo]
-    images = sum(receipt.ok + receipt.error for receipt in todo)
+    images = sum(of_pass["made"] for of_pass, _ in found)
     last: dict[str, Any] = {
         "seconds": round(seconds, 2),
         "images": images,
@@ -86,24 +86,43 @@ def close_run(
     return counts
 
 
-def _borne_out(
-    of_pass: Pass,
-    ids: dict[str, str],
-    receipts: dict[str, list[Receipt]],
-    parts: Mapping[str, int],
-) -> Receipts:
-    """The receipts of a pass with parts of the right size, by shard id."""
-    found = {}
+def _count_pass(
+    of_pass: Pass, receipts: Receipts, first: Pass, of_first: Receipts, parts: Parts
+) -> tuple[Counter[str], set[str]]:
+    """(sums over the receipts that count, the names of shards without one).
+
+    One counts if its parts are of its size and, in an addition, if it covers the first pass.
+    """
+    counts: Counter[str] = Counter()
+    missing = set()
+    todo = {shard.name for shard in of_pass.todo}
     for shard in of_pass.shards:
-        id_ = ids[shard.name]
-        some = receipts.get(id_, [])
-        if is_borne_out(some, of_pass.ledger.version(shard.version), parts.get(id_, 0)):
-            found[id_] = some[0]
-    return found
+        id_ = shard_id(shard.name)
+        receipt = _borne_out(of_pass.ledger, shard, id_, receipts, parts)
+        if receipt and of_pass.ledger.added:
+            before = _borne_out(first.ledger, shard, id_, of_first, parts)
+            if before is None or not covers(receipt, [before]):
+                receipt = None
+        if receipt is None:
+            missing.add(shard.name)
+            continue
+        counts["shards"] += 1
+        counts["cut"] += receipt.cut
+        counts["ok"] += receipt.ok
+        counts["error"] += receipt.error
+        counts["skipped"] += receipt.skipped
+        if shard.name in todo:
+            counts["made"] += receipt.ok + receipt.error
+    return counts, missing
 
 
-def _covers_first(id_: str, receipts: Receipts, first: Receipts) -> bool:
-    return id_ in first and covers(receipts[id_], [first[id_]])
+def _borne_out(
+    ledger: Ledger, shard: Shard, id_: str, receipts: Receipts, parts: Parts
+) -> Receipt | None:
+    """The receipt of a shard in a pass if its parts are of the right size."""
+    found = receipts.get(id_, [])
+    size_bytes = parts[ledger.first_prompt].get(id_, 0)
+    return found[0] if is_borne_out(found, ledger.version(shard.version), size_bytes) else None
 
 
 def _refuse_unfinished(run: Run, missing: set[str], lost: dict[str, str]) -> None:
@@ -143,24 +162,21 @@ def _note_removed(count: int, names: list[str]) -> str:
     )
 
 
-def _count(run: Run, found: list[Receipts]) -> dict[str, int]:
-    """Sums over receipts: shards, shards cut short, rows in, ok and error, and rows of tables."""
-    receipts = list(found[0].values())
-    ok, error = sum(r.ok for r in receipts), sum(r.error for r in receipts)
+def _sum_up(run: Run, found: list[Counter[str]]) -> dict[str, int]:
+    """Counts over all shards: shards, shards cut short, rows in, ok and error, rows of tables."""
+    first = found[0]
     counts = {
-        "shards": len(receipts),
-        "shards_failed": sum(r.cut for r in receipts),
-        "rows_in": ok + error,
-        "rows_ok": ok,
-        "rows_error": error,
-        "samples_without_image": sum(r.skipped for r in receipts),
-        **{name: ok * t.rows_per_image for name, t in run.tables.items() if t.rows_per_image},
+        "shards": first["shards"],
+        "shards_failed": first["cut"],
+        "rows_in": first["ok"] + first["error"],
+        "rows_ok": first["ok"],
+        "rows_error": first["error"],
+        "samples_without_image": first["skipped"],
+        **{n: first["ok"] * t.rows_per_image for n, t in run.tables.items() if t.rows_per_image},
     }
     for each, of_pass in zip(run.passes[1:], found[1:], strict=True):
-        receipts = list(of_pass.values())
-        counts["rows_error_later"] = counts.get("rows_error_later", 0)
-        counts["rows_error_later"] += sum(r.error for r in receipts)
+        counts["rows_error_later"] = counts.get("rows_error_later", 0) + of_pass["error"]
         for name, table in each.tables.items():
             if table.per_prompt:
-                counts[name] += sum(r.ok for r in receipts) * table.rows_per_image
+                counts[name] += of_pass["ok"] * table.rows_per_image
     return counts

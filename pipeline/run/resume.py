@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -57,7 +57,7 @@ class Listed(NamedTuple):
     """Files of one pass, by the ids of shards."""
 
     staged: dict[str, Staged]
-    receipts: dict[str, list[Receipt]]
+    receipts: Mapping[str, list[Receipt]]
     parts: Mapping[str, int]
     """Their bytes together."""
 
@@ -78,8 +78,9 @@ def list_passes(ledgers: list[Ledger], tables: Iterable[str]) -> dict[int, Liste
     }
     output = ledgers[0].output
     parts = list_parts(output, tables, others=others)
-    beside = [storage.join(output, name) for name, _ in storage.list_sizes(output)]
-    storage.delete_unfinished([*others, *beside])
+    if not storage.is_s3(output):
+        others += [storage.join(output, name) for name, _ in storage.list_sizes(output)]
+    storage.delete_unfinished(others)
     return {first: Listed(staged[first], receipts[first], parts[first]) for first in receipts}
 
 
@@ -103,9 +104,10 @@ def find_left(
     rows_done = 0
     kept: dict[str, list[Fragment]] = {}
     stale = []
-    ids = [shard_id(shard.name) for shard in shards]
-    for shard, id_ in zip(shards, ids, strict=True):
-        version = ledger.version(shard.version)
+    matched = 0
+    for shard in shards:
+        id_, version = shard_id(shard.name), ledger.version(shard.version)
+        matched += id_ in receipts
         found = receipts.get(id_, [])
         done = is_borne_out(found, version, parts.get(id_, 0)) and id_ not in forget
         if done and (not ledger.added or _covers(ledger, shard, found[0], first.get(id_, []))):
@@ -122,10 +124,12 @@ def find_left(
             kept[shard.name] = choose_fragments(some, outputs_per_image(tables))
         rows = (row for f in kept.get(shard.name, []) for row in iter_rows(f.rows))
         todo.append(replace(shard, skip=format_rows(rows)))
-    planned = set(ids)
+    decided = {id_ for id_, here in staged.items() if here.decisions} - receipts.keys()
+    planned: Set[str] = receipts.keys()
+    if decided or matched < len(receipts):  # or they need not be held in memory
+        planned = {shard_id(shard.name) for shard in shards}
     # Killed half-way, and gone from the input since. Others are being made by another driver.
-    decided = {id_ for id_, here in staged.items() if here.decisions}
-    stale += sorted(decided - receipts.keys() - planned)
+    stale += sorted(decided - planned)
     gone = receipts.keys() - planned
     stale += sorted(find_replaced(ledger, shards, {id_: receipts[id_] for id_ in gone}))
     removed = sorted(gone - set(stale))
@@ -152,7 +156,9 @@ def _list_staging(ledger: Ledger) -> dict[str, Staged]:
     return found
 
 
-def read_names(ledger: Ledger, receipts: dict[str, list[Receipt]], limit: int = 100) -> list[str]:
+def read_names(
+    ledger: Ledger, receipts: Mapping[str, list[Receipt]], limit: int = 100
+) -> list[str]:
     """The names of the first `limit` of some finished shards, from their receipts."""
     some = sorted(receipts.items())[:limit]
     return [str(read_receipt(ledger, id_, found[0])["shard"]) for id_, found in some]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
+from itertools import chain
 from typing import Any, NamedTuple
 
 from pipeline import storage
@@ -42,20 +44,23 @@ class Account(NamedTuple):
 
 
 def count_shards(
-    output: str, record: dict[str, Any], found: dict[str, list[Receipt]] | None = None
+    output: str, record: dict[str, Any], found: Mapping[str, list[Receipt]] | None = None
 ) -> Account:
     """The account of a run; `found`: the receipts of its first pass, if listed already."""
     listed = list_receipts(Ledger(output=output)) if found is None else found
-    receipts = [r for some in listed.values() for r in some]
+    receipts = ok = error = cut = skipped = 0
+    for receipt in chain.from_iterable(listed.values()):
+        receipts, ok, error = receipts + 1, ok + receipt.ok, error + receipt.error
+        cut, skipped = cut + receipt.cut, skipped + receipt.skipped
     removed = int(record.get("input", {}).get("removed_shards", 0))
     return Account(
         planned=int(record.get("input", {}).get("shards", 0)),
-        done=max(len(receipts) - removed, 0),
+        done=max(receipts - removed, 0),
         removed=removed,
-        cut=sum(r.cut for r in receipts),
-        ok=sum(r.ok for r in receipts),
-        error=sum(r.error for r in receipts),
-        skipped=sum(r.skipped for r in receipts),
+        cut=cut,
+        ok=ok,
+        error=error,
+        skipped=skipped,
     )
 
 
@@ -114,13 +119,14 @@ def describe(output: str, record: dict[str, Any], *, shards: int = SHARDS) -> st
 
 
 def _count_lost(
-    output: str, record: dict[str, Any], passes: dict[int, dict[str, list[Receipt]]]
+    output: str, record: dict[str, Any], passes: Mapping[int, Mapping[str, list[Receipt]]]
 ) -> int:
     """Number of finished shards whose parts have not the bytes that their receipts say.
 
     `passes`: the receipts of each, by its first prompt, listed before the parts are.
     """
-    tables = [str(name) for name in record.get("tables", ()) if "/" not in str(name)]
+    names = map(str, record.get("tables", ()))
+    tables = [name for name in names if "/" not in name and name not in ("", ".", "..")]
     parts = list_parts(output, tables)
     lost = set()
     for first, receipts in passes.items():

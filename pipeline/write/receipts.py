@@ -13,7 +13,7 @@ import contextlib
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -72,19 +72,41 @@ def receipts_of(ledger: Ledger, shard: Shard) -> list[Receipt]:
     return [receipt for receipt in found if receipt.version == ledger.version(shard.version)]
 
 
-def list_receipts(ledger: Ledger, *, others: list[str] | None = None) -> dict[str, list[Receipt]]:
+class Receipts(Mapping[str, list[Receipt]]):
+    """The receipts of shards by their ids, kept as the names of their files: half the memory."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, str] = {}
+
+    def add(self, id_: str, name: str) -> None:
+        """Add a receipt by its file name."""
+        before = self._names.get(id_)
+        self._names[id_] = f"{before}/{name}" if before else name
+
+    def __getitem__(self, id_: str) -> list[Receipt]:
+        parsed = map(_parse, self._names[id_].split("/"))
+        return [receipt for receipt in parsed if receipt]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def list_receipts(ledger: Ledger, *, others: list[str] | None = None) -> Receipts:
     """Every receipt of a pass, by the id of its shard; one listing.
 
     URIs of other files are added to `others`.
     """
-    found: dict[str, list[Receipt]] = defaultdict(list)
+    found = Receipts()
     for uri in storage.list_names(ledger.receipts):
         folder, name = uri.rsplit("/", 2)[1:]
-        if receipt := _parse(name):
-            found[folder].append(receipt)
+        if _NAME.fullmatch(name):
+            found.add(folder, name)
         elif others is not None:
             others.append(uri)
-    return dict(found)
+    return found
 
 
 def list_parts(
