@@ -128,22 +128,23 @@ class PrepareImages:
         column, ends = BytesIO(), [0]
         records: list[dict[str, Any]] = []
         for record in batch.to_pylist():
-            records.append(self._prepare(record, column))
+            records.append(self._prepare(record))
+            column.write(records[-1].pop("pixels"))
             ends.append(column.tell())
         table = pa.Table.from_pylist(records, schema=schema.PIXELS)
         buffers = [None, pa.py_buffer(np.array(ends, np.int64)), pa.py_buffer(column.getbuffer())]
         pixels = pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(batch), buffers)
         return table.set_column(table.schema.get_field_index("pixels"), "pixels", pixels)
 
-    def _prepare(self, record: dict[str, Any], column: BytesIO) -> dict[str, Any]:
-        """A record of schema.PIXELS, whose pixels are added to `column` instead."""
+    def _prepare(self, record: dict[str, Any]) -> dict[str, Any]:
+        """A record of schema.PIXELS; its pixels are bytes, or a view of an array."""
         data, record = record["image"], _blank(record)
         if record["reason"] or record["row"] < 0:
             return record
         try:
             decoded = decode_image(data, max_pixels=self.max_pixels, at_least=self.at_least)
             whole = (decoded.height, decoded.width)
-            column.write(np.asarray(self.processor.fit(decoded.image, whole, decoded.box)).data)
+            pixels = np.asarray(self.processor.fit(decoded.image, whole, decoded.box))
         except RowError as error:
             failure = error
         except MemoryError:
@@ -152,7 +153,7 @@ class PrepareImages:
             facts = ("height", "width", "format", "mode", "orientation")
             record |= {name: getattr(decoded, name) for name in facts}
             size_bytes = len(data) if isinstance(data, bytes) else data.nbytes
-            return record | {"size_bytes": size_bytes}
+            return record | {"size_bytes": size_bytes, "pixels": pixels.data}
         return _failed(record, failure)
 
 
