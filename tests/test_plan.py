@@ -74,7 +74,7 @@ def test_the_bundled_shards(
     code, said, _ = say(capsys, *command, "--price-per-hour", "36", "--seconds", "1")
     assert code == 0 and not output.exists()
     total, measured = map(int, re.findall(r"(\d+) (?:images in|of them)", said))
-    assert total == pytest.approx(72, rel=0.1) and 2 <= measured <= 72
+    assert total == pytest.approx(72, rel=0.25) and 2 <= measured <= 72
     (rate,) = re.findall(r"on \d+ CPUs: ([\d,.]+) images/s; the limit: ", said)
     (clock,) = re.findall(r"time: (\d+:\d+:\d+), about 8 s of it to start", said)
     hours, minutes, seconds = map(int, clock.split(":"))

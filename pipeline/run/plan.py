@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from pipeline.config.options import WorkerOptions
 from pipeline.errors import JobError
@@ -126,7 +127,7 @@ def read_sample(output: str) -> Sample:
     image_bytes = _mean_image_bytes(Path(output))
     by_bytes = read_whole["rows"] / read_whole["bytes"] if read_whole["bytes"] else 0.0
     by_bytes = by_bytes or 1 / (image_bytes + TAR_BYTES)
-    empty, parts = _part_bytes(Path(output))
+    columns, footers = _part_bytes(Path(output))
     return Sample(
         images=images,
         failed=counts["rows_error"],
@@ -142,8 +143,8 @@ def read_sample(output: str) -> Sample:
         is_exact=whole["bytes_of_unknown"] == read_whole["bytes"],
         shards=whole["shards"],
         input_bytes=whole["bytes"],
-        output_bytes=max(0.0, parts - counts["shards"] * empty) / images,
-        shard_bytes=empty,
+        output_bytes=columns / images,
+        shard_bytes=footers / counts["shards"],
     )
 
 
@@ -161,10 +162,16 @@ def _mean_image_bytes(output: Path) -> float:
 
 
 def _part_bytes(output: Path) -> tuple[int, int]:
-    """Bytes of one part without rows of each table, and of all others."""
-    files = {path: path.stat().st_size for path in output.glob("*/*.parquet")}
-    empty = sum(size for path, size in files.items() if path.name == EMPTY_PART)
-    return empty, sum(files.values()) - empty
+    """Bytes of the columns in all parts, and of what a part has beside them, its footer."""
+    parts = [path for path in output.glob("*/*.parquet") if path.name != EMPTY_PART]
+    columns = 0
+    for path in parts:
+        about = pq.read_metadata(path)
+        groups = map(about.row_group, range(about.num_row_groups))
+        columns += sum(
+            g.column(i).total_compressed_size for g in groups for i in range(g.num_columns)
+        )
+    return columns, sum(path.stat().st_size for path in parts) - columns
 
 
 def count_flop(fingerprint: dict[str, Any]) -> float:
