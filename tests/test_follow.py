@@ -14,7 +14,7 @@ from pipeline.config.options import RunOptions, WorkerOptions
 from pipeline.config.segment import SegmentConfig
 from pipeline.errors import JobError
 from pipeline.read.shard import Shard
-from pipeline.run.engine import Engine
+from pipeline.run.engine import Engine, stage_seconds
 from pipeline.run.follow import follow_run
 from pipeline.run.lifecycle import Pass, open_run
 from pipeline.run.manifest import read_run
@@ -28,6 +28,10 @@ class Accounts:
     """Stands for a dataset."""
 
     rows: list[dict[str, Any]]
+    text: str = ""
+
+    def stats(self) -> str:
+        return self.text
 
     def iter_rows(self) -> Iterator[dict[str, Any]]:
         for row in self.rows:
@@ -170,3 +174,23 @@ def test_shards_that_are_lost_first_do_not_stop_the_others(tmp_path: Path) -> No
     rest = [{"shard": shard.name, "errors": 0, "images": 100} for shard in shards[10:]]
     with pytest.raises(JobError, match=r"100 of 100 shards are not complete"):
         follow(tmp_path, [*lost, *rest], shards)
+
+
+def test_the_busy_seconds_of_stages_are_read_from_the_text_that_ray_makes() -> None:
+    """Without starting Ray: from statistics of blocks, as its executor gathers them."""
+    from ray.data._internal.stats import DatasetStats
+    from ray.data.block import BlockExecStats, BlockStats
+
+    def block(seconds: float) -> BlockStats:
+        times = {"start_time_s": 0.0, "end_time_s": seconds, "wall_time_s": seconds}
+        ran = BlockExecStats(node_id="n", task_idx=0, cpu_time_s=0.1, **times)
+        return BlockStats(num_rows=1, size_bytes=1, exec_stats=ran)
+
+    first = "MapBatches(read_batches)->MapBatches(PrepareImages)"
+    stats = DatasetStats(metadata={"Input": []}, parent=None)
+    stats = DatasetStats(metadata={first: [block(1.5), block(0.25)]}, parent=stats)
+    stats = DatasetStats(metadata={"MapBatches(SegmentImages)": [block(0.002)]}, parent=stats)
+    text = stats.to_summary().to_string()
+    wanted = {"read_batches + PrepareImages": 1.75, "SegmentImages": 0.002}
+    assert stage_seconds(Accounts([], text)) == pytest.approx(wanted)
+    assert stage_seconds(Accounts([], "")) == {}

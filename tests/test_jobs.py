@@ -221,6 +221,9 @@ def test_on_ray_the_same_bytes_come_out(
     )
     assert here == ray_
     assert len(here) == 5 + 2 * 4
+    record = json.loads((tmp_path / "ray" / "_run.json").read_text())
+    assert "SegmentImages" in " ".join(record["throughput"]["stages"])
+    assert (tmp_path / "ray" / "report" / "index.html").exists()
 
 
 def test_other_readers_read_the_tables(tmp_path: Path, checkpoint: Path) -> None:

@@ -109,6 +109,11 @@ def test_the_figures_of_masks_are_those_of_the_table(made: Path) -> None:
     for fact in (record["fingerprint"]["weights_hash"], str(MODEL), record["started_at"]):
         assert fact in page
     assert f"{record['throughput']['images_per_s']:,.1f} images/s" in page
+    stages = record["throughput"]["stages"]
+    assert list(stages) == ["read_batches", "PrepareImages", "SegmentImages", "WriteFragments"]
+    assert 0 < sum(stages.values()) <= record["throughput"]["seconds"]
+    for name, busy in stages.items():
+        assert f'<th scope="row">{name}</th><td>{busy:,.2f} s</td>' in page
 
 
 def test_a_histogram_counts_every_image_and_shows_the_threshold(made: Path) -> None:

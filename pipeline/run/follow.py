@@ -63,7 +63,7 @@ def follow_run(
             except PipelineError:
                 note_missing(run, lost | follower.lost)
                 raise
-            busy_s.update(stage_seconds(getattr(running, "stats", str)()))  # Ray's alone has it
+            busy_s.update(stage_seconds(running))
         busy_s.update({name: spent.get("wall_s", 0.0) for name, spent in given.spent.items()})
         if run.sample_s:
             run.record.update(device=given.device, stages=given.spent)
