@@ -105,6 +105,13 @@ def test_the_command_segments_beside_files_of_the_same_names(
     assert rows(tmp_path / "out" / "masks") == 72
 
 
+def test_the_demo_runs_in_any_folder(installed: Path, tmp_path: Path) -> None:
+    done = run(installed / "clipseg-ray", "demo", "here", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert rows(tmp_path / "here" / "run" / "masks") == 3 * 72
+    assert len(list((tmp_path / "here" / "coco" / "images" / "train").iterdir())) == 72
+
+
 _FIVE_LINES = """
 import ray
 from pipeline import segment
