@@ -61,11 +61,11 @@ def fetch(model: str) -> Path:
     """The local folder of a checkpoint: a folder, `org/name[@revision]` or `s3://bucket/folder`.
 
     `demo` is the bundled model, in whatever folder a process stands; a folder of that name is
-    written ./demo. Else what exists here is taken for a folder; what looks like a path (begins with . / ~ or has more
-    than one slash) is never looked up on the hub. Of a remote checkpoint only what is needed is
-    downloaded, a .bin only where there are no safetensors, and kept: in the hub's own cache, or
-    for S3 below $CLIPSEG_RAY_CACHE (default ~/.cache/clipseg-ray). CheckpointError says what is
-    wrong in one line.
+    written ./demo. Else what exists here is taken for a folder; what looks like a path (begins
+    with . / ~ or has more than one slash) is never looked up on the hub. Of a remote checkpoint
+    only what is needed is downloaded, a .bin only where there are no safetensors, and kept: in the
+    hub's own cache, or for S3 below $CLIPSEG_RAY_CACHE (default ~/.cache/clipseg-ray).
+    CheckpointError says what is wrong in one line.
     """
     if not model.strip():
         raise CheckpointError(
