@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from PIL import Image
 
 from pipeline.errors import CredentialsError, PipelineError, RowError
 from pipeline.prepare.images import decode_image
-from pipeline.read.shard import Sample
+from pipeline.read.shard import Sample, Shard
 from pipeline.read.wanted import read_rows
 from pipeline.run.images import Images, find_shards, is_unchanged
+from pipeline.run.moved import compare_moved
 
 SHARDS_AT_ONCE = 4
 
@@ -22,21 +23,32 @@ Place = tuple[str, int]
 """Shard and row."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Moved:
+    """The place of an input that is not where the run read it."""
+
+    to: str
+    known: Mapping[Place, tuple[str, int]]
+    """Key and encoded bytes of the wanted images, from the run's tables."""
+    doubted: list[str] = field(default_factory=list)
+    """Filled with the names of shards that may be others: see run.moved."""
+
+
 def read_wanted(
     images: Images,
     wanted: set[Place],
     draw: Callable[[Place, Image.Image], T],
     *,
-    moved_to: str | None = None,
+    moved: Moved | None = None,
 ) -> dict[Place, T | str]:
     """`draw` of each wanted image; for each that cannot be had, the reason.
 
-    Only shards with wanted images are read, each once and no further than its last. `moved_to`: the
-    input's place now; there a shard counts as unchanged whatever its version. Raises
-    CredentialsError: that is no fault of an image.
+    Only shards with wanted images are read, each once and no further than its last. `moved`: the
+    input is elsewhere now, and is held against what is known of it. Raises CredentialsError: that
+    is no fault of an image.
     """
     try:
-        shards = find_shards(replace(images, source=moved_to) if moved_to else images)
+        shards = find_shards(replace(images, source=moved.to) if moved else images)
     except CredentialsError:
         raise
     except PipelineError:
@@ -49,16 +61,28 @@ def read_wanted(
         found: dict[int, T | str] = dict.fromkeys(rows[name], "not in its shard any more")
         if name not in shards:
             found = dict.fromkeys(rows[name], "the shard is not there any more")
-        elif not moved_to and not is_unchanged(images, shards[name]):
-            found = dict.fromkeys(rows[name], "the shard has changed since")
+        elif why := _why_not(images, shards[name], moved):
+            found = dict.fromkeys(rows[name], why)
         else:
             for row, sample in read_rows(shards[name], rows[name]):
                 image = _decode(sample, images.max_pixels)
+                if moved and moved.known.get((name, row)) != (sample.key, len(sample.image)):
+                    image = "another image is there now: its name or bytes have changed"
                 found[row] = image if isinstance(image, str) else draw((name, row), image)
         return {(name, row): drawn for row, drawn in found.items()}
 
     with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
         return {k: v for found in pool.map(read, sorted(rows)) for k, v in found.items()}
+
+
+def _why_not(images: Images, shard: Shard, moved: Moved | None) -> str:
+    """Why the shard is not the one that the run read; "" where it is."""
+    if moved is None:
+        return "" if is_unchanged(images, shard) else "the shard has changed since"
+    why, proved = compare_moved(images, shard)
+    if not why and not proved:
+        moved.doubted.append(shard.name)
+    return why
 
 
 def _decode(sample: Sample, max_pixels: int) -> Image.Image | str:
