@@ -20,6 +20,7 @@ from pipeline import errors
 from pipeline.config.command import at_end
 from pipeline.config.options import WorkerOptions
 from pipeline.errors import JobError, PipelineError, StorageError, UsageError
+from pipeline.run.address import ray_address, refuse_nobody, starting_ray
 from pipeline.run.engine import Engine
 from pipeline.run.guard import guarded
 from pipeline.run.package import check_workers, worker_path
@@ -43,7 +44,7 @@ FINISHING_THREADS = 4  # shards of a local job that are put together at the same
 def open_ray(options: WorkerOptions) -> Iterator[Engine]:
     """Ray as the engine of a job; see engine.open_engine."""
     with ray_session(quiet=options.quiet):
-        on_cluster = bool(os.environ.get("RAY_ADDRESS"))
+        on_cluster = bool(ray_address())
         with ThreadPoolExecutor(FINISHING_THREADS) as threads:
             yield Engine(
                 **share_cluster(options),
@@ -72,7 +73,7 @@ def ray_session(*, quiet: bool = False) -> Iterator[None]:
 
     Errors of tasks come out as the PipelineError they were, or as a JobError.
     """
-    with phase("starting Ray", quiet=quiet or ray.is_initialized()):
+    with phase(starting_ray(), quiet=quiet or ray.is_initialized()):
         start_ray()
     try:
         yield
@@ -112,8 +113,9 @@ def _start() -> None:
         told = {TIMEOUT_VARIABLE: str(storage_timeout())}
         options["runtime_env"] = {"env_vars": told}
     mute_native_stderr()
-    address = os.environ.get("RAY_ADDRESS", "")
+    address = ray_address()
     alone = not address
+    refuse_nobody(address)
     if "://" not in address:  # a Ray Client adds no folders by itself
         options["job_config"] = job_with_path(worker_path())
     if alone:
