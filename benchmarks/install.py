@@ -1,6 +1,6 @@
 """README's install lines in fresh environments: seconds, bytes on disk, and whether the demo runs.
 
-    python -m benchmarks.install [--pythons python3.10 python3.13] [--only WORD] [--work FOLDER]
+    python -m benchmarks.install [--pythons python3.10 python3.13] [--lines 1 5]
 
 A row for each installer (pip, uv), Python and line: README's own, and the lowest versions that
 pyproject.toml allows. `clipseg-ray demo` is the proof, in an empty folder. Environments are removed
@@ -51,25 +51,33 @@ def main() -> None:
     """Print the table row by row."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pythons", nargs="+", default=list(PYTHONS))
-    parser.add_argument("--only", default="", help="lines that hold this text")
+    parser.add_argument("--lines", nargs="+", type=int, help="numbers of lines; by default all")
     parser.add_argument("--uv", default=shutil.which("uv") or "")
     parser.add_argument("--cpu-torch", default="", help="such as torch==2.13.0+cpu")
     parser.add_argument("--work", default=None, help="folder for the environments, removed again")
     arguments = parser.parse_args()
     print("| line | Python | result | seconds | GB on disk | demo, s | torch, Ray |")
     print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
-    for line in [*readme_lines(), LOWEST]:
-        if arguments.only not in line:
+    for number, line in enumerate([*readme_lines(), LOWEST], 1):
+        if arguments.lines and number not in arguments.lines:
             continue
         for python in arguments.pythons:
             with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
                 found = try_line(line, python, Path(folder), arguments.uv, arguments.cpu_torch)
             print(
-                f"| `{line}` | {python.rpartition('python')[2]} | {found.result} "
+                f"| `{line}` | {version_of(python)} | {found.result} "
                 f"| {found.install_s:.0f} | {found.size_bytes / 1e9:.2f} | {found.demo_s:.1f} "
                 f"| {found.versions} |",
                 flush=True,
             )
+
+
+def version_of(python: str) -> str:
+    """Version of an interpreter, or its name where there is none."""
+    if shutil.which(python) is None:
+        return python
+    asked = [python, "-c", "import platform; print(platform.python_version())"]
+    return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def try_line(line: str, python: str, folder: Path, uv: str, cpu_torch: str) -> Installed:
