@@ -25,6 +25,7 @@ from pipeline.run.engine import Engine
 from pipeline.run.guard import guarded
 from pipeline.run.package import check_workers, worker_path
 from pipeline.run.private import (
+    fewer_actors,
     fewer_processes,
     job_with_path,
     mute_native_stderr,
@@ -45,7 +46,8 @@ def open_ray(options: WorkerOptions) -> Iterator[Engine]:
     """Ray as the engine of a job; see engine.open_engine."""
     with ray_session(quiet=options.quiet):
         on_cluster = bool(ray_address())
-        with ThreadPoolExecutor(FINISHING_THREADS) as threads:
+        fewer = contextlib.nullcontext() if on_cluster else fewer_actors()
+        with fewer, ThreadPoolExecutor(FINISHING_THREADS) as threads:
             yield Engine(
                 **share_cluster(options),
                 dataset=dataset_of,  # type: ignore[arg-type]  # more of the same methods
