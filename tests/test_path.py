@@ -225,7 +225,7 @@ def test_a_run_is_retried_from_another_folder(
     capsys.readouterr()
     monkeypatch.chdir(tmp_path / "there")
     assert retry_failed.main([f"{tmp_path}/here/out", "--all", "--local"]) == 0
-    assert "2 images in 1 shards: 1 done, 1 failed" in capsys.readouterr().out
+    assert "2 images in 1 shard: 1 done, 1 failed" in capsys.readouterr().out
 
 
 def ious(coco: COCO, image: int, scene: Scene) -> list[float]:

@@ -42,7 +42,7 @@ def summary(run: Run, counts: Mapping[str, int]) -> str:
 
 def _first_line(run: Run, counts: Mapping[str, int]) -> str:
     line = (
-        f"{counts['rows_in']:,} images in {counts['shards']:,} shards: "
+        f"{_count(counts['rows_in'], 'image')} in {_count(counts['shards'], 'shard')}: "
         f"{counts['rows_ok']:,} done, {counts['rows_error']:,} failed"
     )
     last = run.record.get("throughput", {})
@@ -130,6 +130,10 @@ def _next_commands(run: Run, counts: Mapping[str, int]) -> Iterator[str]:
         yield f"other thresholds: clipseg-ray label {output} LABELS --ontology {ontology}"
     if counts["rows_error"] or counts["shards_failed"] or counts.get("rows_error_later"):
         yield f"what failed: clipseg-ray status {output} --errors"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _shorten(items: list[str]) -> str:
