@@ -24,7 +24,6 @@ import pytest
 import tyro
 from PIL import Image
 from pycocotools.coco import COCO
-from test_memory import BYTES_PER_PIXEL, COPIES, MORE_BYTES
 
 from jobs.__main__ import COMMANDS
 from pipeline.config.options import ImageOptions, RunOptions
@@ -34,6 +33,7 @@ from pipeline.read import divide
 from pipeline.run.follow import ERROR_RATE_ROWS, SILENT_SHARDS
 from pipeline.run.guard import MAX_CRASHES
 from pipeline.schema import ERRORS, IMAGES, MASKS, labels
+from tests.pictures import BYTES_PER_PIXEL, COPIES, MORE_BYTES
 
 ROOT = Path(__file__).parent.parent
 FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
