@@ -128,7 +128,8 @@ def command(part: str, home: Path, uv: str) -> list[str]:
 
 def run(line: list[str], folder: Path) -> str | None:
     """None for a command that succeeded, else the last line that it wrote."""
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    ours = ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE")
+    env = {name: value for name, value in os.environ.items() if name not in ours}
     done = subprocess.run(
         line, cwd=folder, env=env, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
     )
