@@ -14,7 +14,6 @@ from functools import cache
 from typing import Any
 
 import ray
-import ray.data
 
 from pipeline import errors
 from pipeline.config.command import at_end
@@ -33,8 +32,6 @@ from pipeline.run.private import (
     reload_auth_mode,
 )
 from pipeline.run.progress import phase
-from pipeline.run.resources import share_cluster
-from pipeline.run.source import dataset_of
 from pipeline.storage.retry import DEFAULT_TIMEOUT_S, TIMEOUT_VARIABLE, storage_timeout
 
 _started_here: list[bool] = []  # not empty between start_ray and the end of the session
@@ -45,6 +42,9 @@ FINISHING_THREADS = 4  # shards of a local job that are put together at the same
 def open_ray(options: WorkerOptions) -> Iterator[Engine]:
     """Ray as the engine of a job; see engine.open_engine."""
     with ray_session(quiet=options.quiet):
+        from pipeline.run.resources import share_cluster  # Ray Data: see start_ray
+        from pipeline.run.source import dataset_of
+
         on_cluster = bool(ray_address())
         fewer = contextlib.nullcontext() if on_cluster else fewer_actors()
         with fewer, ThreadPoolExecutor(FINISHING_THREADS) as threads:
@@ -101,9 +101,12 @@ def start_ray() -> None:
         _start()
         _started_here.append(True)
         at_end.callback(_end_ray)  # of a job that fails before its session
+        _warm_workers()
+    from ray.data import DataContext  # 1 s, in which Ray's workers start already
+
     # What Ray would log of an error comes out as one line of ours.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    context = ray.data.DataContext.get_current()
+    context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
 
@@ -137,6 +140,23 @@ def _start() -> None:
         raise JobError(f"Ray cannot be reached or started: {said}") from error
     if not alone:
         check_workers()
+
+
+def _warm_workers() -> None:
+    """Let workers that Ray has started import what stages need, while the driver does."""
+
+    def warm(*names: str) -> None:
+        import importlib
+
+        for name in names:
+            importlib.import_module(name)
+
+    how = os.environ.get("WARM", "0")
+    task = ray.remote(num_cpus=0, max_retries=0)(warm)
+    if how in ("1", "2"):
+        task.remote("ray.data", "torch", "pipeline.infer.segment")
+    if how == "2":
+        task.remote("ray.data", "pipeline.prepare.images", "pipeline.write.fragments")
 
 
 def _require_token() -> None:
