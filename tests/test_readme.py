@@ -25,6 +25,7 @@ import tyro
 from PIL import Image
 from pycocotools.coco import COCO
 
+from benchmarks.install import command, elsewhere, readme_lines
 from jobs.__main__ import COMMANDS
 from pipeline.config.options import ImageOptions, RunOptions
 from pipeline.demo import MODEL, SHARDS
@@ -118,6 +119,17 @@ def test_other_commands_are_there() -> None:
             assert f"\n{line.split()[1]}:" in makefile, line
         for module in re.findall(r"python -m ((?:benchmarks|tests|jobs|pipeline)[\w.]*)", text):
             assert (ROOT / f"{module.replace('.', '/')}.py").exists(), (page, module)
+
+
+def test_lines_of_installation_are_those_that_the_benchmark_runs() -> None:
+    """pip and uv, for this machine and for its CPU alone, as commands of an environment."""
+    lines = readme_lines()
+    assert [line.split()[0] for line in lines] == ["pip", "uv", "pip", "uv"]
+    assert elsewhere(lines[2], "torch==2+cpu") == "pip install torch==2+cpu && pip install ."
+    assert elsewhere(lines[3], "torch==2+cpu").endswith("--compile-bytecode . torch==2+cpu")
+    python = str(ROOT / "bin" / "python")
+    assert command(lines[0], ROOT, "uv") == [python, "-m", "pip", "install", "."]
+    assert command(lines[1], ROOT, "uv")[:5] == ["uv", "pip", "install", "--python", python]
 
 
 def test_options_are_there(capsys: pytest.CaptureFixture[str]) -> None:

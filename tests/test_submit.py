@@ -34,16 +34,16 @@ class Head(NamedTuple):
     """A running head."""
 
     dashboard: str
-    token: Path
+    home: Path
+    """Holds .ray/auth_token."""
 
 
-def environment(token: Path | None) -> dict[str, str]:
-    """Of a machine of the cluster, or of the client; without a token, of a stranger."""
+def environment(home: Path, *, mode: str) -> dict[str, str]:
+    """Of a machine of the cluster, of its client, or of a stranger; all have this code."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     path = os.pathsep.join([str(ROOT), *filter(None, [kept.get("PYTHONPATH")])])
     own = {"PATH": f"{BIN}{os.pathsep}{kept['PATH']}", "PYTHONPATH": path}
-    known = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)} if token else {}
-    return {**kept, **own, **known, "RAY_USAGE_STATS_ENABLED": "0"}
+    return {**kept, **own, "HOME": str(home), "RAY_AUTH_MODE": mode, "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 def free_ports(count: int) -> list[int]:
@@ -58,7 +58,8 @@ def free_ports(count: int) -> list[int]:
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     folder = tmp_path_factory.mktemp("head")
-    token = folder / "auth_token"
+    token = folder / ".ray" / "auth_token"
+    token.parent.mkdir()
     token.write_text(secrets.token_hex(32))
     token.chmod(0o600)
     dashboard, client, agent = free_ports(3)
@@ -75,14 +76,19 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     command = ["ray", "start", "--head", "--block", *(f"--{k}={v}" for k, v in options.items())]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
-            command, env=environment(token), cwd=folder, stdout=log, stderr=log, text=True
+            command,
+            env=environment(folder, mode="token"),
+            cwd=folder,
+            stdout=log,
+            stderr=log,
+            text=True,
         )
     try:
         ends = time.monotonic() + LIMIT_S
         while not is_listening(dashboard):
             assert process.poll() is None and time.monotonic() < ends, (folder / "log").read_text()
             time.sleep(0.2)  # nothing tells when it is there
-        yield Head(f"http://127.0.0.1:{dashboard}", token)
+        yield Head(f"http://127.0.0.1:{dashboard}", folder)
     finally:
         process.terminate()
         process.wait(LIMIT_S)
@@ -96,7 +102,7 @@ def is_listening(port: int) -> bool:
     return True
 
 
-def submit(head: Head, output: Path, token: Path | None) -> subprocess.CompletedProcess[str]:
+def submit(head: Head, output: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
     """The line of cluster.yaml, with this address, input and output, and the bundled model."""
     page = (ROOT / "cluster.yaml").read_text()
     (line,) = re.findall(r"^# +(ray job submit .*)$", page, re.MULTILINE)
@@ -107,7 +113,7 @@ def submit(head: Head, output: Path, token: Path | None) -> subprocess.Completed
     words = [*shlex.split(line), "--model", "demo"]
     return subprocess.run(
         words,
-        env=environment(token),
+        env=env,
         cwd=output.parent,
         capture_output=True,
         text=True,
@@ -119,10 +125,15 @@ def submit(head: Head, output: Path, token: Path | None) -> subprocess.Completed
 def test_a_job_is_submitted_with_a_token_and_without_one_refused(
     head: Head, tmp_path: Path
 ) -> None:
-    refused = submit(head, tmp_path / "none", None)
-    assert refused.returncode != 0
-    assert not (tmp_path / "none").exists()
-    done = submit(head, tmp_path / "masks", head.token)
+    for mode in ("disabled", "token"):  # of who has none, of who has another
+        stranger = tmp_path / mode
+        (stranger / ".ray").mkdir(parents=True)
+        if mode == "token":
+            (stranger / ".ray" / "auth_token").write_text(secrets.token_hex(32))
+        refused = submit(head, tmp_path / "none", environment(stranger, mode=mode))
+        assert refused.returncode != 0
+        assert not (tmp_path / "none").exists()
+    done = submit(head, tmp_path / "masks", environment(head.home, mode="token"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "72 images in 2 shards: 72 done, 0 failed" in done.stdout + done.stderr
     assert (tmp_path / "masks" / "_SUCCESS").exists()
