@@ -9,9 +9,11 @@ import os
 import re
 import secrets
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,7 +73,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         "dashboard-agent-listen-port": agent,
         "node-ip-address": "127.0.0.1",
         "num-cpus": 2,
-        "temp-dir": f"/tmp/ray-{secrets.token_hex(4)}",  # paths of sockets are short
+        "temp-dir": tempfile.mkdtemp(dir="/tmp"),  # paths of sockets are short
     }
     command = ["ray", "start", "--head", "--block", *(f"--{k}={v}" for k, v in options.items())]
     with (folder / "log").open("w") as log:
@@ -92,6 +94,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     finally:
         process.terminate()
         process.wait(LIMIT_S)
+        shutil.rmtree(str(options["temp-dir"]), ignore_errors=True)
 
 
 def is_listening(port: int) -> bool:
