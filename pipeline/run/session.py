@@ -101,7 +101,6 @@ def start_ray() -> None:
         _start()
         _started_here.append(True)
         at_end.callback(_end_ray)  # of a job that fails before its session
-        _warm_workers()
     from ray.data import DataContext  # 1 s, in which Ray's workers start already
 
     # What Ray would log of an error comes out as one line of ours.
@@ -140,23 +139,6 @@ def _start() -> None:
         raise JobError(f"Ray cannot be reached or started: {said}") from error
     if not alone:
         check_workers()
-
-
-def _warm_workers() -> None:
-    """Let workers that Ray has started import what stages need, while the driver does."""
-
-    def warm(*names: str) -> None:
-        import importlib
-
-        for name in names:
-            importlib.import_module(name)
-
-    how = os.environ.get("WARM", "0")
-    task = ray.remote(num_cpus=0, max_retries=0)(warm)
-    if how in ("1", "2"):
-        task.remote("ray.data", "torch", "pipeline.infer.segment")
-    if how == "2":
-        task.remote("ray.data", "pipeline.prepare.images", "pipeline.write.fragments")
 
 
 def _require_token() -> None:
