@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
+from pipeline.config import log
 from pipeline.config.options import WorkerOptions
 from pipeline.run.address import ray_address, refuse_nobody, starting_ray
 from pipeline.run.bytecode import describe_uncompiled
@@ -44,6 +45,7 @@ def load_beside(options: WorkerOptions, output: str, load: Callable[[Progress], 
     starts = not options.local and is_unfinished(output, new=True)
     if starts:
         refuse_nobody(ray_address())
+        log.mute_native_stderr()
     tell(describe_uncompiled(("torch", "ray") if starts else ("torch",)))
     what = f"{starting_ray()}, loading the model" if starts else "loading the model"
     with ThreadPoolExecutor(1) as beside, phase(what) as show:

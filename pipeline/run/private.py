@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import io
-import os
-import sys
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import Any
 
 import ray
 import ray.job_config
@@ -164,23 +161,6 @@ def no_sigterm_handler() -> Iterator[None]:
     finally:
         if known:
             utils.set_sigterm_handler = known
-
-
-def mute_native_stderr() -> None:
-    """Keep lines that Ray's C++ writes past Python, on no fault of anybody's, off the terminal.
-
-    sys.stderr stays. Does nothing where that is not the process's own, as in tests.
-    """
-    stderr: TextIO | None = sys.stderr
-    if stderr is not sys.__stderr__ or stderr is None or stderr.fileno() != 2:
-        return
-    stderr.flush()
-    sys.stderr = io.TextIOWrapper(
-        os.fdopen(os.dup(2), "wb"), "utf-8", "backslashreplace", line_buffering=True
-    )
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    os.close(nowhere)
 
 
 def _find(owner: Any, path: str) -> Any:

@@ -16,6 +16,7 @@ from typing import Any
 import ray
 
 from pipeline import errors
+from pipeline.config import log
 from pipeline.config.command import at_end
 from pipeline.config.options import WorkerOptions
 from pipeline.errors import JobError, PipelineError, StorageError, UsageError
@@ -27,7 +28,6 @@ from pipeline.run.private import (
     fewer_actors,
     fewer_processes,
     job_with_path,
-    mute_native_stderr,
     no_sigterm_handler,
     reload_auth_mode,
 )
@@ -75,6 +75,8 @@ def ray_session(*, quiet: bool = False) -> Iterator[None]:
 
     Errors of tasks come out as the PipelineError they were, or as a JobError.
     """
+    if not ray.is_initialized():
+        log.mute_native_stderr()
     with phase(starting_ray(), quiet=quiet or ray.is_initialized()):
         start_ray()
     try:
@@ -116,7 +118,6 @@ def _start() -> None:
     if storage_timeout() != DEFAULT_TIMEOUT_S:  # the workers' default, too
         told = {TIMEOUT_VARIABLE: str(storage_timeout())}
         options["runtime_env"] = {"env_vars": told}
-    mute_native_stderr()
     address = ray_address()
     alone = not address
     refuse_nobody(address)
