@@ -6,12 +6,8 @@ OUT ?= demo-output
 
 .PHONY: demo test soak check bench model clean
 
-demo: $(VENV)/.installed  ## segment the bundled shards with the bundled model, label and export them
-	$(BIN)/clipseg-ray segment pipeline/demo/shards $(OUT) --model pipeline/demo/model \
-	    --prompt blue --prompt star --prompt "a purple star" \
-	    --ontology pipeline/demo/ontology.yaml --contact-sheet $(OUT)/contact-sheet.png
-	$(BIN)/clipseg-ray label $(OUT) $(OUT)-labels --ontology pipeline/demo/ontology.yaml --local
-	$(BIN)/clipseg-ray export $(OUT)-labels $(OUT)-coco --format coco
+demo: $(VENV)/.installed  ## segment the bundled shards with the bundled model, label, export and show them
+	$(BIN)/clipseg-ray demo $(OUT)
 
 test: $(VENV)/.installed-dev  ## all tests, two files of them at a time
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -50,4 +46,4 @@ $(VENV)/.installed-dev: $(VENV)/bin/python pyproject.toml constraints.txt
 	touch $(VENV)/.installed $@
 
 clean:
-	rm -rf $(VENV) $(OUT) $(OUT)-labels $(OUT)-coco build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OUT) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -10,6 +10,7 @@ import sys
 from pipeline import __version__
 
 COMMANDS = {
+    "demo": "everything once, on bundled images with the bundled model: look here first",
     "segment": "image shards and prompts -> masks, as Parquet tables",
     "embed": "image shards -> CLIP embeddings, as Parquet tables",
     "classify": "image shards or embeddings, and labels -> most probable labels, as tables",

@@ -6,7 +6,7 @@ INPUT holds images, or is the output of `clipseg-ray embed`: its vectors are the
 reading an image. On the bundled shards with the bundled model:
 
     printf 'red\\ngreen\\nblue\\n' > labels.txt
-    python -m jobs.classify pipeline/demo/shards labels --model pipeline/demo/model \\
+    python -m jobs.classify pipeline/demo/shards labels --model demo \\
         --labels labels.txt --template "{}" --top 3
 
 `clipseg-ray classify` is the same. RAY_ADDRESS names a running cluster; without it Ray starts here.

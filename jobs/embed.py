@@ -4,7 +4,7 @@
 
 and, on the bundled shards with the bundled model, in well under a minute on two cores:
 
-    python -m jobs.embed pipeline/demo/shards embeddings --model pipeline/demo/model
+    python -m jobs.embed pipeline/demo/shards embeddings --model demo
 
 `clipseg-ray embed` is the same. RAY_ADDRESS names a running cluster; without it Ray starts here.
 """

@@ -4,7 +4,7 @@
 
 and, on the bundled shards with the bundled model, in well under a minute on two cores:
 
-    python -m jobs.segment pipeline/demo/shards demo-output --model pipeline/demo/model \\
+    python -m jobs.segment pipeline/demo/shards demo-output --model demo \\
         --prompt blue --prompt star --contact-sheet demo-output/contact-sheet.png
 
 `clipseg-ray segment` is the same. RAY_ADDRESS names a running cluster; without it Ray starts here.

@@ -16,6 +16,7 @@ from pipeline import storage
 from pipeline.annotations.view import draw_page, view_run
 from pipeline.config.command import run_command
 from pipeline.config.view import ViewConfig
+from pipeline.errors import one_line
 from pipeline.run.progress import phase
 
 
@@ -26,6 +27,8 @@ def view(config: ViewConfig) -> None:
     page = draw_page(found, named=config.prompt is not None)
     storage.write_bytes(storage.check_uri(config.output), page.encode())
     print(f"{len(found.images):,} images -> {config.output}")
+    for note in found.notes:
+        print(f"  {one_line(note, 500)}")
     missing = Counter(why for why in found.pictures.values() if isinstance(why, str))
     for why, count in missing.most_common():
         hint = "" if config.input_moved_to else "; moved? --input-moved-to says where it is now"

@@ -19,6 +19,7 @@ from checkpoints import change_tensors, save, save_bin, small_clipseg, write_voc
 from fake_hub import FakeHub
 
 from pipeline.config import log
+from pipeline.demo import MODEL
 from pipeline.errors import CheckpointError
 from pipeline.infer.fetch import fetch
 from pipeline.model.weights import hash_weights
@@ -52,6 +53,21 @@ def test_local_folder(single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert fetch(f"./{single.name}/").samefile(single)
     monkeypatch.setenv("HOME", str(single.parent))
     assert fetch(f"~/{single.name}").samefile(single)
+
+
+def test_demo_is_the_bundled_model_in_any_folder(
+    single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of that name is in nobody's way, unless it might be the model that was meant."""
+    monkeypatch.chdir(tmp_path)
+    assert fetch("demo") == MODEL
+    Path("demo").mkdir()
+    assert fetch("demo") == MODEL
+    shutil.rmtree("demo")
+    shutil.copytree(single, "demo")
+    with pytest.raises(CheckpointError, match=r"write \./demo for the folder"):
+        fetch("demo")
+    assert fetch("./demo").samefile("demo")
 
 
 @pytest.mark.parametrize(

@@ -214,7 +214,10 @@ def test_on_ray_the_same_bytes_come_out(
     write_tar(str(tmp_path / "in"), "1.tar")
     kept = ["--keep-probabilities", "88", "--embed"]
     assert run(source, str(tmp_path / "here"), checkpoint, *kept) == 0
+    before = {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)}
     assert run(source, str(tmp_path / "ray"), checkpoint, "--on-ray", *kept, *options) == 0
+    after = {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)}
+    assert after <= before  # Ray Data starts three helpers, each in a process of its own
     here, ray_ = (
         {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.glob("*/*.parquet")}
         for folder in (tmp_path / "here", tmp_path / "ray")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pty
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
+from pipeline.demo import SHARDS
 
 _START = """
 import os, sys, ray
@@ -77,3 +81,26 @@ def test_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     _require_token()
     assert os.environ["RAY_AUTH_MODE"] == "disabled"
     assert "RAY_AUTH_TOKEN" not in os.environ
+
+
+@pytest.mark.soak
+def test_on_a_terminal_nothing_of_rays_own_is_seen(tmp_path: Path) -> None:
+    """Its C++ writes past Python, also while a phase is drawn."""
+    terminal, end = pty.openpty()
+    command = [sys.executable, "-m", "jobs", "segment", SHARDS, tmp_path / "out"]
+    job = subprocess.Popen(
+        [*command, "--model", "demo", "--prompt", "star"],
+        env=environment(tmp_path),
+        stdin=end,
+        stdout=end,
+        stderr=end,
+    )
+    os.close(end)
+    said = b""
+    with contextlib.suppress(OSError):  # EIO, as the last who had it open is gone
+        while some := os.read(terminal, 65536):
+            said += some
+    assert job.wait(300) == 0
+    assert b"72 images in 2 shards: 72 done" in said
+    assert b"starting Ray, loading the model" in said
+    assert b".cc:" not in said and b"WARNING" not in said

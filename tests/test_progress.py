@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Hashable, Iterator
 from dataclasses import replace
@@ -213,3 +214,14 @@ def test_on_a_terminal_the_line_is_redrawn(
     assert "waiting for the first batch" in said
     assert "1,234 of about 2,468 images (50%)" in said
     assert "5 errors, 1 of 2 shards" in said
+
+
+def test_a_phase_on_a_terminal_shows_its_seconds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    with phase("loading the model") as show:
+        show("1 of 9 texts encoded")
+    said = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().err)
+    assert "loading the model: 1 of 9 texts encoded 0:00:00" in said

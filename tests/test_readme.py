@@ -23,10 +23,13 @@ import pyarrow.parquet as pq
 import pytest
 import tyro
 from PIL import Image
+from pycocotools.coco import COCO
 
+from benchmarks.install import command, elsewhere, readme_lines
 from jobs.__main__ import COMMANDS
 from pipeline.config.options import ImageOptions, RunOptions
 from pipeline.demo import MODEL, SHARDS
+from pipeline.errors import UsageError
 from pipeline.read import divide
 from pipeline.run.follow import ERROR_RATE_ROWS, SILENT_SHARDS
 from pipeline.run.guard import MAX_CRASHES
@@ -121,6 +124,17 @@ def test_other_commands_are_there() -> None:
             assert (ROOT / f"{module.replace('.', '/')}.py").exists(), (page, module)
 
 
+def test_lines_of_installation_are_those_that_the_benchmark_runs() -> None:
+    """pip and uv, for this machine and for its CPU alone, as commands of an environment."""
+    lines = readme_lines()
+    assert [line.split()[0] for line in lines] == ["pip", "uv", "pip", "uv"]
+    assert elsewhere(lines[2], "torch==2+cpu") == "pip install torch==2+cpu && pip install ."
+    assert elsewhere(lines[3], "torch==2+cpu").endswith("--compile-bytecode . torch==2+cpu")
+    python = str(ROOT / "bin" / "python")
+    assert command(lines[0], ROOT, "uv") == [python, "-m", "pip", "install", "."]
+    assert command(lines[1], ROOT, "uv")[:5] == ["uv", "pip", "install", "--python", python]
+
+
 def test_options_are_there(capsys: pytest.CaptureFixture[str]) -> None:
     known = {"--compile-bytecode", "--help"}  # uv's, everybody's
     for name in (name.replace("-", "_") for name in COMMANDS):
@@ -155,14 +169,48 @@ def test_the_readme_is_short() -> None:
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output of what `make demo` runs."""
-    output = tmp_path_factory.mktemp("demo") / "demo-output"
-    makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
-    (line,) = re.findall(r"\$\(BIN\)/(clipseg-ray segment .*)", makefile)
-    line = line.replace("$(OUT)", str(output)).replace("pipeline/demo/shards", str(SHARDS))
-    assert len(run(line).prompt) == 3
-    return output
+def demo(world: Path) -> Path:
+    """The run of README's `clipseg-ray demo`."""
+    (line,) = [line for line in commands("README.md", "clipseg-ray") if " demo " in line]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(world)
+        run(line)
+    return world / "demo-output" / "run"
+
+
+def test_the_demo_says_what_it_runs_and_where_it_is(
+    demo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Given again, it finds everything done; the commands that it names next run as printed."""
+    folder = demo.parent
+    monkeypatch.chdir(folder.parent)
+    run("clipseg-ray demo demo-output")
+    said, told = capsys.readouterr()
+    assert told.count("nothing was left to do") == 2
+    made = re.findall(r"^\$ clipseg-ray (\w+) ", said, re.MULTILINE)
+    assert made == ["segment", "label", "export", "view"]
+    places = re.findall(
+        rf"{folder}[\w./-]*", said.rpartition("\npicture: ")[2].partition("next")[0]
+    )
+    assert len(places) == 6
+    assert all(Path(place).exists() for place in places)
+    (opened,) = re.findall(r'pycocotools\.coco\.COCO\("(.*)"\)', said)
+    coco = COCO(opened)
+    assert len(coco.getImgIds()) == 72
+    assert set(coco.getCatIds()) == {a["category_id"] for a in coco.loadAnns(coco.getAnnIds())}
+    embed, search, _ = re.findall(r"^  (clipseg-ray .*)$", said.rpartition("next, ")[2], re.M)
+    run(embed)
+    run(search)
+    assert (folder.parent / "found.html").stat().st_size > 1000
+
+
+def test_the_demo_overwrites_nothing(tmp_path: Path) -> None:
+    mine = tmp_path / "shards" / next(SHARDS.glob("*.tar")).name
+    mine.parent.mkdir()
+    mine.write_bytes(b"mine")
+    with pytest.raises(UsageError, match="is there with other content; choose another folder"):
+        run(f"clipseg-ray demo {tmp_path}")
+    assert mine.read_bytes() == b"mine"
 
 
 def test_the_demo_finds_what_was_drawn(demo: Path) -> None:
@@ -180,7 +228,7 @@ def test_the_demo_finds_what_was_drawn(demo: Path) -> None:
 
 
 def test_the_picture_is_what_the_demo_draws(demo: Path) -> None:
-    sheet = np.asarray(Image.open(demo / "contact-sheet.png").convert("RGB"), np.float32)
+    sheet = np.asarray(Image.open(demo.parent / "contact-sheet.png").convert("RGB"), np.float32)
     file = ROOT / "docs" / "contact-sheet.png"
     shown = np.asarray(Image.open(file).convert("RGB"), np.float32)  # its upper rows, 256 colours
     assert min(shown.shape[:2]) > 500
@@ -189,7 +237,7 @@ def test_the_picture_is_what_the_demo_draws(demo: Path) -> None:
 
 
 def test_queries_of_the_demo_run_as_written(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(demo.parent)
+    monkeypatch.chdir(demo.parent.parent)
     queries = {
         page: [block for block in blocks(page, "sql") if "demo-output/" in block]
         for page in ("README.md", "tables.md", "errors.md")
@@ -209,7 +257,7 @@ def test_queries_of_the_demo_run_as_written(demo: Path, monkeypatch: pytest.Monk
 
 
 def test_masks_decode_as_written(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(demo.parent)
+    monkeypatch.chdir(demo.parent.parent)
     (code,) = [code for code in blocks("README.md", "python") if "pycocotools" in code]
     names: dict[str, Any] = {}
     exec(code, names)

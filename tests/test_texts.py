@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 
+from pipeline.demo import MODEL
 from pipeline.errors import UsageError
 from pipeline.infer.checkpoint import OpenModel
 from pipeline.infer.classify import TEXTS_AT_ONCE, encode_labels
@@ -169,3 +170,13 @@ def test_a_tokenizer_with_fewer_tokens_than_the_model(
     larger = CLIP.from_folder(tmp_path)[0].text_model
     (line,) = describe_vocabulary(larger, tokenizer)
     assert "the tokenizer has 557 tokens and the model 560" in line
+
+
+def test_words_that_the_bundled_model_never_saw_are_named() -> None:
+    """It finds something for every word; a folder's own name is nobody's."""
+    words = ["a purple star", "cat", "small dog"]
+    (note,) = open_segmenter("demo", words).notes
+    vocabulary = "not in the bundled model's vocabulary, of coloured shapes"
+    assert note == f"2 prompts are {vocabulary}: 'cat', 'small dog'"
+    assert open_segmenter("demo", words[:1]).notes == ()
+    assert open_segmenter(str(MODEL), words).notes == ()

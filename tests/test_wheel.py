@@ -84,7 +84,7 @@ def test_the_wheel_holds_every_package_and_the_demo(wheel: Path) -> None:
     data = {name for name in data if "__pycache__" not in name}
     assert len(data) >= 8
     assert code | data <= packed
-    others = {name.split("/")[0] for name in packed} - {"pipeline", "jobs"}
+    others = {name.split("/")[0] for name in packed} - {"pipeline", "jobs", "clipseg_ray.py"}
     assert all(name.endswith(".dist-info") for name in others)
 
 
@@ -103,6 +103,13 @@ def test_the_command_segments_beside_files_of_the_same_names(
     done = run(installed / "clipseg-ray", "segment", "shards", "out", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert rows(tmp_path / "out" / "masks") == 72
+
+
+def test_the_demo_runs_in_any_folder(installed: Path, tmp_path: Path) -> None:
+    done = run(installed / "clipseg-ray", "demo", "here", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert rows(tmp_path / "here" / "run" / "masks") == 3 * 72
+    assert len(list((tmp_path / "here" / "coco" / "images" / "train").iterdir())) == 72
 
 
 _FIVE_LINES = """
@@ -148,23 +155,26 @@ def test_a_package_of_the_same_name_on_the_workers_is_told(
     assert "the file of a user was run" not in done.stderr
 
 
-@pytest.mark.parametrize("name", ["pipeline.py", "pipeline/__init__.py", "pipeline/other.py"])
+@pytest.mark.parametrize(
+    "name", [f"{n}{f}" for n in ("pipeline", "jobs") for f in (".py", "/__init__.py", "/other.py")]
+)
 def test_a_command_whose_package_is_not_ours_ends_in_one_line(
     name: str, installed: Path, tmp_path: Path
 ) -> None:
+    """Of `python -m jobs` Python itself takes what is in the current folder."""
     foreign = tmp_path / "foreign"
     (foreign / name).parent.mkdir(parents=True)
     (foreign / name).write_text(EXITS)
-    for command, cwd in (
-        ([installed / "clipseg-ray", "--version"], tmp_path),
-        ([installed / "python", "-m", "jobs.segment", "--help"], foreign),
-    ):
+    commands = [([installed / "clipseg-ray", "--version"], tmp_path)]
+    if name.startswith("pipeline"):
+        commands.append(([installed / "python", "-m", "jobs.segment", "--help"], foreign))
+    for command, cwd in commands:
         done = run(*command, cwd=cwd, PYTHONPATH=str(foreign))
         if name.endswith("other.py"):  # no package: Python goes on and finds ours
             assert done.returncode == 0, done.stderr
             continue
         assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr.startswith("clipseg-ray: error: the name 'pipeline' means ")
+        assert done.stderr.startswith(f"clipseg-ray: error: the name '{name[:4]}")
         assert str(foreign) in done.stderr
         assert done.stderr.count("\n") == 1
 

@@ -66,7 +66,12 @@ class ChosenImage:
     key: str
     size: tuple[int, int]
     """(height, width)."""
+    size_bytes: int = 0
+    """Of the encoded image; 0: not asked for."""
     masks: list[Mask] = field(default_factory=list)
+
+
+_NAMED = ("shard", "row", "key", "size_bytes")
 
 
 def list_parts_by_shard(output: str, table: str) -> Parts:
@@ -183,9 +188,9 @@ def read_chosen(
         rows = wanted[id_]
         found: dict[tuple[str, int], ChosenImage] = {}
         for uri in images.get(id_, []):
-            for image in rows_of(uri, rows, ["shard", "row", "key", "height", "width"]):
+            for image in rows_of(uri, rows, [*_NAMED, "height", "width"]):
                 size = (image["height"], image["width"])
-                named = {name: image[name] for name in ("shard", "row", "key")}
+                named = {name: image[name] for name in _NAMED}
                 found[(id_, image["row"])] = ChosenImage(size=size, **named)
         for uri in masks.get(id_, []):
             columns = ["row", "prompt_id", "prompt", "rle", "score_max", "area"]

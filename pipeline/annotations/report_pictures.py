@@ -19,7 +19,7 @@ from pipeline.annotations.report_rows import Kind
 from pipeline.annotations.report_sample import ORDERS, Candidate, Class
 from pipeline.read.shard import Shard
 from pipeline.run.images import Images
-from pipeline.run.wanted_images import Place, read_wanted
+from pipeline.run.wanted_images import Moved, Place, read_wanted
 from pipeline.write.layout import shard_id
 
 SHARDS = 16  # that are read again
@@ -128,7 +128,7 @@ def draw_pictures(
             for shown in by_place[place]
         }
 
-    drawn = read_wanted(source, set(by_place), draw, moved_to=moved_to, shards=shards)
+    drawn = read_wanted(source, set(by_place), draw, moved=_moved(moved_to), shards=shards)
     found: dict[Shown, bytes | str] = {}
     for place, some in drawn.items():
         found |= dict.fromkeys(by_place[place], some) if isinstance(some, str) else some
@@ -150,9 +150,13 @@ def draw_thumbnails(
         source,
         set(wanted),
         lambda _, image: _draw(image, plain, ACCENT, room),
-        moved_to=moved_to,
+        moved=_moved(moved_to),
         shards=shards,
     )
+
+
+def _moved(to: str | None) -> Moved | None:
+    return Moved(to=to) if to else None
 
 
 def _draw(image: Image.Image, row: Row, color: str, room: int) -> bytes | str:

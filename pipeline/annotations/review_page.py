@@ -51,7 +51,7 @@ def draw_review(labels: str, review: Review) -> tuple[str, list[str]]:
         captions={},
         colors=colors,
         title="Images to review",
-        notes={place: _why(row) for place, row in zip(places, review.rows, strict=True)},
+        lines={place: _why(row) for place, row in zip(places, review.rows, strict=True)},
     )
     return draw_page(view), [why for why in pictures.values() if isinstance(why, str)]
 

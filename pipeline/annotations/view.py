@@ -35,7 +35,8 @@ from pipeline.config.view import ViewConfig
 from pipeline.errors import UsageError, one_line
 from pipeline.run.images import find_images
 from pipeline.run.manifest import read_run
-from pipeline.run.wanted_images import Place, read_captions, read_wanted
+from pipeline.run.moved import DOUBT
+from pipeline.run.wanted_images import Moved, Place, read_captions, read_wanted
 from pipeline.write.passes import read_added
 
 SIDE_PX = 320  # the longer side of a picture
@@ -64,8 +65,10 @@ class View:
     colors: Mapping[str, str]
     """By prompt, of those with a colour of their own."""
     title: str = "Masks by prompt"
-    notes: Mapping[Place, str] = field(default_factory=dict)
+    lines: Mapping[Place, str] = field(default_factory=dict)
     """A line below the heading of an image."""
+    notes: Sequence[str] = ()
+    """Lines for who asked for the page."""
 
 
 def view_run(config: ViewConfig) -> View:
@@ -110,7 +113,11 @@ def view_run(config: ViewConfig) -> View:
         return draw_pictures(places[place], image, colors, named=config.prompt is not None)
 
     source = find_images(output)
-    pictures = read_wanted(source, set(places), draw, moved_to=config.input_moved_to)
+    moved = None
+    if config.input_moved_to:
+        known = {place: (image.key, image.size_bytes) for place, image in places.items()}
+        moved = Moved(to=config.input_moved_to, known=known)
+    pictures = read_wanted(source, set(places), draw, moved=moved)
     captions: dict[Place, str] = {}
     if config.text_column:
         captions = read_captions(source, set(places), config.text_column, config.input_moved_to)
@@ -130,7 +137,18 @@ def view_run(config: ViewConfig) -> View:
         "numbers": "size as height x width; p, largest probability; share of the image",
         "run": f"{output}, started {record.get('started_at', '?')}",
     }
-    return View(facts=facts, images=found, pictures=pictures, captions=captions, colors=colors)
+    notes = []
+    if moved and moved.doubted:
+        many = f"{len(moved.doubted):,} shards" if len(moved.doubted) > 1 else moved.doubted[0]
+        notes.append(f"{many} {DOUBT}")
+    return View(
+        facts=facts,
+        images=found,
+        pictures=pictures,
+        captions=captions,
+        colors=colors,
+        notes=notes,
+    )
 
 
 def _prompts(output: str, record: Mapping[str, Any]) -> list[str]:
@@ -188,7 +206,7 @@ def _section(view: View, image: ChosenImage, *, named: bool) -> str:
         mark = dot(view.colors.get(mask.prompt, ACCENT))
         cells.append(cell(inside, mask.prompt, "", said, before=mark))
     lines = [f"{escape_text(image.shard)}, row {image.row}"]
-    if note := view.notes.get(place):
+    if note := view.lines.get(place):
         lines.insert(0, escape_text(note))
     if caption := view.captions.get(place):
         lines.append(f"<q>{escape_text(caption, CAPTION_CHARACTERS)}</q>")

@@ -23,7 +23,8 @@ class EmbedConfig:
     """Folder for the tables, local or s3://. The same command again completes it."""
 
     model: str = "openai/clip-vit-base-patch16"
-    """CLIP or CLIPSeg checkpoint: a local folder, an s3:// folder, or a hub id with @revision."""
+    """CLIP or CLIPSeg checkpoint: a local folder, an s3:// folder, a hub id, with @revision if
+    wanted, or demo."""
 
     text_column: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """Also embed the text beside each image: a Parquet column, a field of the .json member, or

@@ -15,6 +15,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 import tyro
 
 EXAMPLES = {
+    "demo": "demo-output",
     "segment": 'photos/ masks/ --prompt "a cat" --prompt "a remote control"',
     "embed": "s3://bucket/shards/ embeddings/ --model openai/clip-vit-base-patch16",
     "classify": 'photos/ labels/ --labels labels.txt --template "a photo of a {}."',
@@ -38,6 +39,7 @@ EXAMPLES = {
 """Arguments of a call of each command."""
 
 PAGES = {
+    "demo": "docs/labels.md",
     "segment": "docs/inputs.md, docs/tables.md",
     "embed": "docs/search.md, docs/tables.md",
     "classify": "docs/inputs.md, docs/tables.md",

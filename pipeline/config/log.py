@@ -6,10 +6,12 @@ The form belongs to the process, as its command line says: every line passes thr
 from __future__ import annotations
 
 import datetime
+import io
 import json
+import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TextIO
 
 _state = {"json": False, "quiet": False}
 
@@ -45,3 +47,21 @@ def say(event: str, message: str, **facts: Any) -> None:
         line = json.dumps({"time": time, "event": event, "message": message, **facts})
     sys.stderr.write(f"{line}\n")  # in one piece: threads write here, too
     sys.stderr.flush()
+
+
+def mute_native_stderr() -> None:
+    """Keep lines that Ray's C++ writes past Python, on no fault of anybody's, off the terminal.
+
+    sys.stderr stays. Does nothing where that is not the process's own, as in tests, and while a
+    phase is drawn on a terminal: call it before.
+    """
+    stderr: TextIO | None = sys.stderr
+    if stderr is not sys.__stderr__ or stderr is None or stderr.fileno() != 2:
+        return
+    stderr.flush()
+    sys.stderr = io.TextIOWrapper(
+        os.fdopen(os.dup(2), "wb"), "utf-8", "backslashreplace", line_buffering=True
+    )
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)

@@ -60,7 +60,7 @@ class SegmentConfig:
     column, a field of the .json member, or else the .txt member."""
 
     model: str = "CIDAS/clipseg-rd64-refined"
-    """Checkpoint: a local folder, an s3:// folder, or a hub id, with @revision if wanted."""
+    """Checkpoint: a local folder, an s3:// folder, a hub id, with @revision if wanted, or demo."""
 
     threshold: float = 0.5
     """Probability above which a pixel is in the mask; 0 to 1."""

@@ -41,7 +41,8 @@ class ViewConfig:
     """The page, local or s3://."""
 
     input_moved_to: Annotated[str | None, tyro.conf.arg(metavar="INPUT")] = None
-    """Where the input of the run is now, if it is not where it was."""
+    """Where the input of the run is now, if it is not where it was. Images are shown whose shard,
+    name and bytes are what the run recorded."""
 
     def __post_init__(self) -> None:
         check_positive(self, "limit")

@@ -18,3 +18,9 @@ from pathlib import Path
 
 MODEL = Path(__file__).parent / "model"
 SHARDS = Path(__file__).parent / "shards"
+
+# By their names in the folder of `clipseg-ray demo`.
+FILES = {
+    **{f"shards/{file.name}": file for file in sorted(SHARDS.iterdir()) if file.is_file()},
+    "ontology.yaml": Path(__file__).parent / "ontology.yaml",
+}

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pipeline.errors import CheckpointError, JobError
 from pipeline.infer.device import Device
-from pipeline.infer.fetch import fetch
+from pipeline.infer.fetch import DEMO, fetch
 from pipeline.infer.texts import (
     Progress,
     describe_cut,
@@ -27,6 +27,7 @@ from pipeline.infer.texts import (
     encode_texts,
     find_cut,
     longest_text,
+    name_texts,
 )
 from pipeline.model.check import read_config
 from pipeline.model.clip import CLIP, TextTower, VisionTower
@@ -149,7 +150,13 @@ class OpenModel(Generic[Model]):
         return [
             *describe_vocabulary(tower, self.tokenizer),
             *describe_cut(cut, what, longest_text(tower)),
+            *(self._describe_unlearnt(names, what) if self.name == DEMO else []),
         ]
+
+    def _describe_unlearnt(self, names: Sequence[str], what: str) -> list[str]:
+        """A line on texts with words of which the bundled model's vocabulary has only letters."""
+        new = [name for name in names if len(self.tokenizer.encode(name)) > len(name.split()) + 2]
+        return name_texts(new, what, "not in the bundled model's vocabulary, of coloured shapes")
 
     def _text_model(self) -> CLIPSeg | CLIP | TextEncoder:
         if isinstance(self.model, ImageEncoder | ImageClassifier):

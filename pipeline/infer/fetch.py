@@ -44,6 +44,9 @@ NEEDED = (
 )
 # In the order of preference; only one of them is downloaded.
 _FORMS = (SAFETENSORS, PICKLES, SAFETENSORS_VARIANTS, PICKLES_VARIANTS)
+# The model that ships with the project.
+DEMO = "demo"
+_BUNDLED = Path(__file__).parent.parent / "demo" / "model"
 _HUB_ID = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?:@([\w./-]+))?")
 _COPY_BYTES = 8 << 20
 # Repositories on the hub that a mistyped one may have meant.
@@ -57,16 +60,24 @@ KNOWN = (
 def fetch(model: str) -> Path:
     """The local folder of a checkpoint: a folder, `org/name[@revision]` or `s3://bucket/folder`.
 
-    What exists here is taken for a folder; what looks like a path (begins with . / ~ or has more
-    than one slash) is never looked up on the hub. Of a remote checkpoint only what is needed is
-    downloaded, a .bin only where there are no safetensors, and kept: in the hub's own cache, or
-    for S3 below $CLIPSEG_RAY_CACHE (default ~/.cache/clipseg-ray). CheckpointError says what is
-    wrong in one line.
+    `demo` is the bundled model, in whatever folder a process stands; a folder of that name is
+    written ./demo. Else what exists here is taken for a folder; what looks like a path (begins
+    with . / ~ or has more than one slash) is never looked up on the hub. Of a remote checkpoint
+    only what is needed is downloaded, a .bin only where there are no safetensors, and kept: in the
+    hub's own cache, or for S3 below $CLIPSEG_RAY_CACHE (default ~/.cache/clipseg-ray).
+    CheckpointError says what is wrong in one line.
     """
     if not model.strip():
         raise CheckpointError(
             "the model is an empty string; name a folder, a hub id or an s3:// URI"
         )
+    if model == DEMO:
+        if Path(DEMO, "config.json").exists():  # never another model than was meant, in silence
+            raise CheckpointError(
+                "demo: is the bundled model, and here a folder of that name with a checkpoint: "
+                f"write ./demo for the folder, or {_BUNDLED} for the bundled model"
+            )
+        return _BUNDLED
     if "://" in model:
         try:
             uri = check_uri(model)

@@ -8,10 +8,13 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import TypeVar
 
+from pipeline.config import log
 from pipeline.config.options import WorkerOptions
+from pipeline.run.address import ray_address, refuse_nobody, starting_ray
+from pipeline.run.bytecode import describe_uncompiled
 from pipeline.run.engine import Engine
 from pipeline.run.lifecycle import is_unfinished
-from pipeline.run.progress import phase
+from pipeline.run.progress import phase, tell
 
 T = TypeVar("T")
 Progress = Callable[[int, int], None]
@@ -47,7 +50,11 @@ def load_beside(options: WorkerOptions, output: str, load: Callable[[Progress], 
     `output` is complete: then there may be nothing to do.
     """
     starts = not options.local and is_unfinished(output, new=True)
-    what = "starting Ray, loading the model" if starts else "loading the model"
+    if starts:
+        refuse_nobody(ray_address())
+        log.mute_native_stderr()
+    tell(describe_uncompiled(("torch", "ray") if starts else ("torch",)))
+    what = f"{starting_ray()}, loading the model" if starts else "loading the model"
     with ThreadPoolExecutor(1) as beside, phase(what) as show:
         loading = beside.submit(
             load, lambda done, total: show(f"{done:,} of {total:,} texts encoded")

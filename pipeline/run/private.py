@@ -5,12 +5,12 @@ A version without one of them is an error of one line. Checked with Ray 2.60.
 
 from __future__ import annotations
 
-import io
-import os
-import sys
-from collections.abc import Iterator
+import contextlib
+import importlib
+import uuid
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import Any
 
 import ray
 import ray.job_config
@@ -72,6 +72,80 @@ def fewer_processes() -> Iterator[None]:
             setattr(node, name, method)
 
 
+_DATA = "ray.data._internal"
+_HELPERS_OF = "2.60."  # 2.56 asks them otherwise
+# Modules, the function in them, and what its actor would answer; other calls have no answer.
+_HELPERS: tuple[tuple[tuple[str, ...], str, str, Callable[..., Any]], ...] = (
+    (
+        (f"{_DATA}.stats",),
+        "get_or_create_stats_actor",
+        "gen_dataset_id",
+        lambda: uuid.uuid4().hex,
+    ),
+    (
+        (
+            f"{_DATA}.utils.cached_ray_internals",
+            f"{_DATA}.execution.operators.actor_pool_map_operator",
+        ),
+        "get_or_create_actor_location_tracker",
+        "get_actor_locations",
+        lambda actors: dict.fromkeys(actors, ray.get_runtime_context().get_node_id()),
+    ),
+    (
+        (f"{_DATA}.cluster_autoscaler.default_autoscaling_coordinator",),
+        "get_or_create_autoscaling_coordinator",
+        "get_reserved_resources",
+        lambda _: {ray.get_runtime_context().get_node_id(): ray.cluster_resources()},
+    ),
+)
+
+
+@contextmanager
+def fewer_actors() -> Iterator[None]:
+    """Let Ray Data's executions in this block start no helper actors of their own.
+
+    Each is a process that imports Ray Data: one keeps statistics for a dashboard, one knows the
+    nodes of actors, one divides the cluster among executions. On one machine, with one execution
+    and no dashboard, the answers are known here. Another version of Ray than was tried starts them.
+    """
+    known: list[tuple[Any, str, Any]] = []
+    for modules, name, asked, answer in _HELPERS if ray.__version__.startswith(_HELPERS_OF) else ():
+        helper = _Helper(asked, answer)
+        for module in modules:
+            with contextlib.suppress(ImportError, AttributeError):
+                owner = importlib.import_module(module)
+                known.append((owner, name, getattr(owner, name)))
+                setattr(owner, name, lambda told=helper: told)
+    try:
+        yield
+    finally:
+        for owner, name, function in known:
+            setattr(owner, name, function)
+
+
+class _Helper:
+    """In the place of an actor, also on workers: answers one kind of call, and ignores others."""
+
+    def __init__(self, asked: str, answer: Callable[..., Any]):
+        self.asked, self.answer = asked, answer
+
+    def __getattr__(self, name: str) -> _Call:
+        if name.startswith("__"):  # of pickle
+            raise AttributeError(name)
+        return _Call(self.answer if name == self.asked else None)
+
+
+class _Call:
+    """A method of a _Helper, called as an actor's."""
+
+    def __init__(self, answer: Callable[..., Any] | None):
+        self.answer = answer
+
+    def remote(self, *arguments: Any, **options: Any) -> Any:
+        """A reference to the answer; None where nobody waits for one."""
+        return ray.put(self.answer(*arguments)) if self.answer else None
+
+
 @contextmanager
 def no_sigterm_handler() -> Iterator[None]:
     """Let ray.init set no handler for SIGTERM in this block: its own ends the process in silence.
@@ -87,23 +161,6 @@ def no_sigterm_handler() -> Iterator[None]:
     finally:
         if known:
             utils.set_sigterm_handler = known
-
-
-def mute_native_stderr() -> None:
-    """Keep lines that Ray's C++ writes past Python, on no fault of anybody's, off the terminal.
-
-    sys.stderr stays. Does nothing where that is not the process's own, as in tests.
-    """
-    stderr: TextIO | None = sys.stderr
-    if stderr is not sys.__stderr__ or stderr is None or stderr.fileno() != 2:
-        return
-    stderr.flush()
-    sys.stderr = io.TextIOWrapper(
-        os.fdopen(os.dup(2), "wb"), "utf-8", "backslashreplace", line_buffering=True
-    )
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    os.close(nowhere)
 
 
 def _find(owner: Any, path: str) -> Any:

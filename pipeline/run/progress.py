@@ -95,9 +95,9 @@ class ProgressDisplay:
         self.started = self.logged = clock()
         self.seen: deque[tuple[float, int]] = deque()  # time and images done, of the last minute
         console = Console(stderr=True)
-        columns = [SpinnerColumn(), TextColumn("{task.description}")]
+        columns = [SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()]
         if console.width >= WIDE:
-            columns += [BarColumn(bar_width=20), TimeElapsedColumn()]
+            columns.insert(2, BarColumn(bar_width=20))
         self.bar = Progress(
             *columns,
             console=console,
@@ -214,16 +214,18 @@ def phase(what: str, *, quiet: bool = False) -> Iterator[Callable[[str], None]]:
         return
     started = time.monotonic()
     console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     drawn = console.is_terminal and not log.is_json()
-    status = console.status(what) if drawn else None
+    status = Progress(*columns, console=console, transient=True) if drawn else None
+    task = status.add_task(what, total=None) if status else None
     ended = threading.Event()
     seen = " ..."
 
     def show(how_far: str) -> None:
         nonlocal seen
         seen = f": {how_far}"
-        if status:
-            status.update(f"{what}{seen}")
+        if status and task is not None:
+            status.update(task, description=f"{what}{seen}")
 
     def keep_telling() -> None:
         wait_s = SHORT_PHASE_S

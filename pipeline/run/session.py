@@ -14,25 +14,24 @@ from functools import cache
 from typing import Any
 
 import ray
-import ray.data
 
 from pipeline import errors
+from pipeline.config import log
 from pipeline.config.command import at_end
 from pipeline.config.options import WorkerOptions
 from pipeline.errors import JobError, PipelineError, StorageError, UsageError
+from pipeline.run.address import ray_address, refuse_nobody, starting_ray
 from pipeline.run.engine import Engine
 from pipeline.run.guard import guarded
 from pipeline.run.package import check_workers, worker_path
 from pipeline.run.private import (
+    fewer_actors,
     fewer_processes,
     job_with_path,
-    mute_native_stderr,
     no_sigterm_handler,
     reload_auth_mode,
 )
 from pipeline.run.progress import phase
-from pipeline.run.resources import share_cluster
-from pipeline.run.source import dataset_of
 from pipeline.storage.retry import DEFAULT_TIMEOUT_S, TIMEOUT_VARIABLE, storage_timeout
 
 _started_here: list[bool] = []  # not empty between start_ray and the end of the session
@@ -45,8 +44,12 @@ CPUS_PER_FINISHER = 4
 def open_ray(options: WorkerOptions) -> Iterator[Engine]:
     """Ray as the engine of a job; see engine.open_engine."""
     with ray_session(quiet=options.quiet):
-        on_cluster = bool(os.environ.get("RAY_ADDRESS"))
-        with ThreadPoolExecutor(FINISHING_THREADS) as threads:
+        from pipeline.run.resources import share_cluster  # Ray Data: see start_ray
+        from pipeline.run.source import dataset_of
+
+        on_cluster = bool(ray_address())
+        fewer = contextlib.nullcontext() if on_cluster else fewer_actors()
+        with fewer, ThreadPoolExecutor(FINISHING_THREADS) as threads:
             yield Engine(
                 **share_cluster(options),
                 dataset=dataset_of,  # type: ignore[arg-type]  # more of the same methods
@@ -81,7 +84,9 @@ def ray_session(*, quiet: bool = False) -> Iterator[None]:
 
     Errors of tasks come out as the PipelineError they were, or as a JobError.
     """
-    with phase("starting Ray", quiet=quiet or ray.is_initialized()):
+    if not ray.is_initialized():
+        log.mute_native_stderr()
+    with phase(starting_ray(), quiet=quiet or ray.is_initialized()):
         start_ray()
     try:
         yield
@@ -107,9 +112,11 @@ def start_ray() -> None:
         _start()
         _started_here.append(True)
         at_end.callback(_end_ray)  # of a job that fails before its session
+    from ray.data import DataContext  # 1 s, in which Ray's workers start already
+
     # What Ray would log of an error comes out as one line of ours.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    context = ray.data.DataContext.get_current()
+    context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
 
@@ -120,9 +127,9 @@ def _start() -> None:
     if storage_timeout() != DEFAULT_TIMEOUT_S:  # the workers' default, too
         told = {TIMEOUT_VARIABLE: str(storage_timeout())}
         options["runtime_env"] = {"env_vars": told}
-    mute_native_stderr()
-    address = os.environ.get("RAY_ADDRESS", "")
+    address = ray_address()
     alone = not address
+    refuse_nobody(address)
     if "://" not in address:  # a Ray Client adds no folders by itself
         options["job_config"] = job_with_path(worker_path())
     if alone:

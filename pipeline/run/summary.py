@@ -43,7 +43,7 @@ def summary(run: Run, counts: Mapping[str, int], *, report: str | None = None) -
 
 def _first_line(run: Run, counts: Mapping[str, int]) -> str:
     line = (
-        f"{counts['rows_in']:,} images in {counts['shards']:,} shards: "
+        f"{_count(counts['rows_in'], 'image')} in {_count(counts['shards'], 'shard')}: "
         f"{counts['rows_ok']:,} done, {counts['rows_error']:,} failed"
     )
     last = run.record.get("throughput", {})
@@ -154,6 +154,10 @@ def _next_commands(run: Run, counts: Mapping[str, int], look: str) -> Iterator[s
         yield f"{what}: clipseg-ray label {output} LABELS --ontology {ontology}"
     if counts["rows_error"] or counts["shards_failed"] or counts.get("rows_error_later"):
         yield f"what failed: clipseg-ray status {output} --errors"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _shorten(items: list[str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from PIL import Image
@@ -14,6 +14,7 @@ from pipeline.prepare.images import decode_image
 from pipeline.read.shard import Sample, Shard
 from pipeline.read.wanted import read_rows
 from pipeline.run.images import Images, find_shards, is_unchanged
+from pipeline.run.moved import compare_moved
 
 SHARDS_AT_ONCE = 4
 GONE = "the input is not there any more"
@@ -23,22 +24,33 @@ Place = tuple[str, int]
 """Shard and row."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Moved:
+    """The place of an input that is not where the run read it."""
+
+    to: str
+    known: Mapping[Place, tuple[str, int]] | None = None
+    """Key and encoded bytes of the wanted images, from the run's tables; None: not compared."""
+    doubted: list[str] = field(default_factory=list)
+    """Filled with the names of shards that may be others: see run.moved."""
+
+
 def read_wanted(
     images: Images,
     wanted: set[Place],
     draw: Callable[[Place, Image.Image], T],
     *,
-    moved_to: str | None = None,
+    moved: Moved | None = None,
     shards: Mapping[str, Shard] | None = None,
 ) -> dict[Place, T | str]:
     """`draw` of each wanted image; for each that cannot be had, the reason.
 
-    Only shards with wanted images are read, each once and no further than its last. `moved_to`: the
-    input's place now; there a shard counts as unchanged whatever its version. `shards`: those of
-    the input by name, if known already. Raises CredentialsError: that is no fault of an image.
+    Only shards with wanted images are read, each once and no further than its last. `moved`: the
+    input is elsewhere now, and is held against what is known of it. `shards`: those of the input by
+    name, if known already. Raises CredentialsError: that is no fault of an image.
     """
     if shards is None:
-        shards = list_there(images, moved_to)
+        shards = list_there(images, moved.to if moved else None)
     if not shards:
         return dict.fromkeys(wanted, GONE)
     rows: dict[str, set[int]] = {}
@@ -49,11 +61,14 @@ def read_wanted(
         found: dict[int, T | str] = dict.fromkeys(rows[name], "not in its shard any more")
         if name not in shards:
             found = dict.fromkeys(rows[name], "the shard is not there any more")
-        elif not moved_to and not is_unchanged(images, shards[name]):
-            found = dict.fromkeys(rows[name], "the shard has changed since")
+        elif why := _why_not(images, shards[name], moved):
+            found = dict.fromkeys(rows[name], why)
         else:
             for row, sample in read_rows(shards[name], rows[name]):
                 image = _decode(sample, images.max_pixels)
+                known = moved.known if moved else None
+                if known is not None and known.get((name, row)) != (sample.key, len(sample.image)):
+                    image = "another image is there now: its name or bytes have changed"
                 found[row] = image if isinstance(image, str) else draw((name, row), image)
         return {(name, row): drawn for row, drawn in found.items()}
 
@@ -72,6 +87,16 @@ def list_there(images: Images, moved_to: str | None = None) -> dict[str, Shard]:
         raise
     except PipelineError:
         return {}
+
+
+def _why_not(images: Images, shard: Shard, moved: Moved | None) -> str:
+    """Why the shard is not the one that the run read; "" where it is."""
+    if moved is None:
+        return "" if is_unchanged(images, shard) else "the shard has changed since"
+    why, proved = compare_moved(images, shard)
+    if not why and not proved:
+        moved.doubted.append(shard.name)
+    return why
 
 
 def _decode(sample: Sample, max_pixels: int) -> Image.Image | str:

@@ -66,10 +66,15 @@ def is_borne_out(found: list[Receipt], version: str, size_bytes: int) -> bool:
 
 def receipts_of(ledger: Ledger, shard: Shard) -> list[Receipt]:
     """The receipts of a shard with this content: none or one, unless a storage broke its word."""
-    folder = storage.join(ledger.receipts, shard_id(shard.name))
-    names = [uri.rpartition("/")[2] for uri in storage.list_names(folder)]
-    found = [receipt for name in names if (receipt := _parse(name))]
+    found = list_receipts_of(ledger, shard.name)
     return [receipt for receipt in found if receipt.version == ledger.version(shard.version)]
+
+
+def list_receipts_of(ledger: Ledger, name: str) -> list[Receipt]:
+    """Every receipt of the shard of this name, whatever its content and run."""
+    folder = storage.join(ledger.receipts, shard_id(name))
+    names = [uri.rpartition("/")[2] for uri in storage.list_names(folder)]
+    return [receipt for name in names if (receipt := _parse(name))]
 
 
 class Receipts(Mapping[str, list[Receipt]]):
