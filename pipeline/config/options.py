@@ -36,7 +36,7 @@ class ImageOptions:
 
     decode: Literal["exact", "fast"] = "exact"
     """fast decodes large JPEGs at a half, a quarter or an eighth of their size, as far as the model
-    needs no more: three times as many a second at 1920 x 1080, of slightly other pixels."""
+    needs no more: at 1920 x 1080 twice as many a second, of slightly other pixels."""
 
     def __post_init__(self) -> None:
         check_positive(self, "max_pixels")

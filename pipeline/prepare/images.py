@@ -73,7 +73,7 @@ def decode_image(
     """Decode one image to upright RGB; its peak is 4 to 13 bytes per pixel, WebP's 20.
 
     A JPEG is decoded to a half, a quarter or an eighth of its size where that is `at_least` as
-    large, (height, width): three to five times as fast, by libjpeg's scaled DCT, and other pixels.
+    large, (height, width): faster, by libjpeg's scaled DCT, and other pixels.
 
     Pixels of somebody else's decoder are taken as they are: see convert.image_of_array.
 

@@ -34,7 +34,7 @@ STAGES = {
 }
 """Names of the stages beside the model's, and what they are called."""
 TAR_BYTES = 768  # of a member beside its data: a header, and half a block
-# Measured, see benchmarks/NOTES.md: of Ray itself, beside the stages.
+# Of Ray itself, beside the stages: from measurements of jobs, see benchmarks/NOTES.md.
 DRIVER_BLOCK_S = 0.023  # of the driver, for each block of up to BATCH_ROWS images
 RAY_BLOCK_S = 0.05  # of one CPU, for each of them, in all processes
 
