@@ -59,6 +59,7 @@ def segment(config: SegmentConfig) -> None:
             per_row=config.prompt_column is not None,
             embed=config.embed,
             max_pixels=max_pixels,
+            precision=config.precision,
             on_progress=encoded,
         ),
     )

@@ -18,6 +18,7 @@ from pipeline.storage.uri import check_uri
 
 Input = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="INPUT")]
 Output = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUTPUT")]
+Precision = Literal["float32", "tf32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +98,18 @@ class RunOptions:
             raise UsageError(f"--max-error-rate {self.max_error_rate}: must be between 0 and 1")
         if not 0 < self.storage_timeout < float("inf"):
             raise UsageError(f"--storage-timeout {self.storage_timeout}: must be above 0")
+
+
+def check_precision(precision: Precision, workers: WorkerOptions) -> None:
+    """Raise UsageError for TF32 where no GPU is wanted."""
+    if workers.local or workers.device == "cpu":
+        check_cpu_precision(precision)
+
+
+def check_cpu_precision(precision: Precision) -> None:
+    """Raise UsageError for TF32, which no CPU has."""
+    if precision == "tf32":
+        raise UsageError("--precision tf32: only GPUs compute in it; on a CPU float32 or bf16")
 
 
 def check_positive(options: object, *names: str) -> None:

@@ -14,9 +14,11 @@ from pipeline.config.options import (
     ImageOptions,
     Input,
     Output,
+    Precision,
     RunOptions,
     WorkerOptions,
     check_file,
+    check_precision,
     read_lines,
     refuse_repeated,
 )
@@ -62,6 +64,10 @@ class SegmentConfig:
     model: str = "CIDAS/clipseg-rd64-refined"
     """Checkpoint: a local folder, an s3:// folder, or a hub id, with @revision if wanted."""
 
+    precision: Precision = "float32"
+    """Arithmetic of the model on images. bf16 is the fast one on a GPU and on CPUs with AVX512-BF16
+    or AMX; tf32 is for GPUs alone. Texts are always encoded in float32."""
+
     threshold: float = 0.5
     """Probability above which a pixel is in the mask; 0 to 1."""
 
@@ -104,6 +110,7 @@ class SegmentConfig:
                 f"--contact-sheet {self.contact_sheet}: end its name in {', '.join(SUFFIXES)}"
             )
         check_file("--ontology", self.ontology)
+        check_precision(self.precision, self.workers)
         if self.ontology is not None and self.keep_probabilities == "none":
             object.__setattr__(self, "keep_probabilities", LABEL_SIDE)
 

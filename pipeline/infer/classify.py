@@ -109,7 +109,7 @@ def open_classifier(
                 f"--{given[0]}: {name} classifies by a head with {len(own)} labels of its own"
             )
         checkpoint = OpenModel(name, ImageClassifier.from_folder, Device("cpu")).describe(
-            texts=False
+            config.precision, texts=False
         )
         templates, vectors, scale = [], np.empty((0, 0)), 1.0
         function = _head_function(folder, read_config(folder), len(own))
@@ -117,7 +117,7 @@ def open_classifier(
         if not labels:
             raise UsageError(f"nothing to choose from: {name} needs --labels FILE, one a line")
         opened = OpenModel(name, CLIP.from_folder, Device(device))
-        checkpoint = opened.describe(texts=True)
+        checkpoint = opened.describe(config.precision, texts=True)
         templates, scale = config.templates(), read_logit_scale(folder)
         notes = _describe_labels(opened, labels, templates)
         vectors = encode_labels(opened, labels, templates, on_progress)
@@ -198,7 +198,8 @@ class ClassifyImages:
     """
 
     def __init__(self, classifier: Classifier, device: str, threads: int | None = None):
-        self.device, self.classifier = Device(device, threads), classifier
+        self.device = Device(device, threads, precision=classifier.checkpoint.precision)
+        self.classifier = classifier
         load = _loader(classifier.head)
         self.model = OpenModel.on_worker(classifier.checkpoint, load, self.device).model
 

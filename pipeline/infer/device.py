@@ -13,10 +13,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from pipeline.config.options import Precision, check_cpu_precision
 from pipeline.errors import UsageError
+from pipeline.model.clip import MLP, Attention
 from pipeline.prepare.processor import ImageProcessor
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Device:
@@ -28,13 +32,24 @@ class Device:
     the row's neighbours or on how many threads and actors there are. Rows run on `threads` threads
     beside each other and share the weights.
 
-    A GPU takes many rows at once, and its last bits depend on how many.
+    A GPU takes many rows at once, and its last bits depend on how many. Whether it takes TF32 for
+    float32 is a setting of the process, made here: torch's own is yes, but in convolutions alone.
     """
 
-    def __init__(self, kind: str, threads: int | None = None):
-        """Raises UsageError for "cuda" without a GPU. `threads` by default as many as torch's."""
+    def __init__(self, kind: str, threads: int | None = None, *, precision: Precision = "float32"):
+        """Raises UsageError for "cuda" without a GPU, and for TF32 on a CPU.
+
+        `threads` by default as many as torch's; `precision` of the models that `place` puts here.
+        """
         if kind == "cuda" and not torch.cuda.is_available():
             raise UsageError("a GPU was asked for, and torch sees none on this worker")
+        if kind == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+            torch.backends.cudnn.allow_tf32 = precision != "float32"
+        else:
+            check_cpu_precision(precision)
+        self.dtype = _DTYPES.get(precision, torch.float32)
+        """Of the weights and products of the image model: see _convert."""
         self.torch = torch.device(kind)
         self._threads = None
         if kind == "cpu":
@@ -43,6 +58,12 @@ class Device:
                 initializer=torch.set_num_threads,  # of the thread that calls it
                 initargs=(1,),
             )
+
+    def place(self, model: nn.Module) -> None:
+        """Move a model here, and convert its weights once, as far as they are converted."""
+        model.to(self.torch)
+        if self.dtype != torch.float32:
+            _convert(model, self.dtype)
 
     @property
     def alone(self) -> bool:
@@ -67,6 +88,19 @@ class Device:
         for some in self.split(len(rows), at_once=len(rows)):
             pixels = torch.from_numpy(np.stack(rows[some])).to(self.torch)
             yield processor.normalize(pixels)
+
+
+def _convert(part: nn.Module, dtype: torch.dtype) -> None:
+    """Convert attention and MLPs of images, where 99 % of the products are.
+
+    Patch embedding, sums, norms, FiLM, projections and logits stay in float32, as do texts, which
+    are few.
+    """
+    for name, child in part.named_children():
+        if isinstance(child, Attention | MLP):
+            child.to(dtype)
+        elif name != "text_model":
+            _convert(child, dtype)
 
 
 def has_pixels(batch: pa.Table) -> np.ndarray:

@@ -12,6 +12,7 @@ import pyarrow as pa
 import torch
 
 from pipeline import schema
+from pipeline.config.options import Precision
 from pipeline.infer.checkpoint import Checkpoint, OpenModel
 from pipeline.infer.device import Device, fail_rows, has_pixels, scale_to_unit
 from pipeline.model.clip import CLIP
@@ -32,14 +33,19 @@ class EmbedSpec:
 
 
 def open_embedder(
-    name: str, *, text: bool, normalize: bool, dtype: Literal["float32", "float16"]
+    name: str,
+    *,
+    text: bool,
+    normalize: bool,
+    dtype: Literal["float32", "float16"],
+    precision: Precision = "float32",
 ) -> EmbedSpec:
     """Load a checkpoint as the actors will, and let its weights go again. Raises CheckpointError.
 
     What it lacks, and what does not fit together in it, is found here, before anything is written.
     """
     opened = OpenModel(name, _loader(text), Device("cpu"))
-    checkpoint = opened.describe(texts=text)
+    checkpoint = opened.describe(precision, texts=text)
     return EmbedSpec(checkpoint=checkpoint, text=text, normalize=normalize, dtype=dtype)
 
 
@@ -56,7 +62,8 @@ class EmbedImages:
     """
 
     def __init__(self, spec: EmbedSpec, device: str, threads: int | None = None):
-        self.device, self.spec = Device(device, threads), spec
+        self.device = Device(device, threads, precision=spec.checkpoint.precision)
+        self.spec = spec
         self.opened = OpenModel.on_worker(spec.checkpoint, _loader(spec.text), self.device)
 
     def __call__(self, batch: pa.Table) -> pa.Table:

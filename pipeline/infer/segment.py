@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline import schema
+from pipeline.config.options import Precision
 from pipeline.config.prompt import Prompt
 from pipeline.infer.checkpoint import Checkpoint, OpenModel
 from pipeline.infer.device import Device, fail_rows, has_pixels, scale_to_unit
@@ -58,20 +59,21 @@ def open_segmenter(
     per_row: bool = False,
     embed: bool = False,
     max_pixels: int = 50_000_000,
+    precision: Precision = "float32",
     on_progress: Progress | None = None,
 ) -> SegmentSpec:
     """Load a checkpoint, encode phrases and other prompts with it, and let its weights go again.
 
-    `per_row`: see SegmentSpec; `max_pixels` of an example image. Raises CheckpointError naming the
-    file, field or tensor that is wrong, and UsageError for prompts that are one to the model and
-    naming an example that cannot be used.
+    `per_row`: see SegmentSpec; `max_pixels` of an example image; `precision` of the actors. Raises
+    CheckpointError naming the file, field or tensor that is wrong, and UsageError for prompts that
+    are one to the model and naming an example that cannot be used.
     """
     opened = OpenModel(name, CLIPSeg.from_folder, Device("cpu"))
     asked = [Prompt(name=p, texts=(p,)) if isinstance(p, str) else p for p in prompts]
     texts = list(dict.fromkeys(text for prompt in asked for text in prompt.texts))
     notes = opened.describe_texts(texts, "prompt")
     return SegmentSpec(
-        checkpoint=opened.describe(texts=True),
+        checkpoint=opened.describe(precision, texts=True),
         prompts=[prompt.name for prompt in asked],
         conditional=encode_prompts(opened, asked, max_pixels, on_progress)
         if asked
@@ -98,7 +100,7 @@ class SegmentImages:
         block_bytes: int = BLOCK_BYTES,
     ):
         self.spec, self.block_bytes = spec, block_bytes
-        self.device = Device(device, threads)
+        self.device = Device(device, threads, precision=spec.checkpoint.precision)
         opened = OpenModel.on_worker(spec.checkpoint, CLIPSeg.from_folder, self.device)
         self.model = opened.model
         self.phrases = PhraseVectors(opened)
