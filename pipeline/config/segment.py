@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from dataclasses import asdict, dataclass, field, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
@@ -30,6 +30,19 @@ from pipeline.schema import IMAGES, MASKS, PROBABILITIES, Table, embeddings
 SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 # The smallest maps from which masks agree with the direct ones by .99, see docs/labels.md
 LABEL_SIDE: Literal["352"] = "352"
+
+
+class MaskRule(NamedTuple):
+    """How masks come of logits."""
+
+    threshold: float = 0.5
+    mask_size: Literal["image", "model"] = "image"
+    kept_side: int = 0
+    """Longer side of the probability maps to keep; 0: none."""
+
+    def target(self, size: tuple[int, int], grid: tuple[int, int]) -> tuple[int, int]:
+        """Size of the mask of an image of `size`, whose logits have the model's `grid`."""
+        return size if self.mask_size == "image" else grid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +154,12 @@ class SegmentConfig:
         if self.ontology is not None:
             prompts += [p for p in read_ontology(self.ontology).prompts if p not in prompts]
         return prompts
+
+    @property
+    def rule(self) -> MaskRule:
+        """How masks come of logits."""
+        kept = 0 if self.keep_probabilities == "none" else int(self.keep_probabilities)
+        return MaskRule(self.threshold, self.mask_size, kept)
 
     def fingerprint(self) -> dict[str, Any]:
         """Options that decide results: with another value of any, the output is another run's."""
