@@ -90,7 +90,8 @@ def stream(
     config: SegmentConfig, spec: infer.SegmentSpec, of_pass: Pass, engine: Engine
 ) -> Dataset:
     """The chain of one pass, with its prompts, over its unfinished shards."""
-    asked = spec.only(of_pass.prompts, embed="embeddings" in of_pass.tables)
+    embed = "embeddings" in of_pass.tables
+    asked = spec.only(of_pass.prompts, embed=embed, rule=config.rule)
     prepare = PrepareImages(spec.checkpoint.processor, config.images.max_pixels)
     rows = MakeMaskRows(config, of_pass.tables, of_pass.prompts, of_pass.ledger.first_prompt)
     uncounted = [name for name, table in of_pass.tables.items() if not table.rows_per_image]

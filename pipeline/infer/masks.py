@@ -127,11 +127,16 @@ def probability_map(logits: torch.Tensor | np.ndarray, side: int) -> np.ndarray:
     .990 at 88 of 352 cells and threshold 0.1, .958 against .974 at 0.8).
     """
     grid = torch.tensor(np.asarray(logits), dtype=torch.float32)  # a copy: bytes may be read-only
-    height, width = grid.shape
+    return shrink_maps(grid[None], side)[0].numpy()
+
+
+def shrink_maps(grids: torch.Tensor, side: int) -> torch.Tensor:
+    """The probability_map of each of N grids (N, h, w) float32, where these are."""
+    height, width = grids.shape[1:]
     scale = min(1.0, side / max(height, width))
     target = (max(1, round(height * scale)), max(1, round(width * scale)))
-    small = F.interpolate(grid[None, None], size=target, mode="area")[0, 0]
-    return torch.round(torch.sigmoid(small) * 255).to(torch.uint8).numpy()
+    small = F.interpolate(grids[None], size=target, mode="area")[0]
+    return torch.round(torch.sigmoid(small) * 255).to(torch.uint8)
 
 
 def mask_from_probabilities(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Literal, TypeVar, get_args
 
 import pyarrow as pa
@@ -92,7 +93,7 @@ def segment(
         images,
         config,
         columns=(image, key),
-        infer=(SegmentImages, spec),
+        infer=(SegmentImages, replace(spec, rule=config.rule)),
         results=(
             "masks",
             tables["masks"].schema,

@@ -49,6 +49,6 @@ def share_cluster(options: WorkerOptions, *, spare: float = 0.0) -> dict[str, An
         | {
             "batch_format": "pyarrow",
             "compute": ray.data.ActorPoolStrategy(size=actors),
-            "batch_size": options.batch_size or (64 if device == "cuda" else 16),
+            "batch_size": options.batch_size or (256 if device == "cuda" else 16),
         },
     }
