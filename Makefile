@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= demo-output
 
-.PHONY: demo test soak check bench model clean
+.PHONY: demo test soak check bench bench-gpu model clean
 
 demo: $(VENV)/.installed  ## segment the bundled shards with the bundled model, label, export and show them
 	$(BIN)/clipseg-ray demo $(OUT)
@@ -27,6 +27,9 @@ bench: $(VENV)/.installed-dev  ## transformers, Ray Data and ours side by side; 
 	$(BIN)/python -m benchmarks.embed_job
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.export
+
+bench-gpu: $(VENV)/.installed-dev  ## what share of this machine's card the segment actor uses; minutes
+	$(BIN)/python -m benchmarks.gpu
 
 model: $(VENV)/.installed  ## train and measure the bundled model again; about an hour on 2 cores
 	$(BIN)/python -m pipeline.demo.train

@@ -47,6 +47,8 @@ def classify(config: ClassifyConfig) -> None:
     set_storage_timeout(config.run.storage_timeout)
     table = open_embeddings(config.input)
     if table:
+        if config.precision != "float32":
+            raise UsageError("--precision: is of a model on images, and these are embeddings")
         classifier = load_beside(
             config.workers, config.output, lambda encoded: open_for_table(table, config, encoded)
         )

@@ -52,6 +52,7 @@ def embed(config: EmbedConfig) -> None:
             text=config.text_column is not None,
             normalize=config.normalize,
             dtype=config.dtype,
+            precision=config.precision,
         ),
     )
     checkpoint = spec.checkpoint

@@ -60,6 +60,7 @@ def segment(config: SegmentConfig) -> None:
             per_row=config.prompt_column is not None,
             embed=config.embed,
             max_pixels=max_pixels,
+            precision=config.precision,
             on_progress=encoded,
         ),
     )
@@ -89,7 +90,8 @@ def stream(
     config: SegmentConfig, spec: infer.SegmentSpec, of_pass: Pass, engine: Engine
 ) -> Dataset:
     """The chain of one pass, with its prompts, over its unfinished shards."""
-    asked = spec.only(of_pass.prompts, embed="embeddings" in of_pass.tables)
+    embed = "embeddings" in of_pass.tables
+    asked = spec.only(of_pass.prompts, embed=embed, rule=config.rule)
     prepare = PrepareImages(
         spec.checkpoint.processor, config.images.max_pixels, config.images.decode
     )

@@ -67,6 +67,24 @@ LOGITS = pa.schema(
     ]
 )
 
+# What it hands on where masks are finished on the device: per record what becomes rows of `masks`.
+RUNS = pa.schema(
+    [
+        *_RECORD,
+        *_DECODED,
+        ("first_prompt", pa.int32()),
+        ("mask_height", pa.int32()),
+        ("mask_width", pa.int32()),
+        ("counts", pa.list_(pa.list_(pa.int32()))),  # COCO's run lengths of each prompt's mask
+        ("score_max", pa.list_(pa.float32())),
+        ("score_mean", pa.list_(pa.float32())),  # null of an empty mask
+        ("map_height", pa.int32()),
+        ("map_width", pa.int32()),
+        ("maps", pa.large_binary()),  # uint8 of each prompt's map, where they are kept
+        ("vector", pa.large_binary()),
+    ]
+)
+
 # What the reader of a run's kept maps hands on: `maps` are the uint8 maps of the wanted prompts,
 # P x map_height x map_width, row-major; empty when there is a reason.
 KEPT_MAPS = pa.schema(

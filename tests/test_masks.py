@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from mask_rows import masks_of
 from pycocotools import mask as coco
 
 from pipeline import schema
@@ -19,7 +20,6 @@ from pipeline.errors import RowError
 from pipeline.infer.masks import (
     mask_from_logits,
     mask_from_probabilities,
-    masks_of_image,
     probability_map,
 )
 
@@ -72,7 +72,7 @@ def test_masks_equal_the_plain_recipe(
         assert_same_but_for_ties(mask, probability, threshold)
     else:
         assert mask.all() if threshold == 0 else not mask.any()
-    row = masks_of_image(logits, size=size, threshold=threshold)[0]
+    row = masks_of(logits, size=size, threshold=threshold)[0]
     assert row["rle"]["size"] == list(size)
     assert np.array_equal(coco.decode(row["rle"]), mask)
 
@@ -93,7 +93,7 @@ def test_rough_logits_too(data: st.DataObject) -> None:
 def test_rle_is_the_one_pycocotools_makes(height: int, width: int, seed: int, share: float) -> None:
     pixels = np.random.default_rng(seed).random((height, width)) < share
     logits = np.where(pixels, 5, -5).astype(np.float32)
-    row = masks_of_image(logits[None], size=(9, 9), threshold=0.5, mask_size="model")[0]
+    row = masks_of(logits[None], size=(9, 9), threshold=0.5, mask_size="model")[0]
     assert np.array_equal(mask_from_logits(logits, None, 0.5), pixels)
     expected = coco.encode(np.asfortranarray(pixels.astype(np.uint8)))
     assert row["rle"] == {"size": [height, width], "counts": expected["counts"].decode()}
@@ -104,7 +104,7 @@ def test_rle_is_the_one_pycocotools_makes(height: int, width: int, seed: int, sh
 def test_scores_boxes_and_areas_of_every_prompt_in_order() -> None:
     logits = smooth_logits((96, 128), prompts=5, seed=7)
     logits[3] -= 100
-    rows = masks_of_image(logits.numpy(), size=(240, 333), threshold=0.4)
+    rows = masks_of(logits.numpy(), size=(240, 333), threshold=0.4)
     assert len(rows) == 5
     for grid, row in zip(logits, rows, strict=True):
         probability = plain_probabilities(grid, (240, 333))
@@ -129,21 +129,21 @@ def test_a_grid_above_the_threshold_may_still_give_an_empty_mask() -> None:
     # One hot cell on the grid, which a much smaller image steps over.
     logits = np.full((1, 90, 90), -9, np.float32)
     logits[0, 1, 1] = 9
-    row = masks_of_image(logits, size=(3, 3), threshold=0.5)[0]
+    row = masks_of(logits, size=(3, 3), threshold=0.5)[0]
     assert (row["area"], row["score_mean"]) == (0, None)
     assert row["score_max"] > 0.99
 
 
 def test_masks_at_the_model_size() -> None:
     logits = smooth_logits((40, 64), prompts=2, seed=3)
-    rows = masks_of_image(logits, size=(500, 375), threshold=0.5, mask_size="model")
+    rows = masks_of(logits, size=(500, 375), threshold=0.5, mask_size="model")
     for grid, row in zip(logits, rows, strict=True):
         assert row["rle"]["size"] == [40, 64]
         assert np.array_equal(coco.decode(row["rle"]), (grid > 0).numpy())
 
 
 def test_rows_fit_the_table_of_masks_and_json() -> None:
-    rows = masks_of_image(smooth_logits((32, 32), prompts=3, seed=1), size=(50, 60), threshold=0.5)
+    rows = masks_of(smooth_logits((32, 32), prompts=3, seed=1), size=(50, 60), threshold=0.5)
     fields = [schema.MASKS.field(name) for name in rows[0]]
     table = pa.Table.from_pylist(rows, schema=pa.schema(fields))
     assert table.column("rle").to_pylist() == [row["rle"] for row in rows]
@@ -151,7 +151,7 @@ def test_rows_fit_the_table_of_masks_and_json() -> None:
 
 
 def test_no_prompts_no_masks() -> None:
-    assert masks_of_image(np.zeros((0, 8, 8), np.float32), size=(5, 5), threshold=0.5) == []
+    assert masks_of(np.zeros((0, 8, 8), np.float32), size=(5, 5), threshold=0.5) == []
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -159,7 +159,7 @@ def test_logits_that_are_not_finite_fail_the_row(bad: float) -> None:
     logits = np.zeros((2, 8, 8), np.float32)
     logits[1, 3, 3] = bad
     with pytest.raises(RowError) as caught:
-        masks_of_image(logits, size=(5, 5), threshold=0.5)
+        masks_of(logits, size=(5, 5), threshold=0.5)
     assert (caught.value.stage, caught.value.reason) == ("segment", "model_failed")
 
 

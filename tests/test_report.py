@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from mask_rows import masks_of
 from PIL import Image
 
 from pipeline import schema
@@ -27,7 +28,6 @@ from pipeline.annotations.contact_sheet import (
     draw_sheet,
     write_contact_sheet,
 )
-from pipeline.infer.masks import masks_of_image
 from pipeline.write.layout import shard_id
 from tests.shards import shards_of
 
@@ -71,7 +71,7 @@ def write_tables(
         facts |= {"height": HEIGHT, "width": WIDTH}
         encoded = {"format": "PNG", "mode": "RGB", "orientation": 1, "size_bytes": 9}
         images.append(facts | encoded | {"member": ""})
-        found = masks_of_image(
+        found = masks_of(
             left_half(len(prompts)), size=(HEIGHT, WIDTH), threshold=0.5, mask_size=mask_size
         )
         for i, (prompt, mask) in enumerate(zip(prompts, found, strict=True)):

@@ -48,9 +48,7 @@ def encode(clip: tuple[CLIP, Tokenizer], texts: Sequence[str], **more: Any) -> t
 
 def batching() -> Device:
     """A CPU that takes rows together, as a GPU does."""
-    device = Device("cpu")
-    device._threads = None
-    return device
+    return Device("cpu", together=True)
 
 
 @torch.inference_mode()

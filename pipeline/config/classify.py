@@ -11,9 +11,11 @@ from pipeline.config.options import (
     ImageOptions,
     Input,
     Output,
+    Precision,
     RunOptions,
     WorkerOptions,
     check_positive,
+    check_precision,
     read_lines,
 )
 from pipeline.errors import UsageError
@@ -50,12 +52,17 @@ class ClassifyConfig:
     """CLIP, CLIPSeg or image-classification checkpoint: a local folder, an s3:// folder, or a hub
     id with @revision. By default that of the embeddings, or openai/clip-vit-base-patch16."""
 
+    precision: Precision = "float32"
+    """Arithmetic of the model on images. bf16 is the fast one on a GPU and on CPUs with AVX512-BF16
+    or AMX; tf32 is for GPUs alone. Texts are always encoded in float32."""
+
     images: tyro.conf.OmitArgPrefixes[ImageOptions] = field(default_factory=ImageOptions)
     workers: tyro.conf.OmitArgPrefixes[WorkerOptions] = field(default_factory=WorkerOptions)
     run: tyro.conf.OmitArgPrefixes[RunOptions] = field(default_factory=RunOptions)
 
     def __post_init__(self) -> None:
         check_positive(self, "top")
+        check_precision(self.precision, self.workers)
         for template in self.template:
             if template.count("{}") != 1:
                 raise UsageError(

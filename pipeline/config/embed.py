@@ -7,7 +7,15 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from pipeline.config.options import ImageOptions, Input, Output, RunOptions, WorkerOptions
+from pipeline.config.options import (
+    ImageOptions,
+    Input,
+    Output,
+    Precision,
+    RunOptions,
+    WorkerOptions,
+    check_precision,
+)
 from pipeline.schema import IMAGES, Table, embeddings
 
 
@@ -26,6 +34,10 @@ class EmbedConfig:
     """CLIP or CLIPSeg checkpoint: a local folder, an s3:// folder, a hub id, with @revision if
     wanted, or demo."""
 
+    precision: Precision = "float32"
+    """Arithmetic of the model on images. bf16 is the fast one on a GPU and on CPUs with AVX512-BF16
+    or AMX; tf32 is for GPUs alone. Texts are always encoded in float32."""
+
     text_column: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """Also embed the text beside each image: a Parquet column, a field of the .json member, or
     else the .txt member."""
@@ -39,6 +51,9 @@ class EmbedConfig:
     images: tyro.conf.OmitArgPrefixes[ImageOptions] = field(default_factory=ImageOptions)
     workers: tyro.conf.OmitArgPrefixes[WorkerOptions] = field(default_factory=WorkerOptions)
     run: tyro.conf.OmitArgPrefixes[RunOptions] = field(default_factory=RunOptions)
+
+    def __post_init__(self) -> None:
+        check_precision(self.precision, self.workers)
 
     def fingerprint(self) -> dict[str, Any]:
         """Options that decide results: with another value of any, the output is another run's."""

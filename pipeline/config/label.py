@@ -12,6 +12,7 @@ from pipeline.config.options import (
     ImageOptions,
     Input,
     Output,
+    Precision,
     RunOptions,
     WorkerOptions,
     check_file,
@@ -40,16 +41,19 @@ class LabelConfig:
     model: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
     """Segment images first, with this checkpoint, into OUTPUT/segment; as `segment` takes it."""
 
+    precision: Precision = "float32"
+    """Arithmetic of the --model, as `segment` takes it."""
+
     images: tyro.conf.OmitArgPrefixes[ImageOptions] = field(default_factory=ImageOptions)
     workers: tyro.conf.OmitArgPrefixes[WorkerOptions] = field(default_factory=WorkerOptions)
     run: tyro.conf.OmitArgPrefixes[RunOptions] = field(default_factory=RunOptions)
 
     def __post_init__(self) -> None:
         check_file("--ontology", self.ontology)
-        if self.model is None and self.images != ImageOptions():
+        if self.model is None and (self.images, self.precision) != (ImageOptions(), "float32"):
             raise UsageError(
-                "--image-column, --member-suffix, --max-pixels, --decode: are for images; name the "
-                "--model that segments them first"
+                "--image-column, --member-suffix, --max-pixels, --decode, --precision: are for "
+                "images; name the --model that segments them first"
             )
 
     def of_images(self) -> SegmentConfig:
@@ -59,6 +63,7 @@ class LabelConfig:
             input=self.input,
             output=join(check_uri(self.output), "segment"),
             model=self.model or "",
+            precision=self.precision,
             ontology=self.ontology,
             embed=embed,
             images=self.images,
@@ -69,7 +74,7 @@ class LabelConfig:
     def of_maps(self) -> LabelConfig:
         """The rest of the work, after the run of of_images."""
         maps = self.of_images().output
-        return replace(self, input=maps, model=None, images=ImageOptions())
+        return replace(self, input=maps, model=None, precision="float32", images=ImageOptions())
 
     def read_ontology(self) -> Ontology:
         """The classes. Raises UsageError as config.ontology.read_ontology."""

@@ -18,6 +18,7 @@ from pipeline.storage.uri import check_uri
 
 Input = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="INPUT")]
 Output = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUTPUT")]
+Precision = Literal["float32", "tf32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +62,7 @@ class WorkerOptions:
     """Workers with the model: by default one per GPU, or one per eight CPUs."""
 
     batch_size: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Images in a batch of the model: by default 64 on a GPU, 16 on a CPU."""
+    """Images in a batch of the model: by default 256 on a GPU, 16 on a CPU."""
 
     local: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Run in this process, without Ray: for a few hundred images. The rows are the same."""
@@ -110,6 +111,18 @@ class RunOptions:
             raise UsageError(f"--max-error-rate {self.max_error_rate}: must be between 0 and 1")
         if not 0 < self.storage_timeout < float("inf"):
             raise UsageError(f"--storage-timeout {self.storage_timeout}: must be above 0")
+
+
+def check_precision(precision: Precision, workers: WorkerOptions) -> None:
+    """Raise UsageError for TF32 where no GPU is wanted."""
+    if workers.local or workers.device == "cpu":
+        check_cpu_precision(precision)
+
+
+def check_cpu_precision(precision: Precision) -> None:
+    """Raise UsageError for TF32, which no CPU has."""
+    if precision == "tf32":
+        raise UsageError("--precision tf32: only GPUs compute in it; on a CPU float32 or bf16")
 
 
 def check_positive(options: object, *names: str) -> None:

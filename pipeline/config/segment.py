@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
@@ -14,9 +14,11 @@ from pipeline.config.options import (
     ImageOptions,
     Input,
     Output,
+    Precision,
     RunOptions,
     WorkerOptions,
     check_file,
+    check_precision,
     read_lines,
     refuse_repeated,
 )
@@ -28,6 +30,19 @@ from pipeline.schema import IMAGES, MASKS, PROBABILITIES, Table, embeddings
 SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 # The smallest maps from which masks agree with the direct ones by .99, see docs/labels.md
 LABEL_SIDE: Literal["352"] = "352"
+
+
+class MaskRule(NamedTuple):
+    """How masks come of logits."""
+
+    threshold: float = 0.5
+    mask_size: Literal["image", "model"] = "image"
+    kept_side: int = 0
+    """Longer side of the probability maps to keep; 0: none."""
+
+    def target(self, size: tuple[int, int], grid: tuple[int, int]) -> tuple[int, int]:
+        """Size of the mask of an image of `size`, whose logits have the model's `grid`."""
+        return size if self.mask_size == "image" else grid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +76,10 @@ class SegmentConfig:
 
     model: str = "CIDAS/clipseg-rd64-refined"
     """Checkpoint: a local folder, an s3:// folder, a hub id, with @revision if wanted, or demo."""
+
+    precision: Precision = "float32"
+    """Arithmetic of the model on images. bf16 is the fast one on a GPU and on CPUs with AVX512-BF16
+    or AMX; tf32 is for GPUs alone. Texts are always encoded in float32."""
 
     threshold: float = 0.5
     """Probability above which a pixel is in the mask; 0 to 1."""
@@ -104,6 +123,7 @@ class SegmentConfig:
                 f"--contact-sheet {self.contact_sheet}: end its name in {', '.join(SUFFIXES)}"
             )
         check_file("--ontology", self.ontology)
+        check_precision(self.precision, self.workers)
         if self.ontology is not None and self.keep_probabilities == "none":
             object.__setattr__(self, "keep_probabilities", LABEL_SIDE)
 
@@ -134,6 +154,12 @@ class SegmentConfig:
         if self.ontology is not None:
             prompts += [p for p in read_ontology(self.ontology).prompts if p not in prompts]
         return prompts
+
+    @property
+    def rule(self) -> MaskRule:
+        """How masks come of logits."""
+        kept = 0 if self.keep_probabilities == "none" else int(self.keep_probabilities)
+        return MaskRule(self.threshold, self.mask_size, kept)
 
     def fingerprint(self) -> dict[str, Any]:
         """Options that decide results: with another value of any, the output is another run's."""

@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, TypeVar
 
-import torch
 from torch import Tensor
 
+from pipeline.config.options import Precision
 from pipeline.errors import CheckpointError, JobError
 from pipeline.infer.device import Device
 from pipeline.infer.fetch import DEMO, fetch
@@ -36,7 +36,6 @@ from pipeline.model.encoders import ImageClassifier, ImageEncoder, TextEncoder
 from pipeline.model.tokenizer import Tokenizer
 from pipeline.prepare.processor import ImageProcessor
 
-Dtype = Literal["float32"]
 Model = TypeVar("Model", bound=CLIPSeg | CLIP | TextEncoder | ImageEncoder | ImageClassifier)
 
 
@@ -51,8 +50,8 @@ class Checkpoint:
     processor: ImageProcessor
     tokenizer_hash: str = ""
     """Tokenizer.content_hash, where texts are encoded."""
-    dtype: Dtype = "float32"
-    """Of weights and activations."""
+    precision: Precision = "float32"
+    """Of weights and activations on the actors: see device.Device. The driver's are float32."""
 
     @property
     def dimension(self) -> int:
@@ -66,7 +65,7 @@ class Checkpoint:
             "model_config": self.config,
             "preprocessing": asdict(self.processor),
             "tokenizer_hash": self.tokenizer_hash,
-            "dtype": self.dtype,
+            "dtype": self.precision,
         }
 
 
@@ -81,17 +80,15 @@ class OpenModel(Generic[Model]):
         name: str,
         load: Callable[[Path], tuple[Model, str]],
         device: Device,
-        *,
-        dtype: Dtype = "float32",
     ):
         """Fetch `name` and `load` its folder, as a model's from_folder does.
 
         Raises CheckpointError naming the file, field or tensor that is wrong.
         """
-        self.name, self.device, self.dtype = name, device, dtype
+        self.name, self.device = name, device
         self.folder = fetch(name)
         model, self.weights_hash = load(self.folder)
-        model.to(device.torch, getattr(torch, dtype))
+        device.place(model)
         self.model = model
 
     @classmethod
@@ -99,7 +96,7 @@ class OpenModel(Generic[Model]):
         cls, known: Checkpoint, load: Callable[[Path], tuple[Model, str]], device: Device
     ) -> OpenModel[Model]:
         """The model that the driver described. Raises JobError if its weights are others here."""
-        found = cls(known.name, load, device, dtype=known.dtype)
+        found = cls(known.name, load, device)
         if found.weights_hash != known.weights_hash:
             raise JobError(f"{known.name}: this worker finds other weights than the driver did")
         return found
@@ -116,15 +113,16 @@ class OpenModel(Generic[Model]):
         """The folder's tokenizer. Raises CheckpointError if it is not the text tower's."""
         return open_tokenizer(self.folder, self._text_model().text_model)
 
-    def describe(self, *, texts: bool) -> Checkpoint:
-        """The checkpoint of a model for images; with `texts`, of one that encodes texts, too."""
+    def describe(self, precision: Precision = "float32", *, texts: bool) -> Checkpoint:
+        """The checkpoint of a model for images, to be run in a precision on the actors; with
+        `texts`, of one that encodes texts, too."""
         return Checkpoint(
             name=self.name,
             config=read_config(self.folder),
             weights_hash=self.weights_hash,
             processor=self.processor,
             tokenizer_hash=self.tokenizer.content_hash if texts else "",
-            dtype=self.dtype,
+            precision=precision,
         )
 
     def encode_texts(self, texts: Sequence[str], on_progress: Progress | None = None) -> Tensor:

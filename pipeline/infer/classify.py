@@ -25,7 +25,8 @@ from pipeline import schema
 from pipeline.config.classify import ClassifyConfig
 from pipeline.errors import CheckpointError, UsageError
 from pipeline.infer.checkpoint import Checkpoint, OpenModel
-from pipeline.infer.device import Device, fail_rows, has_pixels
+from pipeline.infer.device import Device, fail_rows, has_pixels, pixel_rows
+from pipeline.infer.embed import IMAGES_AT_ONCE
 from pipeline.infer.fetch import fetch
 from pipeline.infer.texts import Progress, name_texts
 from pipeline.model.check import read_config
@@ -109,7 +110,7 @@ def open_classifier(
                 f"--{given[0]}: {name} classifies by a head with {len(own)} labels of its own"
             )
         checkpoint = OpenModel(name, ImageClassifier.from_folder, Device("cpu")).describe(
-            texts=False
+            config.precision, texts=False
         )
         templates, vectors, scale = [], np.empty((0, 0)), 1.0
         function = _head_function(folder, read_config(folder), len(own))
@@ -117,7 +118,7 @@ def open_classifier(
         if not labels:
             raise UsageError(f"nothing to choose from: {name} needs --labels FILE, one a line")
         opened = OpenModel(name, CLIP.from_folder, Device(device))
-        checkpoint = opened.describe(texts=True)
+        checkpoint = opened.describe(config.precision, texts=True)
         templates, scale = config.templates(), read_logit_scale(folder)
         notes = _describe_labels(opened, labels, templates)
         vectors = encode_labels(opened, labels, templates, on_progress)
@@ -197,8 +198,9 @@ class ClassifyImages:
     in Device.
     """
 
-    def __init__(self, classifier: Classifier, device: str, threads: int | None = None):
-        self.device, self.classifier = Device(device, threads), classifier
+    def __init__(self, classifier: Classifier, device: str | Device, threads: int | None = None):
+        self.device = Device.of(device, threads, classifier.checkpoint.precision)
+        self.classifier = classifier
         load = _loader(classifier.head)
         self.model = OpenModel.on_worker(classifier.checkpoint, load, self.device).model
 
@@ -206,10 +208,14 @@ class ClassifyImages:
         good = has_pixels(batch)
         logits = np.empty((0, len(self.classifier.labels)))
         if good.any():
-            model, column = self.model, batch.filter(pa.array(good))["pixels"]
-            pixels = self.device.load_pixels(column, self.classifier.checkpoint.processor)
+            model, processor = self.model, self.classifier.checkpoint.processor
+            pixels = pixel_rows(batch.filter(pa.array(good))["pixels"], processor)
             encode = model if isinstance(model, ImageClassifier) else model.encode_image
-            out = torch.cat(self.device.run(encode, pixels)).float().cpu().numpy()
+
+            def infer(some: slice) -> torch.Tensor:
+                return encode(self.device.load_pixels(pixels[some], processor)).float().cpu()
+
+            out = torch.cat(list(self.device.over(len(pixels), IMAGES_AT_ONCE, infer))).numpy()
             head = self.classifier.head
             logits = out.astype(np.float64) if head else self.classifier.logits(out)
         records, asked = batch.drop_columns(["pixels"]), self.classifier

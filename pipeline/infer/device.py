@@ -5,18 +5,28 @@ Shapes: N records, B rows that the model takes at once, (H, W) image size, E emb
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from threading import Lock
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pipeline.errors import UsageError
+from pipeline.config import log
+from pipeline.config.options import Precision, check_cpu_precision
+from pipeline.errors import JobError, UsageError
+from pipeline.model.clip import MLP, Attention
 from pipeline.prepare.processor import ImageProcessor
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_LANES = 2  # slices in flight on a GPU: one copies and is looked at while the other computes
+_SHARE = 16  # of the free memory of a GPU, for the rows that one lane computes at once
+
+T = TypeVar("T")
 
 
 class Device:
@@ -28,26 +38,58 @@ class Device:
     the row's neighbours or on how many threads and actors there are. Rows run on `threads` threads
     beside each other and share the weights.
 
-    A GPU takes many rows at once, and its last bits depend on how many.
+    A GPU takes many rows together, and its last bits depend on how many. Whether it takes TF32 for
+    float32 is a setting of the process, made here: torch's own is yes, but in convolutions alone.
     """
 
-    def __init__(self, kind: str, threads: int | None = None):
-        """Raises UsageError for "cuda" without a GPU. `threads` by default as many as torch's."""
+    def __init__(
+        self,
+        kind: str,
+        threads: int | None = None,
+        *,
+        precision: Precision = "float32",
+        together: bool | None = None,
+    ):
+        """Raises UsageError for "cuda" without a GPU, and for TF32 on a CPU.
+
+        `threads` by default as many as torch's; `precision` of the models that `place` puts here;
+        `together`: whether it takes rows as a GPU does, by default if it is one.
+        """
         if kind == "cuda" and not torch.cuda.is_available():
             raise UsageError("a GPU was asked for, and torch sees none on this worker")
+        if kind == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+            torch.backends.cudnn.allow_tf32 = precision != "float32"
+        else:
+            check_cpu_precision(precision)
+        self.dtype = _DTYPES.get(precision, torch.float32)
+        """Of the weights and products of the image model: see _convert."""
         self.torch = torch.device(kind)
-        self._threads = None
-        if kind == "cpu":
+        self.alone = not (kind == "cuda" if together is None else together)
+        """Whether every row is run on its own."""
+        self._most: int | None = None
+        self._one = Lock()
+        if self.alone:
             self._threads = ThreadPoolExecutor(
                 threads or torch.get_num_threads(),
                 initializer=torch.set_num_threads,  # of the thread that calls it
                 initargs=(1,),
             )
+        else:
+            self._threads = ThreadPoolExecutor(_LANES, initializer=self._open_lane)
 
-    @property
-    def alone(self) -> bool:
-        """Whether every row is run on its own."""
-        return self._threads is not None
+    @classmethod
+    def of(cls, device: str | Device, threads: int | None, precision: Precision) -> Device:
+        """The device of an actor: one that is there already, or that of a name."""
+        if isinstance(device, Device):
+            return device
+        return cls(device, threads, precision=precision)
+
+    def place(self, model: nn.Module) -> None:
+        """Move a model here, and convert its weights once, as far as they are converted."""
+        model.to(self.torch)
+        if self.dtype != torch.float32:
+            _convert(model, self.dtype)
 
     def split(self, count: int, at_once: int) -> list[slice]:
         """Slices of `count` rows that run at once: one row on a CPU, at most `at_once` on a GPU."""
@@ -57,16 +99,87 @@ class Device:
     def run(self, function: Callable[..., Any], *inputs: Iterable[Any]) -> list[Any]:
         """`function` of the first of each of the `inputs`, of the second, ..., in their order."""
         inferred = torch.inference_mode()(function)
-        # CUDA kernels are queued by one thread.
-        return list((self._threads.map if self._threads else map)(inferred, *inputs))
+        # On a GPU by the thread that asks, and on its stream.
+        return list((self._threads.map if self.alone else map)(inferred, *inputs))
 
-    def load_pixels(self, column: pa.ChunkedArray, processor: ImageProcessor) -> Iterator[Tensor]:
-        """Normalised (B, 3, H, W) float32 on the device of N records' `pixels`, as they are run."""
-        height, width = processor.image_size
-        rows = [np.frombuffer(p.as_buffer(), np.uint8).reshape(height, width, 3) for p in column]
-        for some in self.split(len(rows), at_once=len(rows)):
-            pixels = torch.from_numpy(np.stack(rows[some])).to(self.torch)
-            yield processor.normalize(pixels)
+    def over(self, count: int, at_once: int, function: Callable[[slice], T]) -> Iterator[T]:
+        """`function` of slices of `count` rows, in their order; its results lie on the host.
+
+        A CPU takes a row at a time. On a GPU two slices are in flight, each on a thread and a
+        stream of its own; one that finds no memory is halved, and later calls take no larger ones.
+        Raises JobError where one row finds none.
+        """
+        if self.alone:
+            yield from self.run(function, self.split(count, 1))
+            return
+        slices = self.split(count, min(at_once, self._most or at_once))
+        for results in self._threads.map(lambda some: self._in_lane(function, some), slices):
+            yield from results
+
+    def _open_lane(self) -> None:
+        """Give a thread a stream of its own."""
+        if self.torch.type == "cuda":
+            torch.cuda.set_stream(torch.cuda.Stream())
+
+    @torch.inference_mode()
+    def _in_lane(self, function: Callable[[slice], T], some: slice) -> list[T]:
+        """The result of a slice, or those of its halves."""
+        if self.torch.type == "cuda":  # what the actor has put there: weights, prompts
+            torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
+        try:
+            return [function(some)]
+        except torch.OutOfMemoryError:
+            pass  # out of here the error no longer holds what lies in the memory
+        count = some.stop - some.start
+        if count == 1:
+            raise JobError("the GPU has too little memory for one image and its prompts")
+        half = count // 2
+        with self._one:
+            if self._most is None:
+                said = f"the GPU has too little memory for {count} images at once; halving"
+                log.say("note", said)
+            self._most = min(self._most or half, half)
+        if self.torch.type == "cuda":
+            torch.cuda.empty_cache()
+        middle = some.start + half
+        parts = (slice(some.start, middle), slice(middle, some.stop))
+        return [result for part in parts for result in self._in_lane(function, part)]
+
+    def fit(self, row_bytes: int, most: int) -> int:
+        """Rows of so many bytes that a lane computes at once: at least one, at most `most`."""
+        if self.torch.type != "cuda":
+            return most
+        free, _ = torch.cuda.mem_get_info()
+        return max(1, min(most, free // _SHARE // max(1, row_bytes)))
+
+    def load_pixels(self, rows: Sequence[np.ndarray], processor: ImageProcessor) -> Tensor:
+        """Normalised (B, 3, H, W) float32 on the device, of images of pixel_rows.
+
+        To a GPU by way of pinned memory, which torch keeps until the copy is over.
+        """
+        pinned = self.torch.type == "cuda"
+        pixels = torch.empty((len(rows), *rows[0].shape), dtype=torch.uint8, pin_memory=pinned)
+        np.stack(rows, out=pixels.numpy())
+        return processor.normalize(pixels.to(self.torch, non_blocking=pinned))
+
+
+def _convert(part: nn.Module, dtype: torch.dtype) -> None:
+    """Convert attention and MLPs of images, where 99 % of the products are.
+
+    Patch embedding, sums, norms, FiLM, projections and logits stay in float32, as do texts, which
+    are few.
+    """
+    for name, child in part.named_children():
+        if isinstance(child, Attention | MLP):
+            child.to(dtype)
+        elif name != "text_model":
+            _convert(child, dtype)
+
+
+def pixel_rows(column: pa.ChunkedArray, processor: ImageProcessor) -> list[np.ndarray]:
+    """The `pixels` of N records: (H, W, 3) uint8 each, without a copy."""
+    shape = (*processor.image_size, 3)
+    return [np.frombuffer(pixels.as_buffer(), np.uint8).reshape(shape) for pixels in column]
 
 
 def has_pixels(batch: pa.Table) -> np.ndarray:
@@ -80,6 +193,12 @@ def scale_to_unit(vectors: Tensor) -> Tensor:
     In float64, where the length of a finite float32 vector is finite too.
     """
     return torch.nn.functional.normalize(vectors.double(), dim=-1).float()
+
+
+def fail_images(records: pa.Table, masked: np.ndarray, embedded: np.ndarray) -> pa.Table:
+    """The records, of which those fail whose logits or embedding are not finite: bool (N,)."""
+    failed = fail_rows(records, ~embedded, "embed", "the embedding is not finite")
+    return fail_rows(failed, ~masked, "segment", "the model's logits are not finite")
 
 
 def fail_rows(records: pa.Table, failed: np.ndarray, stage: str, detail: str) -> pa.Table:

@@ -12,10 +12,13 @@ import pyarrow as pa
 import torch
 
 from pipeline import schema
+from pipeline.config.options import Precision
 from pipeline.infer.checkpoint import Checkpoint, OpenModel
-from pipeline.infer.device import Device, fail_rows, has_pixels, scale_to_unit
+from pipeline.infer.device import Device, fail_rows, has_pixels, pixel_rows, scale_to_unit
 from pipeline.model.clip import CLIP
 from pipeline.model.encoders import ImageEncoder
+
+IMAGES_AT_ONCE = 128  # on a GPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,14 +35,19 @@ class EmbedSpec:
 
 
 def open_embedder(
-    name: str, *, text: bool, normalize: bool, dtype: Literal["float32", "float16"]
+    name: str,
+    *,
+    text: bool,
+    normalize: bool,
+    dtype: Literal["float32", "float16"],
+    precision: Precision = "float32",
 ) -> EmbedSpec:
     """Load a checkpoint as the actors will, and let its weights go again. Raises CheckpointError.
 
     What it lacks, and what does not fit together in it, is found here, before anything is written.
     """
     opened = OpenModel(name, _loader(text), Device("cpu"))
-    checkpoint = opened.describe(texts=text)
+    checkpoint = opened.describe(precision, texts=text)
     return EmbedSpec(checkpoint=checkpoint, text=text, normalize=normalize, dtype=dtype)
 
 
@@ -55,8 +63,9 @@ class EmbedImages:
     `device` and `threads` as in Device.
     """
 
-    def __init__(self, spec: EmbedSpec, device: str, threads: int | None = None):
-        self.device, self.spec = Device(device, threads), spec
+    def __init__(self, spec: EmbedSpec, device: str | Device, threads: int | None = None):
+        self.device = Device.of(device, threads, spec.checkpoint.precision)
+        self.spec = spec
         self.opened = OpenModel.on_worker(spec.checkpoint, _loader(spec.text), self.device)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -64,11 +73,19 @@ class EmbedImages:
         rows = batch.filter(pa.array(good))
         vectors = texts = np.zeros((len(rows), 0), np.float32)
         if len(rows):
-            pixels = self.device.load_pixels(rows["pixels"], self.spec.checkpoint.processor)
-            vectors = self._scaled(self.device.run(self.opened.model.encode_image, pixels))
+            processor = self.spec.checkpoint.processor
+            pixels = pixel_rows(rows["pixels"], processor)
+
+            def encode(some: slice) -> torch.Tensor:
+                loaded = self.device.load_pixels(pixels[some], processor)
+                return self._scaled(self.opened.model.encode_image(loaded))
+
+            found = self.device.over(len(rows), IMAGES_AT_ONCE, encode)
+            vectors = torch.cat(list(found)).numpy()
             if self.spec.text:
                 encoded = self.opened.encode_texts(rows["text"].to_pylist())
-                texts = self._scaled(list(encoded.split(1)))
+                scaled = self.device.run(self._scaled, encoded.split(1))
+                texts = torch.cat(scaled).numpy()
         with np.errstate(over="ignore"):
             stored = np.concatenate([vectors, texts], axis=1).astype(self.spec.dtype)
         fits, failed = np.isfinite(stored).all(axis=1), good.copy()
@@ -78,10 +95,9 @@ class EmbedImages:
         columns = [*table.columns, _spread(vectors[fits], good), _spread(texts[fits], good)]
         return pa.table(columns, schema=schema.VECTORS)
 
-    def _scaled(self, vectors: list[torch.Tensor]) -> np.ndarray:
-        """(N, E) float32 of vectors (B, E) each, of length 1 if wanted."""
-        scaled = self.device.run(scale_to_unit, vectors) if self.spec.normalize else vectors
-        return torch.cat(scaled).float().cpu().numpy()
+    def _scaled(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Vectors (B, E), of length 1 if wanted: float32 on the CPU."""
+        return (scale_to_unit(vectors) if self.spec.normalize else vectors).float().cpu()
 
 
 def _spread(vectors: np.ndarray, good: np.ndarray) -> pa.Array:

@@ -12,56 +12,94 @@ one torch thread per worker: the tensors are small.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
 import torch.nn.functional as F
-from pycocotools import mask as coco
 
+from pipeline import schema
+from pipeline.config.segment import MaskRule
 from pipeline.errors import RowError
 from pipeline.infer.bilinear import Axis
 
 # Pixels interpolated at a time: floats that stay in a core's cache.
 _BAND_PX = 1 << 16
+_NO_MAPS = np.zeros((0, 0, 0), np.uint8)
+
+
+class Found(NamedTuple):
+    """The masks of one image, in the order of its prompts; and maps (P, h', w') uint8 to keep."""
+
+    size: tuple[int, int]
+    """Of the masks."""
+    counts: Sequence[np.ndarray]
+    """COCO's run lengths of each mask: see runs.mask_columns."""
+    score_max: Sequence[float]
+    """The largest probability on the model's grid, known for empty masks too."""
+    score_mean: Sequence[float | None]
+    """The mean probability inside the mask at its own size, None when it is empty."""
+    maps: np.ndarray
 
 
 def masks_of_image(
-    logits: torch.Tensor | np.ndarray,
-    *,
-    size: tuple[int, int],
-    threshold: float,
-    mask_size: str = "image",
-) -> list[dict[str, Any]]:
-    """The masks of one image, in the order of its prompts.
+    logits: torch.Tensor | np.ndarray, size: tuple[int, int], rule: MaskRule
+) -> Found:
+    """The masks of an upright image of `size`, of logits (P, h, w) float32.
 
-    logits: (P, h, w) float32; size: of the upright image; threshold: a probability, 0..1;
-    mask_size: "image" for masks at `size`, "model" for masks on the model's own grid.
-
-    Each dict has columns of schema.MASKS: rle {size: [H, W], counts: str}; bbox [x, y, width,
-    height]; area in pixels; score_max, the largest probability on the model's grid, known for
-    empty masks too; score_mean, the mean probability inside the mask at its own size, None when it
-    is empty. Raises RowError(stage="segment") when a logit is not finite.
+    Raises RowError(stage="segment") when a logit is not finite.
     """
     grids = np.asarray(logits, np.float32)
     if not np.isfinite(grids).all():
         raise RowError("segment", "model_failed", "the model's logits are not finite")
-    target = size if mask_size == "image" else (grids.shape[1], grids.shape[2])
-    rows = []
+    target = rule.target(size, (grids.shape[1], grids.shape[2]))
+    counts, best, means = [], [], []
     for grid in grids:
-        columns, start, score_mean = _masked_columns(grid, target, threshold)
-        rle = _encode(columns, start, target)
-        rows.append(
-            {
-                "rle": {"size": list(target), "counts": rle["counts"].decode("ascii")},
-                "bbox": coco.toBbox(rle).tolist(),
-                "area": int(coco.area(rle)),
-                "score_max": float(torch.sigmoid(torch.tensor(grid.max()))),
-                "score_mean": score_mean,
-            }
-        )
-    return rows
+        columns, start, score_mean = _masked_columns(grid, target, rule.threshold)
+        counts.append(_run_lengths(columns, start, target))
+        best.append(float(torch.sigmoid(torch.tensor(grid.max()))))
+        means.append(score_mean)
+    maps = [probability_map(grid, rule.kept_side) for grid in grids if rule.kept_side]
+    return Found(target, counts, best, means, np.stack(maps) if maps else _NO_MAPS)
+
+
+def finish_logits(batch: pa.Table, rule: MaskRule) -> pa.Table:
+    """schema.LOGITS -> schema.RUNS, of records that did not fail."""
+    found = []
+    sizes = zip(batch["height"].to_pylist(), batch["width"].to_pylist(), strict=True)
+    shapes = zip(batch["logits_height"].to_pylist(), batch["logits_width"].to_pylist(), strict=True)
+    for size, shape, data in zip(sizes, shapes, batch["logits"], strict=True):
+        logits = np.frombuffer(data.as_buffer(), np.float32).reshape(-1, *shape)
+        found.append(masks_of_image(logits, size, rule))
+    kept = batch.drop_columns(["logits_height", "logits_width", "logits", "vector"])
+    return with_runs(kept, found, batch["vector"])
+
+
+def with_runs(
+    records: pa.Table, found: Sequence[Found], vectors: pa.Array | pa.ChunkedArray
+) -> pa.Table:
+    """Records, without pixels, with their masks and their embeddings: schema.RUNS."""
+    ends = np.cumsum([0, *(len(each.counts) for each in found)], dtype=np.int32)
+    counts = [lengths for each in found for lengths in each.counts]
+    inner = np.cumsum([0, *map(len, counts)], dtype=np.int32)
+    flat = np.concatenate([np.zeros(0, np.int32), *counts]).astype(np.int32)
+    lists = [
+        pa.ListArray.from_arrays(pa.array(inner), pa.array(flat)),
+        pa.array([s for each in found for s in each.score_max], pa.float32()),
+        pa.array([s for each in found for s in each.score_mean], pa.float32()),
+    ]
+    columns = [
+        *records.columns,
+        *(pa.array([each.size[i] for each in found], pa.int32()) for i in (0, 1)),
+        *(pa.ListArray.from_arrays(pa.array(ends), values) for values in lists),
+        *(pa.array([each.maps.shape[i] for each in found], pa.int32()) for i in (1, 2)),
+        pa.array([each.maps.tobytes() for each in found], pa.large_binary()),
+        vectors,
+    ]
+    return pa.table(columns, schema=schema.RUNS)
 
 
 def mask_from_logits(
@@ -89,11 +127,16 @@ def probability_map(logits: torch.Tensor | np.ndarray, side: int) -> np.ndarray:
     .990 at 88 of 352 cells and threshold 0.1, .958 against .974 at 0.8).
     """
     grid = torch.tensor(np.asarray(logits), dtype=torch.float32)  # a copy: bytes may be read-only
-    height, width = grid.shape
+    return shrink_maps(grid[None], side)[0].numpy()
+
+
+def shrink_maps(grids: torch.Tensor, side: int) -> torch.Tensor:
+    """The probability_map of each of N grids (N, h, w) float32, where these are."""
+    height, width = grids.shape[1:]
     scale = min(1.0, side / max(height, width))
     target = (max(1, round(height * scale)), max(1, round(width * scale)))
-    small = F.interpolate(grid[None, None], size=target, mode="area")[0, 0]
-    return torch.round(torch.sigmoid(small) * 255).to(torch.uint8).numpy()
+    small = F.interpolate(grids[None], size=target, mode="area")[0]
+    return torch.round(torch.sigmoid(small) * 255).to(torch.uint8)
 
 
 def mask_from_probabilities(
@@ -116,7 +159,7 @@ def _masked_columns(
     """The columns of the mask from its first to its last, or a few more: (n, H) bool, one row per
     column of the image; the index of the first; the mean probability inside the mask or None."""
     height, width = size
-    level = _logit(threshold)
+    level = logit(threshold)
     above = grid > level
     if not above.any():
         return np.zeros((0, height), np.bool_), 0, None
@@ -138,20 +181,19 @@ def _masked_columns(
     return mask, cols.start, total / area if area else None
 
 
-def _encode(columns: np.ndarray, start: int, size: tuple[int, int]) -> dict[str, Any]:
-    """COCO's compressed RLE of a mask that is empty but for some columns: equal to
-    coco.encode(mask), without a walk over the rest of the image. Counts are ASCII bytes."""
+def _run_lengths(columns: np.ndarray, start: int, size: tuple[int, int]) -> np.ndarray:
+    """COCO's run lengths of a mask that is empty but for some columns, without a walk over the
+    rest of the image."""
     height, width = size
     flat = np.zeros(columns.size + 2, np.bool_)
     flat[1:-1] = columns.reshape(-1)
     changes = np.flatnonzero(flat[1:] != flat[:-1]) + start * height
     counts = np.diff(changes, prepend=0, append=height * width)
-    if len(counts) > 1 and counts[-1] == 0:
-        counts = counts[:-1]
-    return coco.frPyObjects({"size": [height, width], "counts": counts.tolist()}, height, width)
+    return counts[:-1] if len(counts) > 1 and counts[-1] == 0 else counts
 
 
-def _logit(probability: float) -> float:
+def logit(probability: float) -> float:
+    """The logit of a probability: minus infinity of 0, infinity of 1."""
     if probability <= 0:
         return -math.inf
     return math.log(probability / (1 - probability)) if probability < 1 else math.inf

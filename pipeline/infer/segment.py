@@ -8,7 +8,7 @@ image, and the decoder, once per image and prompt.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
@@ -16,18 +16,20 @@ import torch
 from torch import Tensor
 
 from pipeline import schema
+from pipeline.config.options import Precision
 from pipeline.config.prompt import Prompt
+from pipeline.config.segment import MaskRule
 from pipeline.infer.checkpoint import Checkpoint, OpenModel
-from pipeline.infer.device import Device, fail_rows, has_pixels, scale_to_unit
+from pipeline.infer.device import Device, fail_images, has_pixels, pixel_rows, scale_to_unit
 from pipeline.infer.phrases import PhraseVectors
 from pipeline.infer.texts import Progress
+from pipeline.infer.together import SegmentTogether
 from pipeline.infer.visual_prompt import encode_prompts
 from pipeline.model.clipseg import CLIPSeg
 from pipeline.read.shard import parse_phrases
 
 # Logits handed on at once: a block of Ray Data's, which lies in the object store as one piece.
 BLOCK_BYTES = 64 * 1024**2
-PAIRS_AT_ONCE = 16  # of images and prompts, on a GPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +44,16 @@ class SegmentSpec:
     """Whether images are embedded, too."""
     per_row: bool = False
     """Whether each image has phrases of its own, in its `text`, and `prompts` is empty."""
+    rule: MaskRule = field(default_factory=MaskRule)
+    """How masks come of logits, where the device does it."""
     notes: tuple[str, ...] = ()
     """Lines for the user about the prompts."""
 
-    def only(self, prompts: list[str], *, embed: bool) -> SegmentSpec:
-        """The same with some of the prompts."""
+    def only(self, prompts: list[str], *, embed: bool, rule: MaskRule | None = None) -> SegmentSpec:
+        """The same with some of the prompts, and a rule of its own if given."""
         where = [self.prompts.index(prompt) for prompt in prompts]
-        return replace(self, prompts=prompts, conditional=self.conditional[where], embed=embed)
+        conditional, rule = self.conditional[where], rule or self.rule
+        return replace(self, prompts=prompts, conditional=conditional, embed=embed, rule=rule)
 
 
 def open_segmenter(
@@ -58,20 +63,21 @@ def open_segmenter(
     per_row: bool = False,
     embed: bool = False,
     max_pixels: int = 50_000_000,
+    precision: Precision = "float32",
     on_progress: Progress | None = None,
 ) -> SegmentSpec:
     """Load a checkpoint, encode phrases and other prompts with it, and let its weights go again.
 
-    `per_row`: see SegmentSpec; `max_pixels` of an example image. Raises CheckpointError naming the
-    file, field or tensor that is wrong, and UsageError for prompts that are one to the model and
-    naming an example that cannot be used.
+    `per_row`: see SegmentSpec; `max_pixels` of an example image; `precision` of the actors. Raises
+    CheckpointError naming the file, field or tensor that is wrong, and UsageError for prompts that
+    are one to the model and naming an example that cannot be used.
     """
     opened = OpenModel(name, CLIPSeg.from_folder, Device("cpu"))
     asked = [Prompt(name=p, texts=(p,)) if isinstance(p, str) else p for p in prompts]
     texts = list(dict.fromkeys(text for prompt in asked for text in prompt.texts))
     notes = opened.describe_texts(texts, "prompt")
     return SegmentSpec(
-        checkpoint=opened.describe(texts=True),
+        checkpoint=opened.describe(precision, texts=True),
         prompts=[prompt.name for prompt in asked],
         conditional=encode_prompts(opened, asked, max_pixels, on_progress)
         if asked
@@ -83,7 +89,10 @@ def open_segmenter(
 
 
 class SegmentImages:
-    """An actor of the segment stage: schema.PIXELS -> schema.LOGITS.
+    """An actor of the segment stage: schema.PIXELS -> schema.LOGITS, on a GPU -> schema.RUNS.
+
+    From a CPU logits go on, and tasks make the masks, on other threads than the model's. From a GPU
+    they would be 0.5 MB a prompt, as much to copy as ten times its work: masks are made there.
 
     An actor that finds other weights under the model's name than the driver did refuses to start.
     `device` and `threads` as in Device. About `block_bytes` of logits are handed on at once.
@@ -92,13 +101,13 @@ class SegmentImages:
     def __init__(
         self,
         spec: SegmentSpec,
-        device: str,
+        device: str | Device,
         threads: int | None = None,
         *,
         block_bytes: int = BLOCK_BYTES,
     ):
         self.spec, self.block_bytes = spec, block_bytes
-        self.device = Device(device, threads)
+        self.device = Device.of(device, threads, spec.checkpoint.precision)
         opened = OpenModel.on_worker(spec.checkpoint, CLIPSeg.from_folder, self.device)
         self.model = opened.model
         self.phrases = PhraseVectors(opened)
@@ -106,17 +115,38 @@ class SegmentImages:
         patch = self.model.config.vision_config.patch_size
         height, width = spec.checkpoint.processor.image_size
         self.grid = (height // patch, width // patch)
+        self.together: SegmentTogether | None = None
+        if not self.device.alone:
+            self.together = SegmentTogether(
+                device=self.device,
+                model=self.model,
+                encode=self._encode,
+                processor=spec.checkpoint.processor,
+                rule=spec.rule,
+                conditional=self.conditional,
+                phrases=self.phrases if spec.per_row else None,
+            )
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         """Records that failed pass first, then images in their order, prompts in runs."""
         good = has_pixels(batch)
+        if self.together:
+            yield from self.together(batch, good)
+            return
         if not good.all():
             yield _with_logits(batch.filter(pa.array(~good)), None, 0, None)
         images = batch.filter(pa.array(good))
         if not len(images):
             return
-        pixels = self.device.load_pixels(images["pixels"], self.spec.checkpoint.processor)
-        encoded = self.device.run(self._encode, pixels)
+        processor = self.spec.checkpoint.processor
+        pixels = pixel_rows(images["pixels"], processor)
+        encoded = list(
+            self.device.over(
+                len(pixels),
+                1,
+                lambda some: self._encode(self.device.load_pixels(pixels[some], processor)),
+            )
+        )
         steps = [torch.cat(step) for step in zip(*(e[0] for e in encoded), strict=True)]
         vectors = torch.cat([e[1] for e in encoded]).numpy()
         patch = self.model.config.vision_config.patch_size
@@ -153,14 +183,13 @@ class SegmentImages:
             if first == 0:
                 # An image that overflows does so with every prompt: it fails here, as a whole.
                 masked = torch.isfinite(logits).flatten(1).all(1).numpy()
-                good = masked & np.isfinite(vectors).all(axis=1)
+                fine = np.isfinite(vectors).all(axis=1)
+                good = masked & fine
                 if not good.all():
-                    failed = fail_rows(rows, ~good, "embed", "the embedding is not finite")
-                    detail = "the model's logits are not finite"
-                    failed = fail_rows(failed, ~masked, "segment", detail)
+                    failed = fail_images(rows, masked, fine)
                     yield _with_logits(failed.filter(pa.array(~good)), None, 0, None)
                     rows, where = rows.filter(pa.array(good)), torch.from_numpy(good)
-                    steps = [step[where.to(step.device)] for step in steps]
+                    steps = [step[where] for step in steps]
                     logits, vectors = logits[where], vectors[good]
             yield _with_logits(rows, logits, first, vectors if first == 0 else None)
 
@@ -177,9 +206,9 @@ class SegmentImages:
 
         def decode(some: slice) -> Tensor:
             states = [step[image[some]] for step in steps]  # indexing copies
-            return self.model.decoder(states, conditional[prompt[some]], self.grid).float().cpu()
+            return self.model.decoder(states, conditional[prompt[some]], self.grid)
 
-        return torch.cat(self.device.run(decode, self.device.split(len(image), PAIRS_AT_ONCE)))
+        return torch.cat(self.device.run(decode, self.device.split(len(image), 1)))
 
     def _decode_own(
         self, rows: pa.Table, steps: list[Tensor], vectors: np.ndarray, pairs: int
@@ -205,14 +234,13 @@ class SegmentImages:
         patch = self.model.config.vision_config.patch_size
         logits = torch.zeros(0, self.grid[0] * patch, self.grid[1] * patch)
         if phrases := [phrase for i in some for phrase in asked[i]]:
-            conditional = self.phrases.encode(phrases).to(self.device.torch)
+            conditional = self.phrases.encode(phrases)
             image = torch.from_numpy(np.repeat(some, counts))
             logits = self._decode_pairs(steps, image, conditional, torch.arange(len(phrases)))
         found = [part.contiguous().numpy() for part in logits.split(counts)]
         masked = np.array([np.isfinite(part).all() for part in found])
         fine = np.isfinite(vectors[some]).all(axis=1)
-        images = fail_rows(rows.take(some), ~fine, "embed", "the embedding is not finite")
-        images = fail_rows(images, ~masked, "segment", "the model's logits are not finite")
+        images = fail_images(rows.take(some), masked, fine)
         good = masked & fine
         sizes = logits.shape[1:]
         data = [part.tobytes() if ok else b"" for part, ok in zip(found, good, strict=True)]

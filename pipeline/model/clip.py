@@ -3,6 +3,9 @@
 Parameter names are those of the hub's checkpoints. Where outputs could differ, this follows
 transformers' modeling_clip.py and modeling_clipseg.py, which the tests compare with.
 
+Attention and MLPs compute in the type of their weights, which may be bfloat16 or float16 in a model
+of float32: what they are added to keeps its own.
+
 Shapes: B batch, L tokens, D width of the tower, E projection, N heads, (r, c) the grid of patches.
 """
 
@@ -55,6 +58,7 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = x.to(self.q_proj.weight.dtype)
         q, k, v = (
             proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, N, L, D/N)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
@@ -73,7 +77,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.activation(self.fc1(x)))
+        return self.fc2(self.activation(self.fc1(x.to(self.fc1.weight.dtype))))
 
 
 class Block(nn.Module):

@@ -92,16 +92,22 @@ class Decoder(nn.Module):
     def forward(
         self, steps: Sequence[Tensor], conditional: Tensor, grid: tuple[int, int]
     ) -> Tensor:
-        """Logits (S, H, W) of S pairs: steps from `reduce`, each (S, L, R), conditional (S, E)."""
+        """Logits (S, H, W) of S pairs: steps from `reduce`, each (S, L, R), conditional (S, E).
+
+        Or (B, P, H, W) of every image with every prompt: steps (B, 1, L, R), conditional (1, P, E).
+        """
         first = len(self.layers) - len(steps)
         x = steps[0]
+        pairs = torch.broadcast_shapes(x.shape[:-2], conditional.shape[:-1])
         if self.conditional_layer < len(self.layers):
-            c = conditional[:, None]  # (S, 1, E)
+            c = conditional[..., None, :]  # (S, 1, E)
             x = self.film_mul(c) * x + self.film_add(c)
+        x = x.expand(*pairs, -1, -1)
         for i, layer in enumerate(self.layers[first:]):
-            x = layer(x if i == 0 else x + steps[i])
-        x = x[:, 1:].transpose(1, 2).unflatten(2, grid)  # without the class token: (S, R, r, c)
-        return self.transposed_convolution(x)[:, 0]
+            x = x if i == 0 else x + steps[i]
+            x = layer(x.flatten(0, -3)).unflatten(0, pairs)
+        x = x.flatten(0, -3)[:, 1:].transpose(1, 2).unflatten(2, grid)  # no class token
+        return self.transposed_convolution(x)[:, 0].unflatten(0, pairs)  # of (S, R, r, c)
 
 
 class CLIPSeg(nn.Module):

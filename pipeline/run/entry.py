@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Literal, TypeVar, get_args
 
 import pyarrow as pa
@@ -16,7 +17,7 @@ import ray.data
 
 from pipeline.config.classify import ClassifyConfig
 from pipeline.config.embed import EmbedConfig
-from pipeline.config.options import ImageOptions, WorkerOptions
+from pipeline.config.options import ImageOptions, Precision, WorkerOptions
 from pipeline.config.segment import SegmentConfig
 from pipeline.errors import UsageError
 from pipeline.infer.classify import Classifier, ClassifyImages, open_classifier
@@ -57,6 +58,7 @@ def segment(
     threshold: float = SegmentConfig.threshold,
     mask_size: MaskSize = SegmentConfig.mask_size,
     max_pixels: int = MAX_PIXELS,
+    precision: Precision = "float32",
     device: Device = "auto",
     actors: int | None = None,
     batch_size: int | None = None,
@@ -69,8 +71,9 @@ def segment(
     bbox, area, score_max, score_mean, threshold, as in the table `masks`; stage, reason, detail. An
     image that fails is one row with these three and nulls for the mask; they are null elsewhere.
 
-    `device`, `actors` and `batch_size` as in WorkerOptions. Loads the model once, to encode the
-    prompts. Raises UsageError for arguments, CheckpointError for a model, that cannot be used.
+    `precision` as in SegmentConfig, `device`, `actors` and `batch_size` as in WorkerOptions. Loads
+    the model once, to encode the prompts. Raises UsageError for arguments, CheckpointError for a
+    model, that cannot be used.
     """
     config = SegmentConfig(
         input="",
@@ -79,17 +82,18 @@ def segment(
         model=model,
         threshold=threshold,
         mask_size=_one_of(MaskSize, "mask_size", mask_size),
+        precision=_one_of(Precision, "precision", precision),
         images=ImageOptions(max_pixels=max_pixels),
         workers=_workers(device, actors, batch_size),
     ).resolve()
-    spec = open_segmenter(model, list(config.prompt))
+    spec = open_segmenter(model, list(config.prompt), precision=precision)
     _warn(spec.notes)
     tables = config.tables(spec.checkpoint.dimension, spec.checkpoint.weights_hash)
     return _compose(
         images,
         config,
         columns=(image, key),
-        infer=(SegmentImages, spec),
+        infer=(SegmentImages, replace(spec, rule=config.rule)),
         results=(
             "masks",
             tables["masks"].schema,
@@ -107,6 +111,7 @@ def embed(
     normalize: bool = EmbedConfig.normalize,
     dtype: Dtype = EmbedConfig.dtype,
     max_pixels: int = MAX_PIXELS,
+    precision: Precision = "float32",
     device: Device = "auto",
     actors: int | None = None,
     batch_size: int | None = None,
@@ -121,10 +126,11 @@ def embed(
         model=model,
         normalize=normalize,
         dtype=_one_of(Dtype, "dtype", dtype),
+        precision=_one_of(Precision, "precision", precision),
         images=ImageOptions(max_pixels=max_pixels),
         workers=_workers(device, actors, batch_size),
     )
-    spec = open_embedder(model, text=False, normalize=normalize, dtype=dtype)
+    spec = open_embedder(model, text=False, normalize=normalize, dtype=dtype, precision=precision)
     tables = config.tables(spec.checkpoint.dimension, spec.checkpoint.weights_hash)
     return _compose(
         images,
@@ -149,6 +155,7 @@ def classify(
     image: str = "image",
     key: str | None = None,
     max_pixels: int = MAX_PIXELS,
+    precision: Precision = "float32",
     device: Device = "auto",
     actors: int | None = None,
     batch_size: int | None = None,
@@ -165,6 +172,7 @@ def classify(
         label=(labels,) if isinstance(labels, str) else tuple(labels),
         template=(templates,) if isinstance(templates, str) else tuple(templates),
         top=top,
+        precision=_one_of(Precision, "precision", precision),
         images=ImageOptions(max_pixels=max_pixels),
         workers=_workers(device, actors, batch_size),
     )

@@ -61,5 +61,5 @@ def divide(
         "read": {"num_cpus": task / 2, "batch_size": 1},
         "task": {"num_cpus": task, "batch_size": None},
         "actor": share
-        | {"actors": actors, "batch_size": options.batch_size or (64 if device == "cuda" else 16)},
+        | {"actors": actors, "batch_size": options.batch_size or (256 if device == "cuda" else 16)},
     }

@@ -6,20 +6,18 @@ have no rows here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import schema
 from pipeline.config.segment import SegmentConfig
+from pipeline.infer.runs import mask_columns
 from pipeline.read.shard import parse_phrases
 
 
 class MakeMaskRows:
-    """schema.LOGITS -> rows of `images` and `masks`, and of optional tables."""
+    """schema.LOGITS or schema.RUNS -> rows of `images` and `masks`, and of optional tables."""
 
     def __init__(
         self,
@@ -30,10 +28,7 @@ class MakeMaskRows:
     ):
         self.embeddings = tables["embeddings"].schema if "embeddings" in tables else None
         self.prompts, self.first_prompt = prompts, first_prompt
-        self.threshold, self.mask_size = config.threshold, config.mask_size
-        self.per_row = config.prompt_column is not None
-        kept = config.keep_probabilities
-        self.probability_side = 0 if kept == "none" else int(kept)
+        self.rule, self.per_row = config.rule, config.prompt_column is not None
 
     def __call__(self, batch: pa.Table) -> dict[str, pa.Table]:
         fine = pc.and_(pc.equal(batch["reason"], ""), pc.greater_equal(batch["row"], 0))
@@ -47,37 +42,60 @@ class MakeMaskRows:
 
     def _per_prompt(self, good: pa.Table) -> dict[str, pa.Table]:
         """Masks, and probability maps if wanted."""
-        from pipeline.infer.masks import (  # torch: not for embeddings
-            masks_of_image,
-            probability_map,
-        )
+        if "logits" in good.column_names:
+            from pipeline.infer.masks import finish_logits  # torch: not for embeddings
 
-        masks: list[dict[str, Any]] = []
-        maps: list[dict[str, Any]] = []
-        for record, logits in _logits(good):
-            text = record.pop("text")
-            own = parse_phrases(text) if self.per_row else self.prompts
-            if not len(logits):  # an image without phrases of its own
-                continue
-            found = masks_of_image(
-                logits,
-                size=(record["height"], record["width"]),
-                threshold=self.threshold,
-                mask_size=self.mask_size,
-            )
-            for i, mask in enumerate(found):
-                row = record | {
-                    "prompt_id": self.first_prompt + record["first_prompt"] + i,
-                    "prompt": own[record["first_prompt"] + i],
-                }
-                masks.append(row | mask | {"threshold": self.threshold})
-                if self.probability_side:
-                    kept = probability_map(logits[i], self.probability_side)
-                    maps.append(row | {"size": list(kept.shape), "map": kept.tobytes()})
-        tables = {"masks": pa.Table.from_pylist(masks, schema=schema.MASKS)}
-        if self.probability_side:
-            tables["probabilities"] = pa.Table.from_pylist(maps, schema=schema.PROBABILITIES)
-        return tables
+            good = finish_logits(good, self.rule)
+        good = good.combine_chunks()
+        per_record = pc.list_value_length(good["counts"]).to_numpy()
+        of = np.repeat(np.arange(len(good)), per_record)
+        once = [
+            "shard",
+            "row",
+            "key",
+            "height",
+            "width",
+            "first_prompt",
+            "mask_height",
+            "mask_width",
+        ]
+        pairs = good.select(once).take(pa.array(of))
+        place = np.arange(len(of)) - np.repeat(per_record.cumsum() - per_record, per_record)
+        number = pairs["first_prompt"].to_numpy() + place
+        sizes = np.stack([pairs["mask_height"].to_numpy(), pairs["mask_width"].to_numpy()], axis=1)
+        counts = pc.list_flatten(good["counts"]).combine_chunks()
+        known = {
+            **{name: pairs[name] for name in ("shard", "row", "key", "height", "width")},
+            "prompt_id": pa.array(self.first_prompt + number, pa.int32()),
+            "prompt": self._names(good, number),
+            **mask_columns(counts, sizes),
+            **{name: pc.list_flatten(good[name]) for name in ("score_max", "score_mean")},
+            "threshold": np.full(len(of), self.rule.threshold, np.float32),
+        }
+        masks = pa.table([known[n] for n in schema.MASKS.names], schema=schema.MASKS)
+        if not self.rule.kept_side:
+            return {"masks": masks}
+        return {"masks": masks, "probabilities": map_rows(masks, good)}
+
+    def _names(self, good: pa.Table, number: np.ndarray) -> pa.Array:
+        """The prompt of each mask: of a record's own phrases, or by its number."""
+        if self.per_row:
+            own = [phrase for text in good["text"].to_pylist() for phrase in parse_phrases(text)]
+            return pa.array(own, pa.string())
+        return pa.array(self.prompts, pa.string()).take(pa.array(number))
+
+
+def map_rows(masks: pa.Table, records: pa.Table) -> pa.Table:
+    """Rows of `probabilities` of the same pairs as `masks`, from the maps of schema.RUNS."""
+    sizes, maps = [], []
+    shapes = zip(records["map_height"].to_pylist(), records["map_width"].to_pylist(), strict=True)
+    for (height, width), data in zip(shapes, records["maps"], strict=True):
+        every = np.frombuffer(data.as_buffer(), np.uint8)
+        for part in every.reshape(-1, max(1, height * width)):
+            sizes.append([height, width])
+            maps.append(part.tobytes())
+    known = {name: masks[name] for name in ("shard", "row", "key", "prompt_id", "prompt")}
+    return pa.table({**known, "size": sizes, "map": maps}, schema=schema.PROBABILITIES)
 
 
 class MakeEmbeddingRows:
@@ -134,15 +152,6 @@ def _vectors(column: pa.ChunkedArray, kind: pa.DataType) -> pa.Array:
     data = b"".join(vector.as_buffer() for vector in column)
     floats = np.frombuffer(data, np.float32).astype(kind.value_type.to_pandas_dtype())
     return pa.FixedSizeListArray.from_arrays(pa.array(floats), type=kind)
-
-
-def _logits(good: pa.Table) -> Iterable[tuple[dict[str, Any], np.ndarray]]:
-    """Each record with its logits (P, h, w) float32."""
-    names = ["shard", "row", "key", "height", "width", "first_prompt", "text"]
-    shapes = zip(good["logits_height"], good["logits_width"], good["logits"], strict=True)
-    for record, (h, w, data) in zip(good.select(names).to_pylist(), shapes, strict=True):
-        logits = np.frombuffer(data.as_buffer(), np.float32)
-        yield record, logits.reshape(-1, h.as_py(), w.as_py())
 
 
 def image_rows(images: pa.Table) -> pa.Table:
