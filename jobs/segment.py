@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from pipeline import infer
 from pipeline.config.command import run_command
 from pipeline.config.segment import SegmentConfig
 from pipeline.prepare.images import PrepareImages, fail_crashed_image
+from pipeline.prepare.windows import PrepareLooks
 from pipeline.read.inputs import list_shards
 from pipeline.read.records import end_crashed_shard, read_batches, read_one_by_one
 from pipeline.read.shard import as_phrases
@@ -58,6 +60,7 @@ def segment(config: SegmentConfig) -> None:
             config.asked(),
             per_row=config.prompt_column is not None,
             embed=config.embed,
+            fine=config.fine,
             max_pixels=max_pixels,
             on_progress=encoded,
         ),
@@ -90,7 +93,11 @@ def stream(
 ) -> Dataset:
     """The chain of one pass, with its prompts, over its unfinished shards."""
     asked = spec.only(of_pass.prompts, embed="embeddings" in of_pass.tables)
-    prepare = PrepareImages(spec.checkpoint.processor, config.images.max_pixels)
+    max_pixels, actor = config.images.max_pixels, engine.actor
+    prepare: Any = PrepareImages(spec.checkpoint.processor, max_pixels)
+    if asked.looks:
+        prepare = PrepareLooks(asked.looks, max_pixels)
+        actor = actor | {"batch_size": min(actor["batch_size"], asked.looks.images_at_once)}
     rows = MakeMaskRows(config, of_pass.tables, of_pass.prompts, of_pass.ledger.first_prompt)
     uncounted = [name for name, table in of_pass.tables.items() if not table.rows_per_image]
     write = WriteFragments(of_pass.ledger, rows, uncounted)
@@ -101,7 +108,7 @@ def stream(
         .map_batches(
             infer.SegmentImages,
             fn_constructor_args=(asked, engine.device, engine.threads),
-            **engine.actor,
+            **actor,
         )
         .map_batches(engine.guard(write), **engine.task)
     )

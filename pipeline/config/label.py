@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from pipeline.config.fine import FineOptions
 from pipeline.config.ontology import Ontology, read_ontology
 from pipeline.config.options import (
     ImageOptions,
@@ -40,15 +41,16 @@ class LabelConfig:
     model: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
     """Segment images first, with this checkpoint, into OUTPUT/segment; as `segment` takes it."""
 
+    fine: tyro.conf.OmitArgPrefixes[FineOptions] = field(default_factory=FineOptions)
     images: tyro.conf.OmitArgPrefixes[ImageOptions] = field(default_factory=ImageOptions)
     workers: tyro.conf.OmitArgPrefixes[WorkerOptions] = field(default_factory=WorkerOptions)
     run: tyro.conf.OmitArgPrefixes[RunOptions] = field(default_factory=RunOptions)
 
     def __post_init__(self) -> None:
         check_file("--ontology", self.ontology)
-        if self.model is None and self.images != ImageOptions():
+        if self.model is None and (self.images != ImageOptions() or self.fine.given):
             raise UsageError(
-                "--image-column, --member-suffix, --max-pixels: are for images; name the --model "
+                "--image-column, --member-suffix, --max-pixels, --size, --tile, --refine: are for images; name the --model "
                 "that segments them first"
             )
 
@@ -61,6 +63,7 @@ class LabelConfig:
             model=self.model or "",
             ontology=self.ontology,
             embed=embed,
+            fine=self.fine,
             images=self.images,
             workers=self.workers,
             run=self.run,
@@ -69,7 +72,7 @@ class LabelConfig:
     def of_maps(self) -> LabelConfig:
         """The rest of the work, after the run of of_images."""
         maps = self.of_images().output
-        return replace(self, input=maps, model=None, images=ImageOptions())
+        return replace(self, input=maps, model=None, fine=FineOptions(), images=ImageOptions())
 
     def read_ontology(self) -> Ontology:
         """The classes. Raises UsageError as config.ontology.read_ontology."""

@@ -16,18 +16,25 @@ import torch
 from torch import Tensor
 
 from pipeline import schema
+from pipeline.config.fine import FineOptions
 from pipeline.config.prompt import Prompt
+from pipeline.infer.blend import BlendLooks, Looked
 from pipeline.infer.checkpoint import Checkpoint, OpenModel
 from pipeline.infer.device import Device, fail_rows, has_pixels, scale_to_unit
 from pipeline.infer.phrases import PhraseVectors
 from pipeline.infer.texts import Progress
 from pipeline.infer.visual_prompt import encode_prompts
 from pipeline.model.clipseg import CLIPSeg
+from pipeline.prepare.windows import Looks
 from pipeline.read.shard import parse_phrases
 
 # Logits handed on at once: a block of Ray Data's, which lies in the object store as one piece.
 BLOCK_BYTES = 64 * 1024**2
 PAIRS_AT_ONCE = 16  # of images and prompts, on a GPU
+NOT_FINITE = {
+    "embed": "the embedding is not finite",
+    "segment": "the model's logits are not finite",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +49,18 @@ class SegmentSpec:
     """Whether images are embedded, too."""
     per_row: bool = False
     """Whether each image has phrases of its own, in its `text`, and `prompts` is empty."""
+    looks: Looks | None = None
+    """How images are looked at; None: once, as the checkpoint's image processor has it."""
     notes: tuple[str, ...] = ()
     """Lines for the user about the prompts."""
 
     def only(self, prompts: list[str], *, embed: bool) -> SegmentSpec:
         """The same with some of the prompts."""
         where = [self.prompts.index(prompt) for prompt in prompts]
-        return replace(self, prompts=prompts, conditional=self.conditional[where], embed=embed)
+        looks = self.looks and replace(self.looks, embed=embed)
+        return replace(
+            self, prompts=prompts, conditional=self.conditional[where], embed=embed, looks=looks
+        )
 
 
 def open_segmenter(
@@ -57,6 +69,7 @@ def open_segmenter(
     *,
     per_row: bool = False,
     embed: bool = False,
+    fine: FineOptions = FineOptions(),  # noqa: B008
     max_pixels: int = 50_000_000,
     on_progress: Progress | None = None,
 ) -> SegmentSpec:
@@ -70,6 +83,7 @@ def open_segmenter(
     asked = [Prompt(name=p, texts=(p,)) if isinstance(p, str) else p for p in prompts]
     texts = list(dict.fromkeys(text for prompt in asked for text in prompt.texts))
     notes = opened.describe_texts(texts, "prompt")
+    looks = open_looks(opened, fine, embed=embed) if fine.given else None
     return SegmentSpec(
         checkpoint=opened.describe(texts=True),
         prompts=[prompt.name for prompt in asked],
@@ -78,8 +92,15 @@ def open_segmenter(
         else np.zeros((0, opened.model.config.projection_dim), np.float32),
         embed=embed,
         per_row=per_row,
+        looks=looks,
         notes=tuple(notes),
     )
+
+
+def open_looks(opened: OpenModel[CLIPSeg], fine: FineOptions, *, embed: bool) -> Looks:
+    """The looks that a model takes at images. Raises UsageError for a size that it cannot take."""
+    patch = opened.model.config.vision_config.patch_size
+    return Looks(processor=opened.processor, patch=patch, options=fine, embed=embed)
 
 
 class SegmentImages:
@@ -106,6 +127,7 @@ class SegmentImages:
         patch = self.model.config.vision_config.patch_size
         height, width = spec.checkpoint.processor.image_size
         self.grid = (height // patch, width // patch)
+        self.looks = spec.looks and BlendLooks(spec.looks, self.model, self.device, self._encode)
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         """Records that failed pass first, then images in their order, prompts in runs."""
@@ -114,6 +136,9 @@ class SegmentImages:
             yield _with_logits(batch.filter(pa.array(~good)), None, 0, None)
         images = batch.filter(pa.array(good))
         if not len(images):
+            return
+        if self.looks:
+            yield from self._look(self.looks, images)
             return
         pixels = self.device.load_pixels(images["pixels"], self.spec.checkpoint.processor)
         encoded = self.device.run(self._encode, pixels)
@@ -129,6 +154,35 @@ class SegmentImages:
         for i in range(0, len(images), count):
             some = [step[i : i + count] for step in steps]
             yield from self._decode(images.slice(i, count), some, vectors[i : i + count], prompts)
+
+    def _look(self, looks: BlendLooks, images: pa.Table) -> Iterator[pa.Table]:
+        """Tables of one image each, as finely as is asked for, all their looks encoded at once."""
+        pixels = [np.frombuffer(each.as_buffer(), np.uint8) for each in images["pixels"]]
+        sizes = (images[name].to_pylist() for name in ("height", "width"))
+        looked = looks.look(list(zip(pixels, *sizes, strict=True)))
+        for i, each in enumerate(looked):
+            record, conditional = images.slice(i, 1), self.conditional
+            if self.spec.per_row:
+                own = parse_phrases(record["text"][0].as_py())
+                conditional = self.phrases.encode(own) if own else torch.zeros(0, 1)
+                conditional = conditional.to(self.device.torch)
+            yield from self._decode_looked(looks, record, each, conditional)
+
+    def _decode_looked(
+        self, looks: BlendLooks, record: pa.Table, looked: Looked, conditional: Tensor
+    ) -> Iterator[pa.Table]:
+        """Tables of one image with prompts (P, E), at least one."""
+        vectors = looked.vector[None]
+        prompts = max(1, self.block_bytes // (4 * looked.size[0] * looked.size[1]))
+        for first in range(0, max(1, len(conditional)), prompts):
+            logits = looks.logits(looked, conditional[first : first + prompts])
+            masked, fine = bool(torch.isfinite(logits).all()), bool(np.isfinite(vectors).all())
+            if not (masked and fine):
+                failed = fail_rows(record, np.array([not fine]), "embed", NOT_FINITE["embed"])
+                failed = fail_rows(failed, np.array([not masked]), "segment", NOT_FINITE["segment"])
+                yield _with_logits(failed, None, 0, None)
+                return
+            yield _with_logits(record, logits[None], first, vectors if first == 0 else None)
 
     def _encode(self, pixels: Tensor) -> tuple[list[Tensor], Tensor]:
         """Activations for the decoder of images (B, 3, H, W), whatever the prompt, and embeddings

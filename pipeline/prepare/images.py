@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -28,7 +28,6 @@ from pipeline.prepare import layouts
 from pipeline.prepare.convert import image_of_array, to_rgb
 from pipeline.prepare.identify import describe, identify
 from pipeline.prepare.png import pixel_chunks
-from pipeline.prepare.processor import ImageProcessor
 
 MAX_ASPECT = 1000
 
@@ -107,6 +106,14 @@ def decode_image(data: bytes | np.ndarray, *, max_pixels: int) -> DecodedImage:
         raise _refusal("image_corrupt", f"{kind}{error}") from error
 
 
+class Resize(Protocol):
+    """An image processor, or the looks of windows.py."""
+
+    def resize(self, image: Image.Image) -> np.ndarray:
+        """The uint8 pixels of an RGB image that the model gets."""
+        ...
+
+
 class PrepareImages:
     """The decode stage: schema.RECORDS -> schema.PIXELS, at the size the model's processor says.
 
@@ -114,7 +121,7 @@ class PrepareImages:
     reason, and end records, pass as they are.
     """
 
-    def __init__(self, processor: ImageProcessor, max_pixels: int):
+    def __init__(self, processor: Resize, max_pixels: int):
         self.processor, self.max_pixels = processor, max_pixels
 
     def __call__(self, batch: pa.Table) -> pa.Table:
