@@ -17,7 +17,7 @@ test: $(VENV)/.installed-dev  ## all tests, two files of them at a time
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 soak: $(VENV)/.installed-dev  ## kills and storage faults of whole jobs as a table, and tests that take long
-	$(BIN)/python tests/soak.py
+	$(BIN)/python -m tests.soak
 	$(BIN)/python -m pytest -m soak
 
 check: $(VENV)/.installed-dev  ## format, lint, types

@@ -2,7 +2,7 @@
 
 PipelineError
 ├── UsageError          the command, input, output or model cannot be used: exit code 2
-│   └── CheckpointError     a model folder that is incomplete, malformed or unsafe
+│   └── CheckpointError     a model folder incomplete, malformed or unsafe
 ├── StorageError        reading or writing storage failed
 │   ├── NotFoundError       the object is not there
 │   ├── ChangedError        overwritten since it was listed, or while it was read
@@ -65,7 +65,7 @@ class PipelineError(Exception):
 
 
 class UsageError(PipelineError, ValueError):
-    """A request that cannot be carried out; the message says what, where, what to do."""
+    """A request impossible to carry out; the message says what, where, what to do."""
 
 
 class CheckpointError(UsageError):

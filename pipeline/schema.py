@@ -118,7 +118,7 @@ RLE = pa.struct([("size", pa.list_(pa.int32())), ("counts", pa.string())])
 
 
 def _table(*fields: tuple[str, pa.DataType] | pa.Field) -> pa.Schema:
-    """A schema of non-null fields, except where a pa.Field says otherwise."""
+    """A schema of non-null fields, unless a pa.Field says otherwise."""
     return pa.schema(
         [f if isinstance(f, pa.Field) else pa.field(*f, nullable=False) for f in fields]
     )
@@ -212,7 +212,7 @@ def _with_facts(columns: pa.Schema, facts: dict[str, str]) -> pa.Schema:
 
 
 class Table(NamedTuple):
-    """A table that a job writes, beside `errors`."""
+    """A table written by a job, beside `errors`."""
 
     schema: pa.Schema
     rows_per_image: int

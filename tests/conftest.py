@@ -6,13 +6,16 @@ import os
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import settings
+
+from pipeline import storage
+from tests.drivers import STEPS
 
 # The same cases every time: a commit fails for what it changed. For new ones see CONTRIBUTING.md.
 settings.register_profile("same", derandomize=True)
@@ -110,3 +113,25 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "local":
         return str(tmp_path / "data")
     return f"{request.getfixturevalue('bucket')}/data"
+
+
+@pytest.fixture
+def step(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[str], None]]:
+    """A list whose function, if any, is called before and after every change of the storage."""
+    hooks: list[Callable[[str], None]] = []
+
+    def watch(name: str) -> None:
+        change = getattr(storage, name)
+
+        def watched(*args: Any) -> None:
+            for hook in hooks:
+                hook("before")
+            change(*args)
+            for hook in hooks:
+                hook("after")
+
+        monkeypatch.setattr(storage, name, watched)
+
+    for name in STEPS:
+        watch(name)
+    return hooks

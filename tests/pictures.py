@@ -29,6 +29,8 @@ PIXELS = {
     "image_processor_type": "ViTImageProcessor",
 }
 MAX_PIXELS = 1_000_000
+# The bound of docs/: 20 bytes x max_pixels + 6 x the encoded image + 64 MiB.
+BYTES_PER_PIXEL, COPIES, MORE_BYTES = 20, 6, 64 * 2**20
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"]
 
 

@@ -1,7 +1,7 @@
 """Kills and storage faults of whole jobs, each compared with a run that nobody disturbed.
 
-    python tests/soak.py                                     # `make soak`: each kind once
-    python tests/soak.py --tries 10 "kill -9: driver"        # some kinds, more often
+    python -m tests.soak                                     # `make soak`: each kind once
+    python -m tests.soak --tries 10 "kill -9: driver"        # some kinds, more often
 
 Jobs run attached to a cluster of three Ray nodes on this machine, and read and write an S3 server
 behind a proxy. When a job has failed, the same command is run again without the fault. A shard is
@@ -31,16 +31,16 @@ from unittest.mock import patch
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import test_commit
-from conftest import serve_s3
-from fault_proxy import Fault, FaultProxy, Request
 from PIL import Image
-from shards import make_tar
 
 from pipeline import storage
 from pipeline.run.manifest import read_run
 from pipeline.storage import s3_write
 from pipeline.write.fragments import unpack_tables
+from tests import drivers
+from tests.conftest import serve_s3
+from tests.fault_proxy import Fault, FaultProxy, Request
+from tests.shards import make_tar
 
 ROOT = Path(__file__).parent.parent
 SHARDS, IMAGES = 8, 24
@@ -281,11 +281,11 @@ COMMITS = [COMMIT_KILLED, "acknowledgement of CompleteMultipartUpload lost"]
 
 
 def attempt_commit(world: World, kind: str) -> Counter[str]:
-    """One try of two shards that are committed without a job: see test_commit."""
+    """One try of two shards that are committed without a job: see tests.drivers."""
     output = f"{world.bucket}/{uuid.uuid4().hex}"
     world.proxy.clear()
     if kind == COMMIT_KILLED:
-        driver = test_commit.start_driver(output, world.random.randrange(20))
+        driver = drivers.start_driver(output, world.random.randrange(20))
         driver.join(300)
         code = driver.exitcode
     else:
@@ -295,13 +295,13 @@ def attempt_commit(world: World, kind: str) -> Counter[str]:
         code = 0
     world.proxy.faults.clear()
     if code != 0:
-        test_commit.drive(output)
+        drivers.drive(output)
     keys: Counter[Row] = Counter()
-    for table in test_commit.WHOLE:
+    for table in drivers.WHOLE:
         for file in storage.glob_files(f"{output}/{table}/*.parquet"):
             part = pq.read_table(io.BytesIO(storage.read_bytes(file.uri))).to_pylist()
             keys.update((table, r["shard"], r["row"], r.get("prompt_id")) for r in part)
-    wanted = {(table, *row) for table, found in test_commit.WHOLE.items() for row in found}
+    wanted = {(table, *row) for table, found in drivers.WHOLE.items() for row in found}
     counts = Counter(tries=1, again=int(code != 0), repeated=keys.total() - len(keys))
     counts["lost"], counts["more"] = len(wanted - keys.keys()), len(keys.keys() - wanted)
     counts["redone"] = len(redone(world.proxy.requests))
@@ -311,7 +311,7 @@ def attempt_commit(world: World, kind: str) -> Counter[str]:
 
 def drive_large(output: str) -> None:
     """Keys so long that fragments and the images' parts are uploaded in several pieces."""
-    small = test_commit.images
+    small = drivers.images
 
     def large(*rows: int) -> pa.Table:
         table = small(*rows)
@@ -320,8 +320,8 @@ def drive_large(output: str) -> None:
         return table.set_column(index, table.schema.field("key"), pa.array(keys, pa.string()))
 
     pieces = patch.object(s3_write, "PART_BYTES", 5 * 2**20)
-    with pieces, patch.object(test_commit, "images", large):
-        test_commit.drive(output)
+    with pieces, patch.object(drivers, "images", large):
+        drivers.drive(output)
 
 
 def attempt(world: World, kind: str) -> Counter[str]:

@@ -16,7 +16,6 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_commit import KilledError, Schedule, step  # noqa: F401
 
 from jobs import status
 from pipeline.config.options import RunOptions
@@ -31,6 +30,7 @@ from pipeline.run.manifest import is_complete, read_run
 from pipeline.run.resume import discard_shard
 from pipeline.write import commit
 from pipeline.write.layout import Ledger
+from tests.drivers import KilledError, Schedule
 from tests.outputs import SHARDS, TABLES, errors, images, rows, rows_of
 from tests.outputs import finish as finish_tables
 
@@ -166,7 +166,7 @@ def test_a_driver_that_knows_nothing_of_the_addition_does_not_close_the_run(
 
 def test_prompts_that_are_added_while_the_run_is_being_closed(
     tmp_path: Path,
-    step: list[Callable[[str], None]],  # noqa: F811
+    step: list[Callable[[str], None]],
 ) -> None:
     drive(tmp_path, "xy")
     early = open_(tmp_path, "xy")
@@ -320,7 +320,7 @@ def test_a_shard_that_left_the_input_is_named_once(tmp_path: Path) -> None:
 
 def test_a_driver_killed_at_any_step_of_an_addition_is_completed_by_the_same_command(
     tmp_path: Path,
-    step: list[Callable[[str], None]],  # noqa: F811
+    step: list[Callable[[str], None]],
 ) -> None:
     for number in range(1000):
         output = tmp_path / str(number)
@@ -360,7 +360,7 @@ def test_a_driver_killed_at_any_step_of_an_addition_is_completed_by_the_same_com
 )
 def test_two_drivers_with_other_additions(
     tmp_path_factory: pytest.TempPathFactory,
-    step: list[Callable[[str], None]],  # noqa: F811
+    step: list[Callable[[str], None]],
     turns: list[int],
     kills: set[int],
     asked: tuple[str, str],

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 from label_tables import image_row
-from test_evaluate import NAMES, SIZE, as_coco, smooth, write_run
 
 from jobs import calibrate
 from pipeline.annotations.calibrate import (
@@ -25,6 +24,7 @@ from pipeline.config.ontology_edit import edit_ontology
 from pipeline.config.yaml_file import parse_yaml
 from pipeline.demo.calibrate import NAMES as DEMO_NAMES
 from pipeline.demo.calibrate import measure
+from tests.kept_maps import NAMES, SIZE, as_coco, smooth, write_run
 
 Sample = tuple[np.ndarray, np.ndarray]
 """Probabilities and truth, (N, K, W, H)."""

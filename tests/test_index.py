@@ -16,7 +16,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from embeddings import embedding_part, random_vectors, write_part, write_table
-from test_gallery import write_run, write_tar
 
 from jobs import duplicates, index, search
 from pipeline import storage
@@ -34,6 +33,7 @@ from pipeline.embeddings.vectors import open_table
 from pipeline.errors import JobError, UsageError
 from pipeline.model.weights import hash_weights
 from pipeline.run.manifest import name_run
+from tests.runs import write_run, write_tar
 
 ROOT = Path(__file__).parent.parent
 

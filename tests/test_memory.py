@@ -16,11 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.pictures import encode, png
+from tests.pictures import BYTES_PER_PIXEL, COPIES, MORE_BYTES, encode, png
 
 ROOT = Path(__file__).parent.parent
-# The bound that the README states: 20 bytes x max_pixels + 6 x the encoded image + 64 MiB.
-BYTES_PER_PIXEL, COPIES, MORE_BYTES = 20, 6, 64 * 2**20
 
 # Decodes every file of a folder; after each, how far its largest memory is above that of imports.
 _DECODE = """

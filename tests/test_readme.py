@@ -23,7 +23,6 @@ import pyarrow.parquet as pq
 import pytest
 import tyro
 from PIL import Image
-from test_memory import BYTES_PER_PIXEL, COPIES, MORE_BYTES
 
 from jobs.__main__ import COMMANDS
 from pipeline.config.options import ImageOptions, RunOptions
@@ -32,6 +31,7 @@ from pipeline.read import divide
 from pipeline.run.follow import ERROR_RATE_ROWS, SILENT_SHARDS
 from pipeline.run.guard import MAX_CRASHES
 from pipeline.schema import ERRORS, IMAGES, MASKS, labels
+from tests.pictures import BYTES_PER_PIXEL, COPIES, MORE_BYTES
 
 ROOT = Path(__file__).parent.parent
 FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]

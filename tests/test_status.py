@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from shards import make_tar
-from test_commit import drive, write_fragments
 
 from jobs import retry_failed, segment, status
 from pipeline.config.options import WorkerOptions
@@ -21,6 +20,7 @@ from pipeline.config.status import config_from_record
 from pipeline.errors import UsageError
 from pipeline.run.lifecycle import open_run
 from pipeline.write.commit import finish_shard
+from tests.drivers import drive, write_fragments
 from tests.outputs import SHARDS, TABLES, finish, ledger_of, rows_of
 
 MODEL = Path(__file__).parent.parent / "pipeline" / "demo" / "model"

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-from test_commit import drive, is_complete
 
 from jobs import segment, verify
 from pipeline.demo import MODEL, SHARDS
@@ -14,6 +13,7 @@ from pipeline.errors import JobError
 from pipeline.run.verify import verify_run
 from pipeline.write.layout import EMPTY_PART
 from pipeline.write.parts import open_part
+from tests.drivers import drive, is_complete
 
 
 def flip(path: Path, at: float = 0.5) -> None:

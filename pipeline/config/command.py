@@ -47,7 +47,7 @@ def run_command(
 ) -> int:
     """Build `config` from `argv` (default: the process's own), run `job`, return the exit code.
 
-    `resumes`: a job that was interrupted is continued where it was, not begun anew.
+    `resumes`: an interrupted job goes on, and does not begin anew.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     told: list[int] = []
@@ -171,7 +171,7 @@ def _run_tyro(config: type[Config], prog: str, arguments: list[str]) -> Config:
 
 
 def _name_unknown(config: type[Any], prog: str, arguments: list[str]) -> str:
-    """The mistake in arguments that are too many; "" where it is not found."""
+    """The mistake behind superfluous arguments; "" if not found."""
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
         _run_tyro(config, prog, ["--help"])

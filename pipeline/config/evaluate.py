@@ -1,4 +1,4 @@
-"""Configuration of the commands that hold a run against ground truth."""
+"""Configuration of the commands holding a run against ground truth."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class EvaluateConfig:
         check_file("--output", self.output)
 
     def read_ontology(self) -> Ontology | None:
-        """The classes, where they are given. Raises UsageError."""
+        """The classes, if given. Raises UsageError."""
         return read_ontology(self.ontology) if self.ontology else None
 
 

@@ -55,7 +55,7 @@ class ExportConfig:
         self.shares()
 
     def shares(self) -> dict[str, float]:
-        """The share of each split. Raises UsageError for shares that do not add up to 1."""
+        """The share of each split. Raises UsageError for shares not adding up to 1."""
         found: dict[str, float] = {}
         for item in self.split.split(","):
             name, _, number = (piece.strip() for piece in item.partition("="))

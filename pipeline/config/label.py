@@ -50,8 +50,8 @@ class LabelConfig:
         check_file("--ontology", self.ontology)
         if self.model is None and (self.images != ImageOptions() or self.fine.given):
             raise UsageError(
-                "--image-column, --member-suffix, --max-pixels, --size, --tile, --refine: are for images; name the --model "
-                "that segments them first"
+                "--image-column, --member-suffix, --max-pixels, --size, --tile, --refine: are for "
+                "images; name the --model that segments them first"
             )
 
     def of_images(self) -> SegmentConfig:

@@ -1,4 +1,4 @@
-"""The ontology file: classes, the prompts that find them, and how masks become annotations.
+"""The ontology file: classes, their prompts, and the way from masks to annotations.
 
     overlap: argmax
     classes:
@@ -8,7 +8,7 @@
         threshold: 0.4
       - circle
 
-A class that is a text alone has that text as its phrase. docs/labels.md describes every field.
+A text alone is a class with that phrase. docs/labels.md describes every field.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class OntologyClass:
 
     @property
     def prompts(self) -> list[Prompt]:
-        """Those whose largest probability is the class's: texts first, then the examples."""
+        """Those with the class's largest probability: texts first, then the examples."""
         texts = tuple(t.replace("{}", p) for p in self.phrases for t in self.templates)
         if self.combine == "max":
             plain = [Prompt(name=text, texts=(text,)) for text in dict.fromkeys(texts)]
@@ -69,7 +69,7 @@ class OntologyClass:
 
 @dataclass(frozen=True, kw_only=True)
 class Ontology:
-    """The classes in their order, which is their class_id, and how they share an image."""
+    """The classes in the order of their class_id, and their way of sharing an image."""
 
     classes: tuple[OntologyClass, ...]
     overlap: Overlap = "argmax"
@@ -81,7 +81,7 @@ class Ontology:
 
     @property
     def prompts(self) -> list[Prompt]:
-        """Every prompt that the classes need of a run, in their order, negatives included."""
+        """Every prompt of a run needed by the classes, in their order, negatives included."""
         found: dict[str, Prompt] = {}
         for each in self.classes:
             negatives = [Prompt(name=text, texts=(text,)) for text in each.negatives]
@@ -216,6 +216,6 @@ def _box(field: Field) -> tuple[float, float, float, float]:
 
 
 def is_default(of: OntologyClass | Example, name: str) -> bool:
-    """Whether a field has the value that it has when it is not given."""
+    """Whether a field has its default value."""
     default = next(f.default for f in fields(of) if f.name == name)
     return default is not MISSING and getattr(of, name) == default

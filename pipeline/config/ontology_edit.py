@@ -22,9 +22,8 @@ def edit_ontology(
 ) -> str:
     """The text of the file `output`: that of `file` with changed fields, below comments.
 
-    The text is edited where the nodes stand. A file for which that does not give what was asked
-    for, as with relative paths and an output in another folder, is written anew. JSON gets no
-    comments.
+    The text is edited at the places of the nodes. If that gives something else, as with relative
+    paths and an output in another folder, the file is written anew. JSON gets no comments.
     """
     text = data.decode("utf-8-sig")
     asked = _changed(parse_ontology(parse_yaml(data, file)), changes)
@@ -49,7 +48,7 @@ def _changed(ontology: Ontology, changes: Changes) -> Ontology:
 
 
 def _says(text: str, file: str, asked: Ontology) -> bool:
-    """Whether a text means the ontology that is asked for."""
+    """Whether a text means the wanted ontology."""
     try:
         found = parse_ontology(parse_yaml(text.encode(), file))
     except UsageError:

@@ -1,4 +1,4 @@
-"""Lists of classes that people have -> an ontology, and an ontology -> its file.
+"""Lists of classes of other tools -> an ontology, and an ontology -> its file.
 
 Known: Ultralytics' data.yaml (`names`), COCO's categories, CVAT's labels, autodistill's
 {phrase: class}, and a text file with one label a line.
@@ -42,9 +42,9 @@ class OntologyConfig:
 
 
 def convert_to_ontology(file: str) -> Ontology:
-    """The classes that a file of another tool lists.
+    """The classes listed in a file of another tool.
 
-    Raises UsageError for a file that cannot be read, or is of none of the known kinds.
+    Raises UsageError for an unreadable file, or one of no known kind.
     """
     if file.lower().endswith(".json"):
         return _checked(_classes_of_json(_read_json(file), file), file)
@@ -112,9 +112,9 @@ def _of_phrases(classes: dict[str, str]) -> list[dict[str, Any]]:
 
 
 def _checked(classes: list[dict[str, Any]], file: str) -> Ontology:
-    """The ontology, by the rules of an ontology file; names on which both agree stay as they are.
+    """The ontology, by the rules of an ontology file; names equal in both stay as they are.
 
-    Raises UsageError where they are broken, with the line of the ontology that was to be written.
+    Raises UsageError for a broken one, with its line in the ontology to be written.
     """
     if not classes:
         raise UsageError(f"{file}: no classes in it")
@@ -140,7 +140,7 @@ def _read_json(file: str) -> Any:
 
 
 def to_yaml(ontology: Ontology) -> str:
-    """The file of an ontology; fields that have their default are left out."""
+    """The file of an ontology; fields at their default are left out."""
     lines = []
     if ontology.overlap != "argmax":
         lines.append(f"overlap: {ontology.overlap}")
@@ -163,7 +163,7 @@ def _given(of: OntologyClass | Example) -> dict[str, Any]:
 
 
 def _show(value: Any) -> str:
-    """A value in YAML's flow style, which is JSON's."""
+    """A value in YAML's flow style, JSON's own."""
     if isinstance(value, tuple) and value and isinstance(value[0], Example):
         value = [_given(example) for example in value]
     return json.dumps(value, ensure_ascii=False)

@@ -21,7 +21,7 @@ _IMAGE_PROMPT = re.compile(r"([^=]+)=(.+?)(?::(?!//)((?:s3://)?[^:]+\.png))?", r
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """An image that shows a class, or its embedding from a file."""
+    """An image of a class, or its embedding from a file."""
 
     file: str = ""
     """Image with the example; a path beside the ontology, or an s3:// URI."""

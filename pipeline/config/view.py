@@ -1,4 +1,4 @@
-"""Configuration of the command that shows the masks of a run."""
+"""Configuration of `clipseg-ray view`."""
 
 from __future__ import annotations
 

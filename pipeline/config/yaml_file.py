@@ -2,8 +2,8 @@
 
     ontology.yaml:7: classes[1].threshold '1.5': must be a number from 0 to 1
 
-Read as nodes, which know their lines. Text is the text that stands there: `name: no` is "no".
-Aliases, tags and duplicate keys are refused.
+Read as nodes, for their lines. Text is the text as written: `name: no` is "no". Aliases, tags and
+duplicate keys are refused.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Field:
     """Such as "classes[1].threshold"; "" for the whole file."""
 
     def wrong(self, rule: str) -> UsageError:
-        """An error that names the file, line, field, value and rule."""
+        """An error with the file, line, field, value and rule."""
         place = f"{self.file}:{self.node.start_mark.line + 1}"
         if isinstance(self.node, yaml.ScalarNode):
             shown = repr(one_line(self.node.value, _SHOWN_CHARACTERS))
@@ -67,7 +67,7 @@ class Field:
         return list(found.values())
 
     def fields(self, *known: str) -> dict[str, Field]:
-        """The values of a mapping by key. Raises UsageError for a key that is not known."""
+        """The values of a mapping by key. Raises UsageError for an unknown key."""
         pairs = self.pairs()
         for key, _ in pairs:
             if key.text() not in known:
@@ -133,8 +133,8 @@ class Field:
 def open_yaml(file: str, limit_bytes: int = LIMIT_BYTES) -> Field:
     """The one document of a YAML (or JSON) file, local or s3://.
 
-    Raises UsageError for a file that cannot be read, is too large or nested too deeply, is no
-    YAML, or holds an alias or a tag.
+    Raises UsageError for a file unreadable, too large or nested too deeply, without YAML, or with
+    an alias or a tag.
     """
     try:
         data = storage.read_bytes(storage.check_uri(file), limit_bytes=limit_bytes + 1)

@@ -1,4 +1,4 @@
-"""Model and shards that ship with the project, to try everything without a hub.
+"""Model and shards shipped with the project, to try everything without a hub.
 
 scenes       synthetic scenes: coloured shapes on textured backgrounds
 vocabulary   the phrases that name them, and a tokenizer for those

@@ -1,9 +1,9 @@
-"""Measure `clipseg-ray calibrate` with the bundled CLIPSeg and an ontology that is badly set.
+"""Measure `clipseg-ray calibrate` with the bundled CLIPSeg and a badly set ontology.
 
     python -m pipeline.demo.calibrate --images 400
 
-On the scenes of `evaluate`, whose drawing is the ground truth: thresholds and presence gates of
-colours and shapes are chosen on one half and held against the other.
+On the scenes of `evaluate`, their drawing as ground truth: thresholds and presence gates of colours
+and shapes are chosen on one half and held against the other.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The last step of training: pairs become, to the text tower, the sum of their colour and shape.
 
-What training teaches about seen pairs does not reach the unseen ones by itself: their embeddings
-come out as something that the decoder has learnt to refuse. The decoder does follow the sum of a
-colour's and a shape's embedding, though, for seen pairs as well as before. So the text tower alone
-is trained, on seen pairs and without images, to give that sum.
+What training teaches about seen pairs does not reach the unseen ones by itself: the decoder has
+learnt to refuse their embeddings. The decoder does follow the sum of a colour's and a shape's
+embedding, though, for seen pairs as well as before. So the text tower alone is trained, on seen
+pairs and without images, towards the sum.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def compose(model: CLIPSeg, seed: int) -> None:
 def composed_embeddings(model: CLIPSeg, texts: Texts) -> Tensor:
     """(K, E): colours and shapes as they are now, pairs as their sum plus one shift for all.
 
-    The shift is what pairs now have beyond that sum, on average. Each concept counts with the mean
-    over its phrases.
+    The shift is the mean difference of pairs from that sum. Each concept counts with the mean over
+    its phrases.
     """
     flat = model.encode_text(texts.ids.flatten(0, 1), texts.mask.flatten(0, 1))
     now = flat.unflatten(0, texts.ids.shape[:2]).mean(1)

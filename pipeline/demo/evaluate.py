@@ -2,8 +2,8 @@
 
     python -m pipeline.demo.evaluate --images 500
 
-Scenes come from another seed than the training scenes and from all colour-shape pairs, so some
-objects are of pairs that training never showed or named. Masks are thresholded at probability 0.5.
+Scenes come from another seed than the training scenes and from all colour-shape pairs, some of them
+never shown or named in training. Masks are thresholded at probability 0.5.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ BATCH = 8
 
 
 def kind_of(pair: Pair) -> str:
-    """Which of KINDS a phrase belongs to."""
+    """The one of KINDS for a phrase."""
     colour, shape = pair
     if colour and shape:
         return KINDS[pair in UNSEEN_PAIRS]
@@ -143,7 +143,7 @@ def _measure_masks(
 def _measure_search(
     embeddings: torch.Tensor, text: torch.Tensor, scenes: list[Scene], figures: Figures
 ) -> None:
-    """Precision among the ten images whose embedding is nearest to a colour's, by cosine."""
+    """Precision among the ten images with the embeddings nearest to a colour's, by cosine."""
     image = torch.nn.functional.normalize(embeddings, dim=-1)
     similarity = image @ torch.nn.functional.normalize(text, dim=-1).T  # (images, phrases)
     for j, (colour, shape) in enumerate(PHRASES):

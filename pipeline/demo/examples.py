@@ -56,7 +56,7 @@ def encode(model: CLIPSeg, processor: ImageProcessor, tokenizer: Tokenizer) -> d
 
 @torch.inference_mode()
 def measure(images: int) -> dict[str, dict[str, list[float]]]:
-    """IoU at probability 0.5 of every phrase that is true of a scene, by kind and prompt."""
+    """IoU at probability 0.5 of every true phrase of a scene, by kind and prompt."""
     model, processor = load_model(MODEL), ImageProcessor.from_folder(MODEL)
     prompts = encode(model, processor, Tokenizer.from_folder(MODEL))
     iou: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))

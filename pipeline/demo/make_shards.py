@@ -1,4 +1,4 @@
-"""Draw the two bundled shards: synthetic scenes of many sizes, in the two forms that shards have.
+"""Draw the two bundled shards: synthetic scenes of many sizes, in the two forms of shards.
 
     python -m pipeline.demo.make_shards
 
@@ -103,7 +103,7 @@ def write_tar(path: Path, samples: list[Sample]) -> None:
 
 
 def write_parquet(path: Path, samples: list[Sample]) -> None:
-    """A Hugging Face style table, in row groups of 16 so that readers can stream it."""
+    """A Hugging Face style table, in row groups of 16 for streaming readers."""
     images = [{"bytes": s.image, "path": f"{s.key}.{s.suffix}"} for s in samples]
     schema = pa.schema(
         [

@@ -1,4 +1,4 @@
-"""Synthetic scenes: coloured shapes on textured backgrounds, and the phrases that name them.
+"""Synthetic scenes: coloured shapes on textured backgrounds, and the phrases naming them.
 
 The bundled model is trained and measured on these, and the bundled shards hold some. A scene is
 decided by its generator's state alone, so the same seed always draws the same scene.
@@ -87,8 +87,8 @@ def draw_scene(
     """Draw two to five objects out of `pairs`, at `size` (height, width) in pixels.
 
     Diameters are shares of the shorter side, tilts up to 25 degrees either way. Half of the
-    objects repeat the colour or the shape of an earlier one, so that neither word alone finds a
-    "red circle". An object that finds no place where it hides little of the others is left out.
+    objects repeat the colour or the shape of an earlier one: neither word alone finds a "red
+    circle". An object without a place hiding little of the others is left out.
     """
     canvas = draw_background(rng, size)
     labels = np.zeros(size, np.uint8)
@@ -145,7 +145,7 @@ def _choose_pair(rng: np.random.Generator, pairs: Sequence[Pair], drawn: list[Pa
 def _find_place(
     rng: np.random.Generator, labels: np.ndarray, solid: np.ndarray
 ) -> tuple[slice, slice] | None:
-    """A window of `labels` for the mask `solid` that hides at most a tenth of any object."""
+    """A window of `labels` for the mask `solid`, hiding at most a tenth of any object."""
     height, width = solid.shape
     areas = np.bincount(labels.ravel(), minlength=8)
     for _ in range(20):

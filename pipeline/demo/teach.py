@@ -28,7 +28,7 @@ MATCHES = torch.tensor(
 class Pool:
     """Scenes held in memory: images NHWC uint8, labels NHW uint8, pairs (N, MAX_OBJECTS) int64.
 
-    `pairs` indexes OBJECTS; -1 where a scene has fewer objects.
+    `pairs` indexes OBJECTS; -1 beyond a scene's own.
     """
 
     images: np.ndarray

@@ -2,7 +2,7 @@
 
     python -m pipeline.demo.train --output pipeline/demo/model
 
-56 minutes on 2 cores of an x86-64 virtual machine that had other work as well. It starts from an
+56 minutes on 2 cores of an x86-64 virtual machine, beside other work. It starts from an
 initialisation of our own (transformers' decoder, drawn with standard deviation 1, never starts to
 learn) and goes through two stages, see STAGES, and the last step in compose.py. Four losses:
 
@@ -146,10 +146,10 @@ def mask_loss(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def train(rank: int, stage: Stage, args: argparse.Namespace, meeting: str) -> None:
-    """One of two processes that learn together, each on scenes of its own; the first one saves.
+    """One of two processes learning together, each on scenes of its own; the first one saves.
 
-    Two single-threaded processes that meet once a step are faster than one with two threads, the
-    more so when the cores have other work.
+    Two single-threaded processes, meeting once a step, are faster than one with two threads, the
+    more so on busy cores.
     """
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=WORKERS)
     torch.set_num_threads(1)
@@ -227,7 +227,7 @@ def share_gradients(parameters: list[nn.Parameter]) -> None:
 
 @torch.no_grad()
 def follow(average: CLIPSeg, model: CLIPSeg, step: int) -> None:
-    """Move the average, which is what ships, towards the model."""
+    """Move the average, to be shipped, towards the model."""
     model.clip.logit_scale.clamp_(max=math.log(30))
     share = max(0.003, 1 - (step + 1) / (step + 10))
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), share)

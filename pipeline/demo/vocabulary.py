@@ -1,8 +1,8 @@
-"""The phrases that the bundled model is taught, and a tokenizer small enough to ship with it.
+"""The phrases taught to the bundled model, and a tokenizer small enough to ship with it.
 
 A concept is a colour, a shape or a pair of both, and has several phrases. The tokenizer is CLIP's
-in every respect but its vocabulary: 512 byte symbols, so that any text can be tokenized, and the
-merges that make one token of each word in the phrases.
+in every respect but its vocabulary: 512 byte symbols, for any text, and the merges for one token a
+word of the phrases.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def phrases(concept: Pair) -> list[str]:
 
 
 def byte_symbols() -> list[str]:
-    """The 256 printable characters that stand for bytes 0..255, in the order of CLIP's vocabulary.
+    """The 256 printable characters for bytes 0..255, in the order of CLIP's vocabulary.
 
     Source: `bytes_to_unicode` of openai/CLIP, clip/simple_tokenizer.py.
     """

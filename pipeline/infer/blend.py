@@ -98,8 +98,8 @@ class BlendLooks:
         slices = self._pairs(len(prompt), fine)
         for first in range(0, len(slices), _SLICES_KEPT):
             some = slices[first : first + _SLICES_KEPT]
-            for part, tiles in zip(some, self.device.run(blend, some), strict=True):
-                for p, i, tile in zip(prompt[part], look[part], tiles, strict=True):
+            for pairs, tiles in zip(some, self.device.run(blend, some), strict=True):
+                for p, i, tile in zip(prompt[pairs], look[pairs], tiles, strict=True):
                     grid.window(out[p], int(i)).add_(tile)
         return out.cpu()
 
@@ -153,7 +153,11 @@ class BlendLooks:
         if fine is None:
             nothing = np.zeros(0, np.int64)
             return Looked(
-                size=window, plain=parts[0], fine=None, rows=nothing, columns=nothing,
+                size=window,
+                plain=parts[0],
+                fine=None,
+                rows=nothing,
+                columns=nothing,
                 vector=vector.numpy(),
             )
         size, side = (fine.shape[0], fine.shape[1]), self._side(fine)
@@ -214,9 +218,7 @@ class Grid:
         side: tuple[int, int],
     ):
         self.starts, self.side = starts, side
-        self.axes = [
-            _axis(*each) for each in zip(plain, size, starts, side, strict=True)
-        ]
+        self.axes = [_axis(*each) for each in zip(plain, size, starts, side, strict=True)]
 
     def to(self, device: torch.device) -> None:
         """Move what is computed with to a device."""
@@ -240,7 +242,9 @@ class Grid:
         mean = torch.logaddexp(x, plain) - math.log(2)
         # The larger of the two hides what is not finite.
         mean = torch.where(x.isfinite() & plain.isfinite(), mean, torch.nan)
-        (rows, columns) = (axis[3][i.to(axis[3].device)] for i, axis in zip(at, self.axes, strict=True))
+        (rows, columns) = (
+            axis[3][i.to(axis[3].device)] for i, axis in zip(at, self.axes, strict=True)
+        )
         return mean * rows[:, :, None] * columns[:, None, :]
 
 

@@ -1,8 +1,8 @@
 """The tokens beside a tokenizer's vocabulary, and which of them are special.
 
-Four files of a checkpoint folder name them, and their order decides the ids of those that are not
-in the vocabulary. The precedence, quirks included, is that of transformers'
-tokenization_utils_base.py (`_from_pretrained`) and tokenization_utils_tokenizers.py.
+Four files of a checkpoint folder name them, and their order decides the ids of those outside the
+vocabulary. The precedence, quirks included, is that of transformers' tokenization_utils_base.py
+(`_from_pretrained`) and tokenization_utils_tokenizers.py.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def read_special_tokens(
 
     `listed`: tokenizer.json's added tokens by id. They, special_tokens_map.json and
     added_tokens.json count only where tokenizer_config.json has no `added_tokens_decoder`.
-    CheckpointError names the file that is not as it should be.
+    CheckpointError names the malformed file.
     """
     path, map_path = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
     config = read_json(path) if path.is_file() else {}
@@ -98,7 +98,7 @@ def _read_legacy(path: Path, special: set[str]) -> dict[int, AddedToken]:
 
 
 def _register(tokens: list[AddedToken], values: list[Value]) -> list[AddedToken]:
-    """The tokens, and behind them the values that name none of them."""
+    """The tokens, and behind them the values naming none of them."""
     known, more = {token.content for token in tokens}, list[Value]()
     for value in values:
         if (value if isinstance(value, str) else value.content) not in known and value not in more:
@@ -108,7 +108,7 @@ def _register(tokens: list[AddedToken], values: list[Value]) -> list[AddedToken]
 
 
 def _read_named(path: Path, table: dict[str, Any], *, special: bool = False) -> dict[str, Value]:
-    """The tokens that a file names, as `pad_token` or in `extra_special_tokens` by name.
+    """Tokens named by a file, as `pad_token` or in `extra_special_tokens` by name.
 
     `special`: whether all are, whatever their objects say.
     """
@@ -121,7 +121,7 @@ def _read_named(path: Path, table: dict[str, Any], *, special: bool = False) -> 
 
 
 def _read_extra(path: Path, table: dict[str, Any]) -> list[Value] | None:
-    """The special tokens without a name, None where the file says nothing of them."""
+    """The special tokens without a name, None if the file does not mention them."""
     extra, older = table.get("extra_special_tokens"), table.get("additional_special_tokens")
     if not isinstance(extra, list) or not extra:
         extra = older if "additional_special_tokens" in table else extra

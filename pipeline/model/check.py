@@ -1,8 +1,8 @@
 """config.json: read, and held against the weights before a model is built.
 
 A configuration is a stranger's input: one integer in it can ask for 10^12 parameters or 10^9
-layers. So every size it names must be the size of a tensor that the checkpoint really holds. The
-other half, that every tensor has a place in the model, is in weights.py.
+layers. So every size it names must be the size of a tensor in the checkpoint. The other half, that
+every tensor has a place in the model, is in weights.py.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LAYER_LIMIT = 1 << 10
 
 
 def _defaults(kind: type) -> dict[str, Any]:
-    """Defaults of missing fields: projection_dim is a tower's own where it stands alone."""
+    """Defaults of missing fields: a tower saved alone has a projection_dim of its own."""
     found = {f.name: f.default for f in dataclasses.fields(kind)}
     own = {name: value for name, value in found.items() if value is not dataclasses.MISSING}
     return {"projection_dim": 512, **own}
@@ -77,7 +77,7 @@ def read_clip_config(folder: str | Path) -> tuple[CLIPConfig, str]:
 
 
 def check_config(config: Mapping[str, Any], shapes: Shapes) -> None:
-    """Refuse a configuration whose sizes are not those of the tensors; allocates nothing.
+    """Refuse a configuration with other sizes than the tensors'; allocates nothing.
 
     `config` as read_config returns it, of a CLIP or CLIPSeg model or of one of their towers;
     `shapes` as read_shapes returns them, of the whole checkpoint. A tower or decoder without any
@@ -146,7 +146,7 @@ class _Section:
 
 
 def _find(shapes: Shapes, prefixes: tuple[str, ...], probe: str) -> str | None:
-    """The prefix under which the tensors of a part are stored; None where there are none.
+    """The prefix of the stored names of a part's tensors; None without any.
 
     `clip.` in CLIPSeg, nothing in CLIP; towers saved alone by transformers 5 have no prefix at all.
     """

@@ -23,7 +23,7 @@ from pipeline.model.weights import load_weights, read_shapes
 
 
 class QuickGELU(nn.Module):
-    """The sigmoid approximation of GELU that CLIP was trained with."""
+    """The sigmoid approximation of GELU in CLIP's training."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(1.702 * x)
@@ -151,9 +151,9 @@ class TextTower(nn.Module):
     ) -> Tensor:
         """The state of the end-of-text token, (B, D).
 
-        Checkpoints whose config has the legacy eos_token_id 2 take the largest id that is no
-        padding: end-of-text in CLIP's vocabulary, but a pad token may stand above it. The others
-        take the first token with the configured id.
+        Checkpoints with the legacy eos_token_id 2 take the largest id beside padding: end-of-text
+        in CLIP's vocabulary, but a pad token may stand above it. The others take the first token
+        with the configured id.
         """
         ids = input_ids if self.eos_token_id == 2 else (input_ids == self.eos_token_id).int()
         if attention_mask is not None:
@@ -187,7 +187,7 @@ class VisionEmbeddings(nn.Module):
         return torch.cat([cls, patches], dim=1) + table
 
     def check_size(self, height: int, width: int, interpolate: bool) -> None:
-        """Raise ValueError for images of a size that they cannot have."""
+        """Raise ValueError for images of an impossible size."""
         if not interpolate and (height, width) != (self.image_size, self.image_size):
             raise ValueError(
                 f"image is {height} x {width} pixels; without interpolated positions this model "
@@ -226,7 +226,7 @@ class VisionTower(nn.Module):
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def check_size(self, height: int, width: int) -> None:
-        """Raise ValueError for images of a size that this tower does not take."""
+        """Raise ValueError for images of another size than this tower's."""
         self.embeddings.check_size(height, width, self.interpolate)
 
     def forward(self, pixels: Tensor) -> Tensor:

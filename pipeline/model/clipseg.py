@@ -1,7 +1,7 @@
 """CLIPSeg: CLIP's activations and a prompt's embedding become a mask (Lüddecke & Ecker 2021).
 
-An image is encoded once, whatever the number of prompts: `activations` runs the vision blocks that
-masks need, `decode` runs every (image, prompt) pair behind the point where the prompt comes in.
+An image is encoded once, whatever the number of prompts: `activations` runs the vision blocks up to
+the last extract layer, `decode` runs every (image, prompt) pair from the prompt's entry on.
 
 Shapes: B images, P prompts, S pairs of a slice, L tokens (class token first), D vision width,
 R reduce_dim, E projection, (r, c) the grid of patches, (H, W) = (r, c) x patch size.
@@ -74,7 +74,7 @@ class Decoder(nn.Module):
             self.transposed_convolution = nn.ConvTranspose2d(width, 1, patch, stride=patch)
 
     def reduce(self, activations: Sequence[Tensor]) -> list[Tensor]:
-        """The part that no prompt changes, once per image.
+        """The part independent of the prompt, once per image.
 
         Returns one (B, L, R) for each step from `conditional_layer` on: the first is the state that
         FiLM acts on, the others are what later steps add.

@@ -1,7 +1,7 @@
 """The config.json of a CLIP or CLIPSeg checkpoint as plain dataclasses.
 
 Field names and defaults are those of transformers' CLIPConfig and CLIPSegConfig, so that any hub
-config reads as it is; fields that do not change the network's outputs are ignored.
+config reads as it is; fields without influence on the network's outputs are ignored.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class VisionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CLIPConfig:
-    """Both towers and the dimension that they are projected to.
+    """Both towers and the dimension of their shared space.
 
     transformers' `from_text_vision_configs` is the constructor:
     `CLIPConfig(text_config=TextConfig(...), vision_config=VisionConfig(...))`.

@@ -2,7 +2,7 @@
 
 What embeds only images need not hold the text tower: it is never built, and of its tensors no
 copy is made (they are read once, one by one, for the hash, which is that of the whole checkpoint).
-The checkpoint may be a full CLIP or CLIPSeg, or a tower that transformers saved alone, with its
+The checkpoint may be a full CLIP or CLIPSeg, or a tower saved alone by transformers, with its
 projection or without.
 
 Shapes: B batch, L tokens, D width of the tower, E projection, C classes.
@@ -117,7 +117,7 @@ class ImageClassifier(nn.Module):
 
 
 def read_head_labels(folder: Path) -> list[str] | None:
-    """The names of the classes of a checkpoint's head, in order; None where it has no head."""
+    """The names of the classes of a checkpoint's head, in order; None without a head."""
     shape = read_shapes(folder).get("classifier.weight", ())
     if len(shape) != 2:
         return None

@@ -40,8 +40,9 @@ class Tokenizer:
     """Texts -> ids, as transformers' CLIPTokenizer gives them for the same folder.
 
     Attributes, all ids in the vocabulary: `bos_id` opens every text, `eos_id` closes it and is what
-    the text tower pools at, `pad_id` fills up to the length; `special_ids` are all ids that stand
-    for no text. `content_hash` is another one where other ids may come out; "" without a folder.
+    the text tower pools at, `pad_id` fills up to the length; `special_ids` are all ids without a
+    text of their own. `content_hash` changes with anything that may change ids; "" without a
+    folder.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Tokenizer:
     ):
         """Wrap `backend`, which neither truncates, pads nor adds special tokens.
 
-        KeyError where one of the three special tokens is not in the vocabulary.
+        KeyError if one of the three special tokens is missing from the vocabulary.
         """
         self.backend, self.content_hash = backend, content_hash
         vocab = backend.get_vocab(with_added_tokens=True)
@@ -145,7 +146,7 @@ class Tokenizer:
         return torch.isin(input_ids, specials).to(torch.int64)
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of the texts alone; lone surrogates, which UTF-8 cannot hold, become U+FFFD."""
+        """The ids of the texts alone; lone surrogates, impossible in UTF-8, become U+FFFD."""
         clean = [t.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for t in texts]
         encodings = self.backend.encode_batch_fast(clean, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]

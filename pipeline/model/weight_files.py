@@ -1,7 +1,7 @@
-"""The files of a checkpoint folder that hold weights, opened as tensors by name.
+"""The weight files of a checkpoint folder, opened as tensors by name.
 
-Stands below weights.py, which gives a module the tensors. Nothing is read here but headers, and the
-pickle of a .bin, which needs PyTorch's restricted loader.
+Stands below weights.py, the loader of modules. Nothing is read here but headers, and the pickle of
+a .bin, by PyTorch's restricted loader.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Entry(NamedTuple):
 def find_weights(names: Iterable[str], folder: str) -> str | None:
     """The file among `names` that says that there are weights: the one that is read, if any.
 
-    CheckpointError, naming the folder, where there are only variants, and more than one.
+    CheckpointError, naming the folder, for several variants and no plain file.
     """
     names = set(names)
     for name in (*SAFETENSORS[:2], *PICKLES[:2]):
@@ -194,7 +194,7 @@ def _open_bin(path: Path) -> dict[str, Entry]:
 def _check_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
     """Only plain tensors, and together no more bytes than the file has.
 
-    A pickle can hold views that repeat a few bytes without end; what copies them would allocate it.
+    A pickle can hold views repeating a few bytes without end; what copies them would allocate it.
     """
     total = 0
     for name, tensor in state.items():

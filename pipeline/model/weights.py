@@ -25,16 +25,16 @@ from pipeline.model.weight_files import LISTED, open_folder
 def read_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of all tensors of a checkpoint folder, without reading their data.
 
-    CheckpointError, naming the file, where one is damaged, unsafe or at odds with its index.
+    CheckpointError, naming the file, for one damaged, unsafe or at odds with its index.
     """
     with ExitStack() as stack:
         return {name: entry.shape for name, entry in open_folder(Path(folder), stack).items()}
 
 
 def read_scalar(folder: str | Path, name: str) -> float:
-    """The one number that a tensor of a checkpoint folder holds.
+    """The single number in a tensor of a checkpoint folder.
 
-    CheckpointError where the tensor is missing, has more of them, or is not finite.
+    CheckpointError if the tensor is missing, has more of them, or is not finite.
     """
     with ExitStack() as stack:
         entry = open_folder(Path(folder), stack).get(name)
@@ -91,7 +91,7 @@ def load_weights(
 
 
 def hash_weights(folder: str | Path) -> str:
-    """The hash that load_weights returns, without a module."""
+    """The hash returned by load_weights, without a module."""
     digest = hashlib.sha256()
     with ExitStack() as stack:
         for name, entry in sorted(open_folder(Path(folder), stack).items()):

@@ -13,7 +13,7 @@ How each kind of image becomes RGB:
     white is zero       inverted
     animations, MPO, multi-page TIFF   the first frame
 
-Pixels that somebody else has decoded become an image first, and then RGB by the same rules.
+Pixels decoded elsewhere become an image first, and then RGB by the same rules.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _bands(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
 
 
 def _band_converter(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
-    """The function that makes RGB or RGBA of a band of this image, chosen by mode."""
+    """The conversion of a band of this image to RGB or RGBA, chosen by mode."""
     # Pillow inverts up to 8 bits itself.
     inverted = bool(_tags(image)) and _tags(image).get(PHOTOMETRIC_INTERPRETATION, 0) == 0
     if image.mode.startswith("I;16"):
@@ -116,7 +116,7 @@ def _bits(image: Image.Image) -> int:
 
 
 def _unknown_unit(image: Image.Image) -> type[np.generic] | None:
-    """The type of samples that may mean anything; None where the largest stands for white."""
+    """The type of samples that may mean anything; None if the largest stands for white."""
     kind = _tags(image).get(SAMPLEFORMAT, 1)
     signed = (max(kind) if isinstance(kind, tuple) else kind) == 2
     if image.mode == "I":
@@ -146,7 +146,7 @@ def _finite_range(image: Image.Image, dtype: type[np.generic]) -> tuple[float, f
 
 
 def _stretch(values: np.ndarray, black: float, white: float) -> Image.Image:
-    """black..white -> 0..255, in float64; black where the whole image is flat or not finite."""
+    """black..white -> 0..255, in float64; black for an image wholly flat or not finite."""
     low, high = min(black, white), max(black, white)
     if not np.isfinite(high - low) or low == high:
         return Image.new("RGB", (values.shape[1], values.shape[0]))

@@ -109,7 +109,7 @@ def _is_icon(data: bytes) -> bool:
 
 
 def _is_tga(data: bytes) -> bool:
-    """Whether a file has TGA's footer, or a header that is possible: its format has no mark."""
+    """Whether a file has TGA's footer, or a possible header: its format has no mark."""
     if data[-18:] == b"TRUEVISION-XFILE.\0":
         return True
     if len(data) < 18:

@@ -117,8 +117,8 @@ class Resize(Protocol):
 class PrepareImages:
     """The decode stage: schema.RECORDS -> schema.PIXELS, at the size the model's processor says.
 
-    An image that fails becomes a record with stage, reason and detail; records that arrive with a
-    reason, and end records, pass as they are.
+    A failed image becomes a record with stage, reason and detail; records arriving with a reason,
+    and end records, pass as they are.
     """
 
     def __init__(self, processor: Resize, max_pixels: int):
@@ -292,8 +292,8 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _refusal(reason: str, detail: str, *, retryable: bool = False) -> RowError:
-    """A RowError whose detail is one printable line, without memory addresses or the image's own
-    bytes, so that the same image gives the same row in every run."""
+    """A RowError with one printable line of detail, without memory addresses or the image's own
+    bytes: the same image gives the same row in every run."""
     detail = re.sub(r"\bb(['\"]).*?\1", "...", detail)
     detail = re.sub(r"0x[0-9a-fA-F]{6,}", "...", detail)
     detail = "".join(c if c.isprintable() else " " for c in detail)

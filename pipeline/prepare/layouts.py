@@ -1,4 +1,4 @@
-"""Name the valid layouts that Pillow decodes wrongly or not at all: unsupported is not broken.
+"""Name the valid layouts beyond Pillow, decoded wrongly or not at all: unsupported is not broken.
 
 Pillow says the same of a damaged header and of one it knows nothing about. Here the header is read
 again, shortly: fields whose values all exist, in a file that holds all it promises, are a layout.
@@ -52,7 +52,7 @@ _JPEG_MAX_SIDE_PX = 65500  # libjpeg's
 
 
 def missing_layout(form: str, data: bytes) -> str:
-    """The layout of an image that could not be decoded; "" where Pillow knows it: then the image
+    """The layout of an image beyond Pillow; "" for one it knows: then the image
     is damaged. Empty, too, where the header makes no sense or the file breaks off."""
     readers = {"JPEG": _jpeg, "TIFF": _tiff, "BMP": _bmp, "PNG": _png}
     try:
@@ -106,10 +106,10 @@ def _numbers(tags: ImageFileDirectory_v2, tag: int, default: tuple[int, ...]) ->
 
 
 def _describe_tiff(tags: ImageFileDirectory_v2) -> str:
-    """KeyError or ValueError where the tags are none that a writer would write together.
+    """KeyError or ValueError for tags in an impossible combination.
 
-    A flipped bit in a directory takes away a tag, changes its type, or gives it a value that none
-    of the others agrees with; one that agrees cannot be told from another layout.
+    A flipped bit in a directory takes away a tag, changes its type, or gives it a value at odds
+    with the others; a consistent one cannot be told from another layout.
     """
     if any(tags.tagtype[tag] not in _INTEGERS for tag in (COMPRESSION, PHOTOMETRIC)):
         raise ValueError("tags of other types")
@@ -220,9 +220,9 @@ def _png(data: bytes) -> str:
 
 
 def avif_size(data: bytes) -> tuple[int, int]:
-    """The largest (height, width) that an AVIF's boxes name; (0, 0) where there is none.
+    """The largest (height, width) in an AVIF's boxes; (0, 0) without any.
 
-    libavif opens no image above 2^28 px, and does not say that this is why.
+    libavif opens no image above 2^28 px, without saying why.
     """
     largest, at = (0, 0), data.find(b"ispe")
     while 0 <= at <= min(len(data) - 16, 1 << 16):

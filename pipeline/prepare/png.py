@@ -1,4 +1,4 @@
-"""The chunks of a PNG that decide its pixels: checked, and the others left out.
+"""The chunks of a PNG behind its pixels: checked, and the others left out.
 
 Pillow reads metadata strictly and pixels leniently: a wrong checksum or a large text refuses an
 image, whereas bits flipped inside IDAT decode silently wrong in over half the cases. libpng, and
@@ -18,14 +18,15 @@ _TRANSPARENT_BYTES = {0: 2, 2: 6}
 
 
 def pixel_chunks(data: bytes) -> bytes:
-    """The same PNG with nothing but the chunks of its pixels, and the EXIF block that may turn it.
+    """The same PNG with nothing but the chunks of its pixels, and the EXIF block with its
+    orientation.
 
     An animation's further frames are left out, too: IDAT is the first frame.
 
-    Raises ValueError for a wrong checksum of a chunk that decides pixels, an unknown critical
-    chunk, an order that cannot be, and a file that ends before IEND. Metadata of whatever content
-    passes. A tRNS chunk that does not fit the colour type is ignored, as libpng does; one with a
-    wrong checksum is not ignored, since then hidden colours would show without a word.
+    Raises ValueError for a wrong checksum of one of these chunks, an unknown critical chunk, an
+    impossible order, and a file without IEND. Metadata of whatever content passes. A tRNS chunk of
+    another colour type is ignored, as by libpng; one with a wrong checksum is not ignored, since
+    then hidden colours would show without a word.
     """
     view, seen = memoryview(data), set[bytes]()
     kept = [[0, len(_SIGNATURE)]]  # runs of bytes: few, however many chunks there are
@@ -60,7 +61,7 @@ def pixel_chunks(data: bytes) -> bytes:
 
 
 def _chunk_at(data: bytes, at: int) -> tuple[int, bytes]:
-    """Length of the data, and name, of a chunk that is wholly in the file."""
+    """Length of the data, and name, of a complete chunk."""
     if at + 8 > len(data):
         raise ValueError("the file ends before its IEND chunk")
     length, name = struct.unpack_from(">I4s", data, at)

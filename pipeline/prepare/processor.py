@@ -1,8 +1,8 @@
 """Image preprocessing as the checkpoint asks for it: RGB photo -> uint8 pixels -> model input.
 
 Two halves, because uint8 travels between processes and floats do not: `resize` runs on the CPU
-workers beside the decoder, `normalize` on the device that holds the model. Together they equal
-transformers' CLIPImageProcessor and ViTImageProcessor (CLIPSeg's) with the PIL backend to 1e-6.
+workers beside the decoder, `normalize` on the model's device. Together they equal transformers'
+CLIPImageProcessor and ViTImageProcessor (CLIPSeg's) with the PIL backend to 1e-6.
 
 Shapes: B batch, H and W the height and width of the output.
 """
@@ -80,8 +80,8 @@ class ImageProcessor:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> ImageProcessor:
-        """Read the folder's processor_config.json (its `image_processor` entry, where there is
-        one) or else its preprocessor_config.json. CheckpointError names the file and the field."""
+        """Read the folder's processor_config.json (its `image_processor` entry, if any) or else its
+        preprocessor_config.json. CheckpointError names the file and the field."""
         nested = Path(folder) / NESTED_FILE
         if nested.is_file():
             entry = read_json(nested).get("image_processor")
@@ -134,9 +134,9 @@ class ImageProcessor:
     def resize(self, image: Image.Image) -> np.ndarray:
         """Resize and crop an RGB image: (H, W, 3) uint8, 0..255.
 
-        Pillow's resampling with its antialias; where the image is smaller than the crop, zeros.
-        Other modes are converted (Pillow's way) if the config says do_convert_rgb, else refused
-        with a ValueError: pipeline.prepare.decode_image makes RGB of every mode with more care.
+        Pillow's resampling with its antialias; zeros around an image smaller than the crop. Other
+        modes are converted (Pillow's way) if the config says do_convert_rgb, else refused with a
+        ValueError: pipeline.prepare.decode_image makes RGB of every mode with more care.
         """
         if image.mode != "RGB":
             if not self.do_convert_rgb:
@@ -165,7 +165,7 @@ class ImageProcessor:
     def __call__(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """Both halves: B images of any sizes -> (B, 3, H, W) float32.
 
-        ValueError where they come out at different sizes: group_by_size is for these.
+        ValueError for images coming out at different sizes: group_by_size is for these.
         """
         groups = self.group_by_size(images)
         if len(groups) != 1:

@@ -1,7 +1,7 @@
-"""Resize an image of which only the centre is kept, without ever holding much of the rest.
+"""Resize an image and crop its centre, without ever holding much of the rest.
 
-With its short edge at the model's size, an image that is 1,000 times as long as wide is 1,000 times
-what the centre crop keeps of it: 200 MB of 1 x 1,000 pixels at 224, 4 GB at 1,024.
+With its short edge at the model's size, an image 1,000 times as long as wide is 1,000 times its
+centre crop: 200 MB of 1 x 1,000 pixels at 224, 4 GB at 1,024.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ LEAST_LINES = 8
 def resize_and_crop(
     image: Image.Image, size: tuple[int, int], crop: tuple[int, int], resample: int
 ) -> Image.Image:
-    """Pixel for pixel image.resize(size) and its centre `crop`, zeros where that is larger.
+    """Pixel for pixel image.resize(size) and its centre `crop`, zeros beyond the image.
 
     Sizes are (height, width). Pillow makes each row wider by itself, rounds to 8 bits, and then
     makes each column higher by itself: so a few rows at a time, and then a few columns, give the
-    same. An image that becomes less high is resized as a whole: Pillow 13 may take its columns
-    first, and with its aspect kept the result is smaller than the image.
+    same. An image of falling height is resized as a whole: Pillow 13 may take its columns first,
+    and with its aspect kept the result is smaller than the image.
     """
     (height, width), (kept_height, kept_width) = size, crop
     if size == crop or height < image.height or height * width <= PIECE_PX:
@@ -39,13 +39,13 @@ def resize_and_crop(
 
 
 def crop_center(image: Image.Image, crop: tuple[int, int]) -> Image.Image:
-    """The centre (height, width) of an image, zeros where that is larger."""
+    """The centre (height, width) of an image, zeros beyond it."""
     top, left = (image.height - crop[0]) // 2, (image.width - crop[1]) // 2
     return image.crop((left, top, left + crop[1], top + crop[0]))
 
 
 def _sources(length: int, resized: int, offset: int, kept: int) -> tuple[int, int]:
-    """The range of a line's pixels that reach what is kept of it, once it is made longer."""
+    """The range of a line's pixels with influence on its kept part, once lengthened."""
     scale, margin = length / resized, 4  # no filter is wider than 3
     first = math.floor(offset * scale) - margin
     return max(first, 0), min(math.ceil((offset + kept) * scale) + margin, length)

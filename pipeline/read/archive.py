@@ -184,7 +184,7 @@ class TarStream:
     def _read_pax(self, size: int, found: dict[bytes, bytes]) -> None:
         """Records of the form `length keyword=value newline`, length counting itself.
 
-        Those that matter go into `found`; the others are streamed past, however large.
+        Relevant ones go into `found`; the others are streamed past, however large.
         """
         data, position, left = b"", 0, size
         while left or position < len(data):
@@ -215,7 +215,7 @@ class TarStream:
     def _skip_bytes(
         self, size: int, where: str = "inside an extended header", *, taken: int = 0
     ) -> None:
-        """Pass over `size` bytes, of which so many are taken, and the padding after them."""
+        """Pass over `size` bytes, taking so many of them, and the padding after them."""
         self._skip_exactly(size - taken, where)
         self._padding = -size % _BLOCK_BYTES
 

@@ -152,7 +152,7 @@ def list_columns(schema: pa.Schema) -> str:
 
 
 def list_urls(schema: pa.Schema) -> list[str]:
-    """The columns of text with a name like that of URLs."""
+    """The columns of text with a name typical of URLs."""
     return [f.name for f in schema if _URL_COLUMNS.fullmatch(f.name) and _is_string(_plain(f.type))]
 
 
@@ -160,7 +160,7 @@ def list_urls(schema: pa.Schema) -> list[str]:
 
 
 def read_text(value: pa.Scalar) -> str | None:
-    """A text, key or whole number as text; bytes that are not UTF-8 are escaped."""
+    """A text, key or whole number as text; bytes outside UTF-8 are escaped."""
     found = _value(value)
     if found is None:
         return None
@@ -175,7 +175,7 @@ def read_phrases(value: pa.Scalar) -> str | None:
 
 
 def read_cells(value: pa.Scalar, name: str) -> list[Cell]:
-    """The images of one cell of the column `name`; one without an image where it has none."""
+    """The images of one cell of the column `name`; one without an image for an empty cell."""
     kind = _plain(value.type)
     if value.is_valid and isinstance(value, pa.DictionaryScalar):
         value = value.value

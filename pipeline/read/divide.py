@@ -54,8 +54,8 @@ def divide_parquet(
     """The shards of Parquet files, and (kind, name) of those without images.
 
     Every footer is read, 32 at a time, for the image column is each file's own: on S3 two requests
-    a file. `alone`: the input is nothing but these, so that one of them must hold images.
-    Raises UsageError where it does not, and where none with images has the column `text`.
+    a file. `alone`: the input is nothing but these: one of them must hold images.
+    Raises UsageError if none does, and if none of those has the column `text`.
     """
     with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
         footers = list(pool.map(lambda pair: _try_footer(pair[1]), named))
@@ -92,7 +92,7 @@ def divide_parquet(
 
 
 def _try_footer(file: FileInfo) -> Footer | None:
-    """Read a footer; None if it is damaged, which reading the shard will report.
+    """Read a footer; None if it is damaged: reading the shard will report it.
 
     Only transient faults are raised: the names of shards must not depend on them.
     """
@@ -153,8 +153,8 @@ def _split_by(groups: list[RowGroup], shard: Shard) -> list[Shard]:
 def group_images(root: str, named: Named, texts: dict[str, FileInfo]) -> Iterator[Shard]:
     """Groups of at most GROUP_FILES within a folder: a new file never moves those of another.
 
-    `texts`: files in which texts may be, by name. The version covers the images, and what of
-    `texts` stands beside them.
+    `texts`: possible files of texts, by name. The version covers the images, and what of `texts`
+    stands beside them.
     """
     folders: dict[str, Named] = defaultdict(list)
     for name, file in named:

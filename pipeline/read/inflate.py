@@ -69,7 +69,7 @@ def inflate(file: BinaryIO) -> Inflated:
 
 
 def name_format(start: bytes) -> str:
-    """The archive or compression that these first bytes are of and that is not read; "" if none."""
+    """The unsupported archive or compression of these first bytes; "" if none."""
     return next((name for magic, name in _NOT_READ.items() if start.startswith(magic)), "")
 
 
@@ -78,7 +78,7 @@ def _make_xz() -> lzma.LZMADecompressor:
 
 
 class _Zstd:
-    """A zstd file: pyarrow, in which zstd always is, tells a cut in words alone."""
+    """A zstd file: pyarrow, never without zstd, tells a cut in words alone."""
 
     def __init__(self, file: BinaryIO):
         self._stream = pa.CompressedInputStream(file, "zstd")
@@ -122,7 +122,7 @@ class _Streams(io.RawIOBase):
         return len(data)
 
     def _next_start(self) -> bytes:
-        """First bytes of the next stream, without the zeros that may stand between two."""
+        """First bytes of the next stream, without any zeros between two."""
         piece = self._stream.unused_data.lstrip(b"\0")
         while not piece and (read := self._file.read(_PIECE_BYTES)):
             piece = read.lstrip(b"\0")

@@ -46,12 +46,12 @@ def list_shards(
     """List the shards of an input, sorted by name, and the files left out.
 
     `source`: a tar, Parquet or image file, a folder, a glob, or braces such as `{0000..0099}.tar`,
-    local or `s3://`; several joined by `::`. Shards named by braces stay in the list when they are
-    missing, so that they are reported. `image_column`: the Parquet column with the images; found by
-    name when None. `text_column`: the text to read with each image, if any: a Parquet column, or
-    what shard.find_text finds beside it. `member_suffix`: the extension of the members of a tar
-    that are its images; every image when None. `strict`: leaving anything out is an error.
-    Raises UsageError where nothing can be read, StorageError where storage fails.
+    local or `s3://`; several joined by `::`. Missing shards named by braces stay in the list, to be
+    reported. `image_column`: the Parquet column with the images; found by name when None.
+    `text_column`: the text to read with each image, if any: a Parquet column, or what
+    shard.find_text finds beside it. `member_suffix`: the extension of a tar's image members; every
+    image when None. `strict`: leaving anything out is an error.
+    Raises UsageError without anything to read, StorageError if storage fails.
     """
     source = storage.check_uri(source)
     found = [_find_files(part) for part in split_list(source)]

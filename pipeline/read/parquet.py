@@ -39,7 +39,7 @@ ReadPath = Callable[[str], bytes]
 
 
 def read_schema(uri: str) -> pa.Schema:
-    """The Arrow schema in a file's footer; RowError where there is none to be read."""
+    """The Arrow schema in a file's footer; RowError for none to be read."""
     return read_footer(uri).schema
 
 
@@ -61,7 +61,7 @@ class Footer(NamedTuple):
 def read_footer(uri: str, version: str = "") -> Footer:
     """Read the footer of this version of a file.
 
-    Raises StorageError, and RowError for a footer that is damaged or contradicts itself.
+    Raises StorageError, and RowError for a damaged or inconsistent footer.
     """
     with storage.open_read(uri, version=version) as file, _damage():
         parquet = _open(file)
@@ -92,12 +92,12 @@ def read_parquet(
     """The samples of each row in order; in memory are one page and at most 64 rows or 32 MB.
 
     `column`: the image column (see find_image_column); found by name when empty. `text`: the text
-    column, if any. `groups`: the row groups to read, of which alone bytes are fetched; all when
-    None. `read_path`: the bytes of a file that a cell names, or a RowError. `skip`: numbers of
-    samples, as read.ranges has them, which come out empty; row groups of nothing else are not read.
-    The key is the first of KEY_COLUMNS that holds text or whole numbers, else the path in a Hugging
-    Face struct, else the row's number in the file; a row of several images gives each its key and,
-    as the member, its place in the list.
+    column, if any. `groups`: the row groups to read: only their bytes are fetched; all when None.
+    `read_path`: the bytes of a file named by a cell, or a RowError. `skip`: numbers of samples, as
+    read.ranges has them, which come out empty; row groups of nothing else are not read. The key is
+    the first of KEY_COLUMNS that holds text or whole numbers, else the path in a Hugging Face
+    struct, else the row's number in the file; a row of several images gives each its key and, as
+    the member, its place in the list.
     Raises RowError (shard_empty, shard_corrupt, shard_encrypted, column_missing).
     """
     with _damage():
@@ -169,7 +169,7 @@ def _read_cells(
 def _load(
     rows: Iterator[_Row], text: str, limit_bytes: int, read_path: ReadPath
 ) -> Iterator[Sample]:
-    """The samples in order; files that cells name are read a few at a time.
+    """The samples in order; files named by cells are read a few at a time.
 
     What `rows` raises is raised when all before is out.
     """
@@ -223,7 +223,7 @@ def _count_rows(metadata: pq.FileMetaData, groups: range) -> int:
 
 
 def _batches(parquet: pq.ParquetFile, group: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    """Of one row group, so that damage in it does not take back rows of another."""
+    """Of one row group: damage in it does not take back rows of another."""
     size = _batch_rows(parquet.metadata)
     yield from parquet.iter_batches(
         batch_size=size, row_groups=[group], columns=columns, use_threads=False
@@ -265,7 +265,7 @@ def _damage() -> Iterator[None]:
 
 
 def _batch_rows(metadata: pq.FileMetaData) -> int:
-    """Rows per batch that keep the widest row group's near _BATCH_BYTES, all columns counted.
+    """Rows per batch for about _BATCH_BYTES in the widest row group, all columns counted.
 
     Not the image column alone: asking damaged metadata for a column ends the process (pyarrow 26).
     """

@@ -1,7 +1,7 @@
-"""Files that the cells of a Parquet file name: read from inside the input alone.
+"""Files named by the cells of a Parquet file: read from inside the input alone.
 
-A path is anybody's. It is exact, relative to the file that names it or absolute, and read only
-where it leads to a regular file inside the input, past all links.
+A path is anybody's. It is exact, absolute or relative to the Parquet file, and read only if it
+leads to a regular file inside the input, past all links.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def recognize_bytes(data: bytes, suffix: str = "") -> str:
 
 
 def describe_left_out(left_out: dict[str, LeftOut]) -> str:
-    """One line: how many files of which kinds; "" where nothing was left out."""
+    """One line: how many files of which kinds; "" for nothing."""
     if not left_out:
         return ""
     kinds = sorted(left_out.items(), key=lambda item: (-item[1].files, item[0]))
@@ -86,9 +86,9 @@ def sort_files(
 ) -> tuple[dict[str, list[FileInfo]], list[tuple[str, FileInfo]]]:
     """Sort files below a root into inputs, by format, and others, with their kind.
 
-    Files of unknown suffixes are told by their first 512 bytes: one small read each, of at most 64
-    for a suffix that none of these bears for an image. Texts beside an input of their name belong
-    to it and are not counted. `by_name`: hidden files are inputs, too.
+    Files of unknown suffixes are told by their first 512 bytes: one small read each, at most 64 for
+    a suffix without an image so far. Texts beside an input of their name belong to it and are not
+    counted. `by_name`: hidden files are inputs, too.
     """
     inputs: dict[str, list[FileInfo]] = {"tar": [], "parquet": [], "images": []}
     left: list[tuple[str, FileInfo]] = []
@@ -125,7 +125,7 @@ def sort_files(
 
 
 def _scratch_kind(name: str) -> str:
-    """Kind of a file that is never an input; "" for others. Other names may begin with _."""
+    """Kind of a file outside any input; "" for others. Other names may begin with _."""
     parts = name.split("/")
     if any(part in SCRATCH for part in parts):
         return "scratch of a job"

@@ -1,7 +1,7 @@
 """Shards -> records of encoded bytes: the first stage of every job.
 
-Nothing is decoded here. An unreadable row is a record with a reason; damage that ends a shard early
-is a reason on its end record; refused credentials are raised, since they end the job.
+Nothing is decoded here. An unreadable row is a record with a reason; damage ending a shard early is
+a reason on its end record; refused credentials are raised, since they end the job.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def end_crashed_shard(
 ) -> pa.Table:
     """The end record of the shard in a one-row table, after a crash of its reader.
 
-    `last`: the last records that came before; `how` it ended; `killed`: from outside.
+    `last`: the last records before it; `how` it ended; `killed`: from outside.
     """
     shard = shard_from_row(shards.to_pylist()[0])
     rows = last["row"].to_pylist() if last is not None else []
@@ -153,7 +153,7 @@ def _end(shard: Shard, total: int, failure: RowError | None, skipped: int = 0) -
 
 
 def _read_samples(shard: Shard) -> Iterator[Sample | None]:
-    """The samples of a shard; None for one without an image, which is no row.
+    """The samples of a shard; None for one without an image: no row.
 
     Those of rows in Shard.skip are empty: they are not loaded.
     """
@@ -181,7 +181,7 @@ def _read_samples(shard: Shard) -> Iterator[Sample | None]:
 
 
 def shard_failure(error: StorageError) -> RowError:
-    """The error that ended the reading of a shard, as a row of the errors table."""
+    """The error at the early end of a shard, as a row of the errors table."""
     detail = printable(str(error))
     if isinstance(error, NotFoundError):
         return RowError("read", "shard_missing", detail, retryable=True)
@@ -193,8 +193,8 @@ def shard_failure(error: StorageError) -> RowError:
 def read_images(shard: Shard) -> Iterator[Sample]:
     """One sample per loose image file, in order; the key is its path without the extension.
 
-    Its text, where one is wanted, is in the .json or .txt file of the same name (see find_text), if
-    that was listed with it. A file of a row in Shard.skip is not opened.
+    Its text, if wanted, is in the .json or .txt file of the same name (see find_text), if listed
+    with it. A file of a row in Shard.skip is not opened.
     """
     versions, skip = dict(shard.listed), RowSet(shard.skip)
     pending: deque[Future[Sample]] = deque()

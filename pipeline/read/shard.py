@@ -1,4 +1,4 @@
-"""Shards and their samples, and the names that make a file an input."""
+"""Shards and their samples, and the file names of an input."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def find_text(wanted: str, extension: str, data: bytes) -> str | None:
 
 
 def shard_to_row(shard: Shard) -> dict[str, Any]:
-    """A shard as a row that Arrow accepts; paths as bytes, for names that are not UTF-8."""
+    """A shard as a row for Arrow; paths as bytes, for names outside UTF-8."""
     return {
         **vars(shard),
         "uri": _to_bytes(shard.uri),
@@ -199,7 +199,7 @@ class Wanted(NamedTuple):
 
 
 def as_phrases(name: str) -> str:
-    """The name of a text that is phrases: see Wanted. No name that can be given holds a NUL."""
+    """The name of a text made of phrases: see Wanted. No real name holds a NUL."""
     return f"{name}\0"
 
 
@@ -209,7 +209,7 @@ def split_wanted(wanted: str) -> Wanted:
 
 
 def format_phrases(value: Any) -> str | None:
-    """A phrase, or those of a list that are texts, as a JSON list; None without any."""
+    """A phrase, or the texts of a list, as a JSON list; None without any."""
     values = value if isinstance(value, list) else [value]
     texts = [printable(text).strip() for text in values if isinstance(text, str | bytes)]
     found = [text for text in texts if text]
@@ -217,7 +217,7 @@ def format_phrases(value: Any) -> str | None:
 
 
 def parse_phrases(text: str) -> list[str]:
-    """The phrases of a row's text, in order; none where it has no text."""
+    """The phrases of a row's text, in order; none without a text."""
     found: list[str] = json.loads(text) if text else []
     return found
 
@@ -255,7 +255,7 @@ def name_rows(file: str, first: int, end: int, total: int) -> str:
 
 
 def file_of(name: str) -> str:
-    """The file that a shard of rows is of, the folder of a group of images; others as they are."""
+    """The file behind a shard of rows, the folder of a group of images; others as they are."""
     return re.sub(r"#rows=\d+-\d+$|(?<![^/])images-\d{5,}$", "", name)
 
 

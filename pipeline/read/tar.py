@@ -78,26 +78,26 @@ class _OpenSample:
             self._texts.append(_Text(name, cut(printable(text), CAPTION_LIMIT_BYTES + 4)))
 
     def make_room(self, size_bytes: int) -> Iterator[Sample]:
-        """The rows that cannot wait any longer when so much is to be held, too."""
+        """The rows unable to wait any longer beside so much more."""
         if size_bytes + sum(len(sample.image) for _, sample in self._held) > HELD_BYTES:
             late = f"the text stands behind more than {HELD_BYTES:,} bytes of the sample's images"
             yield from self.release(late)
 
     def add_image(self, name: _Name, sample: Sample) -> Iterator[Sample]:
-        """The row of an image, at once where no text is wanted."""
+        """The row of an image, at once if no text is wanted."""
         self._rows += 1
         self._held.append((name, sample))
         if not self._wanted:
             yield from self.release()
 
     def close(self) -> Iterator[Sample | None]:
-        """The rows that are left; None where the sample has not had any."""
+        """The remaining rows; None before the sample's first."""
         yield from self.release()
         if not self._rows:
             yield None
 
     def release(self, without: str = "") -> Iterator[Sample]:
-        """The rows that wait; `without` says why one has no text, where that is not the end."""
+        """The waiting rows; `without`: why one has no text, before the end."""
         for name, sample in self._held:
             row = sample.with_text(self._wanted, self._text_of(name))
             yield row._replace(detail=without) if without and row.reason == "no_text" else row
@@ -125,16 +125,16 @@ def read_tar(
 
     Keys are WebDataset's: the name up to the first dot after the last slash. Consecutive members of
     one key are one sample, until an extension repeats. The last suffix of a name, in any case, says
-    whether the member is an image; the first bytes do where it is no suffix of an image or text.
-    `suffix`: the extension of the members to take for images instead ("left.png"). Hidden files,
-    folders, links and devices are passed over, the last two unless they are named like an image.
-    `skip`: numbers of images that are passed over, too, and come out empty.
+    whether the member is an image; the first bytes do for any other suffix than an image's or
+    text's. `suffix`: the extension of the members to take for images instead ("left.png"). Hidden
+    files, folders, links and devices are passed over, the last two unless they are named like an
+    image. `skip`: numbers of images to pass over, too: they come out empty.
     `text`: what to look for in the .json or .txt members of a sample (see find_text).
     In memory are one image of at most `limit_bytes` (in a compressed tar INFLATED_LIMIT_BYTES),
-    HELD_BYTES of images that wait for their text, SAMPLE_MEMBERS texts of 64 KiB, and what
-    TarStream needs.
-    Raises RowError (shard_empty, shard_corrupt, shard_truncated) where the archive breaks off,
-    after every image that was whole.
+    HELD_BYTES of images waiting for their text, SAMPLE_MEMBERS texts of 64 KiB, and TarStream's
+    own.
+    Raises RowError (shard_empty, shard_corrupt, shard_truncated) if the archive breaks off, after
+    every whole image.
     """
     stream = TarStream(file)
     limit = min(limit_bytes, INFLATED_LIMIT_BYTES) if stream.compression else limit_bytes

@@ -1,8 +1,8 @@
 """Shell braces: the names of a pattern, as in bash and webdataset.
 
 Lists `{a,b}`, ranges `{0000..0099}` (zeros kept), `{a..f}`, steps `{0..9..3}`, nested and side by
-side. Braces that are no list and no range stand for themselves. A backslash is a character of a
-name, and so is a dollar sign.
+side. Braces without a list or a range stand for themselves. A backslash is a character of a name,
+and so is a dollar sign.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _check_count(count: int, pattern: str) -> None:
 
 
 def _first_brace(text: str) -> tuple[int, int] | None:
-    """Where the first pair of braces with a comma or `..` of its own opens and closes.
+    """Both ends of the first pair of braces with a comma or `..` of its own.
 
     As for bash, `{}` at the start opens nothing.
     """
@@ -63,7 +63,7 @@ def _first_brace(text: str) -> tuple[int, int] | None:
 
 
 def _closing(text: str, start: int) -> int | None:
-    """The brace that closes the one before `start`: bash passes over those before any comma."""
+    """The brace closing the one before `start`: bash passes over those before any comma."""
     level, separated = 0, False
     for index in range(start, len(text)):
         character = text[index]
@@ -110,7 +110,7 @@ def _split(inner: str) -> list[str]:
 
 
 def _count(first: str, last: str, step: int, pattern: str) -> list[str]:
-    """From one end to the other: letters, or numbers padded as the wider end where one is."""
+    """From one end to the other: letters, or numbers padded as the wider end, if either is."""
     letters = first.isalpha()
     start, stop = (ord(first), ord(last)) if letters else (int(first), int(last))
     _check_count(abs(stop - start) // step + 1, pattern)

@@ -107,7 +107,7 @@ class LocalFile(io.RawIOBase):
         return persist(self._path, attempt)
 
     def _reopen(self) -> None:
-        """Open the file again at the same place: a handle of a mount that went away stays stale."""
+        """Open the file again at the same place: a handle of a lost mount stays stale."""
         with contextlib.suppress(OSError):
             file = open_regular(self._path)
             file.seek(self._file.tell())

@@ -1,7 +1,7 @@
 """The one retry layer: requests with transient faults are sent again until a timeout.
 
-The clients below storage retry nothing themselves. Each request has a timeout of its own, so that a
-listing of many pages or an upload in parts may take as long as it makes progress.
+The clients below storage retry nothing themselves. Each request has a timeout of its own: a listing
+of many pages or an upload in parts may take as long as it makes progress.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def persist(uri: str, attempt: Callable[[], T], *, timeout_s: float | None = Non
 
 
 def patience_s() -> float:
-    """Seconds without a byte after which one attempt counts as failed, so that another can follow.
+    """Seconds without a byte before an attempt counts as failed and another follows.
 
     Half the timeout, or a single hang would be the only attempt.
     """

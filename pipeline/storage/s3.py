@@ -1,7 +1,7 @@
 """S3 through s3fs: find and delete objects; `s3_read` and `s3_write` do what their names say.
 
 Requests go to the client inside s3fs, past its own retries and with those of botocore off:
-`retry.persist` is the only layer that sends a request again.
+`retry.persist` alone sends a request again.
 Everything here is one request, or pages with a request each: pages before a fault are kept.
 """
 
@@ -157,14 +157,14 @@ def _is_marker(found: FileInfo) -> bool:
 
 
 def glob_objects(pattern: str) -> Iterator[FileInfo | str]:
-    """Objects and URIs of folders that match a pattern. One listing per folder."""
+    """Objects and URIs of folders matching a pattern. One listing per folder."""
     bucket, key = split(pattern)
     with contextlib.suppress(NotFoundError):  # of a bucket that is not there
         yield from _expand(f"s3://{bucket}/", key.split("/"))
 
 
 def _expand(prefix: str, names: list[str]) -> Iterator[FileInfo | str]:
-    """Match the first of `names` below a prefix, which is a folder's, and the rest further down."""
+    """Match the first of `names` below a folder's prefix, and the rest further down."""
     first, *rest = names
     magic = re.search(r"[*?\[]", first)
     if first == "**":

@@ -80,7 +80,7 @@ def read_object(uri: str, limit_bytes: int, version: str = "") -> bytes:
 
 
 def read_range(uri: str, start: int, end: int, version: str) -> tuple[bytes, str]:
-    """Bytes `start` to `end` of an object, fewer where it ends, and its version.
+    """Bytes `start` to `end` of an object, fewer at its end, and its version.
 
     After a fault only what has not arrived yet is asked for. A version other than the one given
     ("" is any), or than that of the first attempt, is a ChangedError.

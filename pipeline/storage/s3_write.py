@@ -28,7 +28,7 @@ _ABORT_TIMEOUT_S = 5.0  # the upload has failed already: nobody should wait long
 def replace_object(uri: str, data: bytes, version: str) -> None:
     """Replace the object with this ETag; ChangedError if it has another.
 
-    A server that ignores the condition replaces any object.
+    A server ignoring the condition replaces any object.
     """
     condition = {"IfMatch": f'"{version}"'}
     _finish(uri, "put_object", data, False, Key=split(uri)[1], **condition, Body=data)
@@ -37,8 +37,8 @@ def replace_object(uri: str, data: bytes, version: str) -> None:
 def put_object(uri: str, source: bytes | Path, *, create: bool = False) -> None:
     """Write bytes or a local file. With `create`, FileExistsError if there is an object already.
 
-    Equal bytes of another writer pass for ours, since the reply to ours may have been lost. To tell
-    which of several writers won, put a unique name into the bytes.
+    Equal bytes of another writer pass for ours, since the reply to ours may have been lost. A
+    unique name in the bytes tells the winner among several writers.
     """
     size = _size(source)
     kind, _ = mimetypes.guess_type(uri)
@@ -59,7 +59,7 @@ def _put_parts(
     wanted: dict[str, Any],
     condition: dict[str, str],
 ) -> None:
-    """Upload in parts; after a failure the parts are removed, which would be billed unseen.
+    """Upload in parts; after a failure the parts, billed unseen, are removed.
 
     An upload without an answer to its first request has no id to remove it by: a lifecycle rule for
     incomplete uploads clears those.
@@ -85,7 +85,7 @@ def _put_parts(
 
 
 def _finish(uri: str, method: str, source: bytes | Path, create: bool, **parameters: Any) -> None:
-    """Send the request that completes the object."""
+    """Send the completing request of the object."""
     try:
         request(uri, method, **parameters)
     except (ChangedError, NotFoundError) as error:  # it exists; or the upload is over already

@@ -2,8 +2,8 @@
 
 A URI is a local path, `file://` or `s3://`. Credentials are never part of one. An S3 key is exact:
 `a//b`, `a/../b` and `/a/b` are keys of their own, and nothing here makes one of another. A folder
-is its prefix without the last slash, except where that would be another folder: the folder of
-`a//b` is `a//`, that of `a/b` is `a`.
+is its prefix without the last slash, unless another folder has that name: the folder of `a//b` is
+`a//`, that of `a/b` is `a`.
 """
 
 from __future__ import annotations
@@ -71,14 +71,14 @@ def check_uri(uri: str) -> str:
 
 
 def _absolute(path: str) -> str:
-    """Without the two slashes at the start that POSIX lets abspath keep."""
+    """Without the two slashes at the start, kept by abspath as POSIX allows."""
     return re.sub(r"^//+", "/", os.path.abspath(path))
 
 
 def split_list(uri: str) -> list[str]:
-    """The parts of a list joined by `::`, as webdataset has it; one where `uri` is no list.
+    """The parts of a list joined by `::`, as webdataset has it; one if `uri` is no list.
 
-    A local file of that very name is no list. Of S3 URIs each begins with its scheme.
+    A local file of the very name is no list. Of S3 URIs each begins with its scheme.
     """
     if "::" not in uri or (not is_s3(uri.lower()) and os.path.lexists(uri)):
         return [uri]
@@ -94,7 +94,7 @@ def prefix_of(folder: str) -> str:
 
 
 def folder_of(prefix: str) -> str:
-    """The folder of a prefix that ends with a slash (see prefix_of); others as they are."""
+    """The folder of a prefix with a slash at its end (see prefix_of); others as they are."""
     return prefix if prefix.endswith("//") else prefix.removesuffix("/")
 
 
@@ -105,12 +105,12 @@ def join(folder: str, *names: str) -> str:
 
 
 def relative(folder: str, uri: str) -> str:
-    """The name by which `join` finds something again below a folder."""
+    """The name for `join` to find something again below a folder."""
     return uri.removeprefix(prefix_of(folder))
 
 
 def parent(uri: str) -> str:
-    """The folder that holds it; of a bucket, the bucket, and of the local root, the root."""
+    """The folder around it; of a bucket, the bucket, and of the local root, the root."""
     if not is_s3(uri):
         return os.path.dirname(uri)
     bucket, key = split_s3(uri)
@@ -119,7 +119,7 @@ def parent(uri: str) -> str:
 
 
 def common_folder(folders: list[str]) -> str:
-    """The folder that holds all of these folders; `s3://` where they are of several buckets.
+    """The folder around all of these folders; `s3://` for those of several buckets.
 
     Raises UsageError for local folders beside S3.
     """
