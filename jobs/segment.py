@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -28,6 +27,7 @@ from pipeline.read.records import end_crashed_shard, read_batches, read_one_by_o
 from pipeline.read.shard import as_phrases
 from pipeline.run.engine import Dataset, Engine
 from pipeline.run.follow import follow_run
+from pipeline.run.guard import Stage
 from pipeline.run.launch import load_beside
 from pipeline.run.lifecycle import Pass, open_run
 from pipeline.run.progress import phase, tell
@@ -94,10 +94,11 @@ def stream(
     """The chain of one pass, with its prompts, over its unfinished shards."""
     asked = spec.only(of_pass.prompts, embed="embeddings" in of_pass.tables)
     max_pixels, actor = config.images.max_pixels, engine.actor
-    prepare: Any = PrepareImages(spec.checkpoint.processor, max_pixels)
+    prepare: Stage = PrepareImages(spec.checkpoint.processor, max_pixels)
     if asked.looks:
         prepare = PrepareLooks(asked.looks, max_pixels)
-        actor = actor | {"batch_size": min(actor["batch_size"], asked.looks.images_at_once)}
+        fewer = min(actor["batch_size"], asked.looks.images_at_once)
+        actor = actor | {"batch_size": config.workers.batch_size or fewer}
     rows = MakeMaskRows(config, of_pass.tables, of_pass.prompts, of_pass.ledger.first_prompt)
     uncounted = [name for name, table in of_pass.tables.items() if not table.rows_per_image]
     write = WriteFragments(of_pass.ledger, rows, uncounted)

@@ -20,7 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.config.fine import FineOptions
 from pipeline.infer.bilinear import Axis
+from pipeline.infer.checkpoint import OpenModel
 from pipeline.infer.device import Device
 from pipeline.infer.refine import refine
 from pipeline.model.clipseg import CLIPSeg
@@ -31,6 +33,12 @@ _SLICES_KEPT = 64  # whose logits wait for being added
 
 Encoded = tuple[list[Tensor], Tensor]
 Encode = Callable[[Tensor], Encoded]
+
+
+def open_looks(opened: OpenModel[CLIPSeg], fine: FineOptions, *, embed: bool) -> Looks:
+    """The looks that a model takes at images. Raises UsageError for a size that it cannot take."""
+    patch = opened.model.config.vision_config.patch_size
+    return Looks(processor=opened.processor, patch=patch, options=fine, embed=embed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +73,13 @@ class Looked:
 class BlendLooks:
     """The model over looks: `look` at images, then their `logits`, image by image.
 
-    `encode`: normalised pixels (B, 3, H, W) of plain looks -> steps of the decoder, embeddings.
+    `encode`, where images are embedded: normalised pixels (B, 3, H, W) of plain looks -> steps of
+    the decoder, embeddings.
     """
 
-    def __init__(self, looks: Looks, model: CLIPSeg, device: Device, encode: Encode):
-        self.looks, self.model, self.device, self.encode = looks, model, device, encode
+    def __init__(self, looks: Looks, model: CLIPSeg, device: Device, encode: Encode | None = None):
+        self.looks, self.model, self.device = looks, model, device
+        self.encode = encode or self._steps
 
     def look(self, images: Sequence[tuple[np.ndarray, int, int]]) -> list[Looked]:
         """Encode every look at images: what Looks.resize gave of each, its height and width."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from pipeline import schema
 from pipeline.config.fine import FineOptions
 from pipeline.config.prompt import Prompt
-from pipeline.infer.blend import BlendLooks, Looked
+from pipeline.infer.blend import BlendLooks, Looked, open_looks
 from pipeline.infer.checkpoint import Checkpoint, OpenModel
 from pipeline.infer.device import Device, fail_rows, has_pixels, scale_to_unit
 from pipeline.infer.phrases import PhraseVectors
@@ -83,7 +83,6 @@ def open_segmenter(
     asked = [Prompt(name=p, texts=(p,)) if isinstance(p, str) else p for p in prompts]
     texts = list(dict.fromkeys(text for prompt in asked for text in prompt.texts))
     notes = opened.describe_texts(texts, "prompt")
-    looks = open_looks(opened, fine, embed=embed) if fine.given else None
     return SegmentSpec(
         checkpoint=opened.describe(texts=True),
         prompts=[prompt.name for prompt in asked],
@@ -92,15 +91,9 @@ def open_segmenter(
         else np.zeros((0, opened.model.config.projection_dim), np.float32),
         embed=embed,
         per_row=per_row,
-        looks=looks,
+        looks=open_looks(opened, fine, embed=embed) if fine.given else None,
         notes=tuple(notes),
     )
-
-
-def open_looks(opened: OpenModel[CLIPSeg], fine: FineOptions, *, embed: bool) -> Looks:
-    """The looks that a model takes at images. Raises UsageError for a size that it cannot take."""
-    patch = opened.model.config.vision_config.patch_size
-    return Looks(processor=opened.processor, patch=patch, options=fine, embed=embed)
 
 
 class SegmentImages:
