@@ -66,7 +66,7 @@ def measure(
             rng = np.random.default_rng((SEED, number))
             diameters = (DIAMETERS[0] * factor, DIAMETERS[1] * factor)
             scene = draw_scene(rng, size=(SIDE, SIDE), diameters=diameters)
-            asked = _choose(number, [scene.mask(*pair).any() for pair in PHRASES])
+            asked = _choose(number, [bool(scene.mask(*pair).any()) for pair in PHRASES])
             for way, options in ways.items():
                 figures = found[scale, way]
                 before = time.process_time()
