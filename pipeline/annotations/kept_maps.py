@@ -26,7 +26,8 @@ from pipeline.write.parts import open_part, read_part
 from pipeline.write.passes import read_added
 
 BATCH_BYTES = 2**26  # of maps in a batch
-_ROWS_AT_ONCE = 64  # of a part: 8 MB of maps of 352 x 352
+_ROWS_AT_ONCE = 64  # of a part: 8 MB of maps of 352 x 352,
+_BYTES_AT_ONCE = 2**25  # and about as many of larger ones
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,8 +177,11 @@ def _with_maps(
 def _stream(uri: str, wanted: set[int]) -> Iterator[dict[str, Any]]:
     """The rows of a part that are of wanted prompts, sorted by row as they are."""
     with open_part(uri) as parquet:
+        groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
+        size_bytes, rows = (sum(g.total_byte_size for g in groups), parquet.metadata.num_rows)
+        at_once = min(_ROWS_AT_ONCE, max(1, _BYTES_AT_ONCE * rows // max(1, size_bytes)))
         for batch in parquet.iter_batches(
-            _ROWS_AT_ONCE, columns=["row", "prompt_id", "size", "map"], use_threads=False
+            at_once, columns=["row", "prompt_id", "size", "map"], use_threads=False
         ):
             for i, prompt_id in enumerate(batch["prompt_id"].to_pylist()):
                 if prompt_id in wanted:

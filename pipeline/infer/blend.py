@@ -110,7 +110,7 @@ class BlendLooks:
             some = slices[first : first + _SLICES_KEPT]
             for pairs, tiles in zip(some, self.device.run(blend, some), strict=True):
                 for p, i, tile in zip(prompt[pairs], look[pairs], tiles, strict=True):
-                    grid.window(out[p], int(i)).add_(tile)
+                    grid.window(out[int(p)], int(i)).add_(tile)
         return out.cpu()
 
     def _cut(
