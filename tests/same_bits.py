@@ -65,7 +65,7 @@ def closely(model: str) -> Values:
     spec = open_segmenter(model, PROMPTS[:3], fine=options)
     assert spec.looks is not None
     height, width = spec.checkpoint.processor.image_size
-    for threads, images, count in ((1, [0], 3), (2, [1, 0], 1), (3, [1, 0], 2)):
+    for threads, images, count in ((1, [0], 3), (2, [1, 0], 1)):
         asked = spec.only(PROMPTS[:count], embed=False)
         table = records((height, width + 8), images)
         pixels = [np.frombuffer(row, np.uint8) for row in table["pixels"].to_pylist()]
