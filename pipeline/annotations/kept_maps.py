@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import storage
+from pipeline.config.fine import FINE
 from pipeline.errors import UsageError
 from pipeline.read.shard import Shard, shard_from_row
 from pipeline.run.finished import empty_record, read_finished
@@ -54,8 +55,9 @@ class KeptMaps:
 
     def facts(self) -> dict[str, Any]:
         """Facts of the run that decide the labels, beside its parts."""
-        names = ("weights_hash", "keep_probabilities")
-        return {"maps": {name: self.fingerprint.get(name) for name in names}}
+        known = {n: self.fingerprint.get(n) for n in ("weights_hash", "keep_probabilities")}
+        finer = {n: self.fingerprint[n] for n in FINE if n in self.fingerprint}
+        return {"maps": known | finer}
 
 
 def open_kept_maps(source: str) -> KeptMaps:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
 import tyro
@@ -60,3 +60,7 @@ class FineOptions:
         size = self.size if self.keeps_aspect else size
         known = {"size": size, "tile": self.tile, "refine": self.refine}
         return {name: value for name, value in known.items() if value}
+
+
+FINE = tuple(each.name for each in fields(FineOptions))
+"""Their names in a fingerprint, where they are given."""
