@@ -27,6 +27,7 @@ from scipy.ndimage import uniform_filter
 from jobs import label, segment
 from pipeline import CLIPSeg, schema
 from pipeline.config.fine import MAX_LOOK_PX, FineOptions
+from pipeline.config.segment import SegmentConfig
 from pipeline.demo import MODEL
 from pipeline.demo.closely import measure
 from pipeline.demo.scenes import draw_scene
@@ -37,6 +38,7 @@ from pipeline.infer.segment import SegmentImages, SegmentSpec, open_segmenter
 from pipeline.prepare.images import PrepareImages
 from pipeline.prepare.processor import ImageProcessor
 from pipeline.prepare.windows import OVERLAP, Looks, PrepareLooks, window_starts
+from pipeline.write.rows import MakeMaskRows
 
 PROMPTS = ["a red star", "a cat", "the dog"]
 SIDE = 64  # of the checkpoint's look
@@ -282,6 +284,11 @@ def test_own_phrases_give_the_bits_of_the_same_prompts(checkpoint: Path) -> None
     own = open_segmenter(str(checkpoint), [], per_row=True, fine=TILE)
     every = see(open_segmenter(str(checkpoint), PROMPTS, fine=TILE), table)[0]
     assert see(own, table, block_bytes=1)[0].tobytes() == every[::-1].tobytes()
+    config = SegmentConfig(input="in", output="out", prompt_column="text", fine=TILE)
+    make_rows = MakeMaskRows(config, {}, [], 0)
+    runs = list(SegmentImages(own, "cpu", block_bytes=1)(prepare(own, table)))
+    rows = [row for run in runs for row in make_rows(run)["masks"].to_pylist()]
+    assert [(row["prompt_id"], row["prompt"]) for row in rows] == list(enumerate(PROMPTS[::-1]))
     nothing = see(own, records(photo(70, 90)))[0]
     assert nothing.shape == (0, 70, 90)
 
