@@ -1,6 +1,6 @@
 """Measure --size, --tile and --refine with the bundled CLIPSeg, on scenes with small objects.
 
-    python -m pipeline.demo.closely --images 24
+    python -m pipeline.demo.closely --images 24 [--objects quarter] [--ways plain tile]
 
 The scenes of `evaluate`, drawn four times as large, 640 x 640 pixels, with objects of a quarter, of
 half and of all of the usual size. The model's own size is 160 x 160.
@@ -31,13 +31,13 @@ from pipeline.infer.masks import mask_from_logits
 from pipeline.model.clipseg import CLIPSeg
 
 SIDE = 640
-SCALES = {"a quarter": 0.25, "half": 0.5, "the usual": 1.0}
+SCALES = {"quarter": 0.25, "half": 0.5, "usual": 1.0}
 WAYS = {
-    "one look": FineOptions(),
-    "`--refine`": FineOptions(refine=True),
-    "`--size 640`": FineOptions(size="640"),
-    "`--tile`": FineOptions(tile=True),
-    "`--tile --refine`": FineOptions(tile=True, refine=True),
+    "plain": FineOptions(),
+    "refine": FineOptions(refine=True),
+    "size": FineOptions(size=str(SIDE)),
+    "tile": FineOptions(tile=True),
+    "tile-refine": FineOptions(tile=True, refine=True),
 }
 
 
@@ -114,26 +114,29 @@ def _iou(one: np.ndarray, other: np.ndarray) -> float:
 def table(found: dict[tuple[str, str], Figures]) -> str:
     """Markdown."""
     lines = [
-        "| objects | | mean IoU | boundary IoU | absent phrase under 1 % of the pixels "
+        "| objects | | mean IoU | boundary IoU | phrases | absent phrase under 1 % of the pixels "
         "| images a second of one core |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for (scale, way), each in found.items():
-        lines.append(
-            f"| {scale} | {way} | {np.mean(each.iou):.3f} | {np.mean(each.boundary_iou):.3f} "
-            f"| {100 * np.mean(each.quiet):.1f} % | {each.images / each.seconds:.1f} |"
-        )
+        means = [f"{np.mean(values):.3f}" for values in (each.iou, each.boundary_iou)]
+        quiet, speed = f"{100 * np.mean(each.quiet):.1f} %", f"{each.images / each.seconds:.1f}"
+        lines.append(f"| {' | '.join([scale, way, *means, str(len(each.iou)), quiet, speed])} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=24, help="scenes to draw of each size")
-    images = parser.parse_args().images
-    if images < 1:
-        parser.error(f"--images {images}: must be at least 1")
+    parser.add_argument("--objects", nargs="+", choices=SCALES, default=list(SCALES))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    args = parser.parse_args()
+    if args.images < 1:
+        parser.error(f"--images {args.images}: must be at least 1")
     torch.set_num_threads(1)
-    sys.stdout.write(table(measure(images)) + "\n")
+    scales = {name: SCALES[name] for name in args.objects}
+    found = measure(args.images, scales, {name: WAYS[name] for name in args.ways})
+    sys.stdout.write(table(found) + "\n")
 
 
 if __name__ == "__main__":
