@@ -22,12 +22,14 @@ from pipeline.annotations.report import end_with_report
 from pipeline.config.command import run_command
 from pipeline.config.segment import SegmentConfig
 from pipeline.prepare.images import PrepareImages, fail_crashed_image
+from pipeline.prepare.windows import PrepareLooks
 from pipeline.read.inputs import list_shards
 from pipeline.read.records import end_crashed_shard, read_batches, read_one_by_one
 from pipeline.read.shard import as_phrases
 from pipeline.run.deviation import measure_decode
 from pipeline.run.engine import Dataset, Engine
 from pipeline.run.follow import follow_run
+from pipeline.run.guard import Stage
 from pipeline.run.launch import load_beside
 from pipeline.run.lifecycle import Pass, open_run
 from pipeline.run.progress import phase, tell
@@ -59,6 +61,7 @@ def segment(config: SegmentConfig) -> None:
             config.asked(),
             per_row=config.prompt_column is not None,
             embed=config.embed,
+            fine=config.fine,
             max_pixels=max_pixels,
             precision=config.precision,
             on_progress=encoded,
@@ -92,9 +95,12 @@ def stream(
     """The chain of one pass, with its prompts, over its unfinished shards."""
     embed = "embeddings" in of_pass.tables
     asked = spec.only(of_pass.prompts, embed=embed, rule=config.rule)
-    prepare = PrepareImages(
-        spec.checkpoint.processor, config.images.max_pixels, config.images.decode
-    )
+    max_pixels, actor = config.images.max_pixels, engine.actor
+    prepare: Stage = PrepareImages(spec.checkpoint.processor, max_pixels, config.images.decode)
+    if asked.looks:
+        prepare = PrepareLooks(asked.looks, max_pixels)
+        fewer = min(actor["batch_size"], asked.looks.images_at_once)
+        actor = actor | {"batch_size": config.workers.batch_size or fewer}
     rows = MakeMaskRows(config, of_pass.tables, of_pass.prompts, of_pass.ledger.first_prompt)
     uncounted = [name for name, table in of_pass.tables.items() if not table.rows_per_image]
     write = WriteFragments(of_pass.ledger, rows, uncounted)
@@ -105,7 +111,7 @@ def stream(
         .map_batches(
             infer.SegmentImages,
             fn_constructor_args=(asked, engine.device, engine.threads),
-            **engine.actor,
+            **actor,
         )
         .map_batches(engine.guard(write), **engine.task)
     )

@@ -50,7 +50,8 @@ _DECODED = [
 ]
 
 # What the prepare stage hands on: `pixels` is the resized image, H x W x 3 uint8 as the model's
-# processor says, row-major; empty when there is a reason.
+# processor says, row-major, or several looks at it, as prepare.windows has them; empty when there
+# is a reason.
 PIXELS = pa.schema([*_RECORD, *_DECODED, ("pixels", pa.large_binary())])
 
 # What the segment stage hands on: one row per record and run of prompts. `logits` is float32,

@@ -14,9 +14,11 @@ from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
+from PIL import Image
 
 from pipeline import schema
 from pipeline.config.classify import ClassifyConfig
+from pipeline.config.fine import FineOptions
 from pipeline.infer.classify import ClassifyImages, open_classifier
 from pipeline.infer.embed import EmbedImages, open_embedder
 from pipeline.infer.segment import SegmentImages, open_segmenter
@@ -57,6 +59,31 @@ def segment(model: str) -> Values:
                 yield ("vector", row["row"]), np.frombuffer(row["vector"], np.float32)
 
 
+def closely(model: str) -> Values:
+    """Logits of two windows and the whole, with edges refined."""
+    options = FineOptions(tile=True, refine=True)
+    spec = open_segmenter(model, PROMPTS[:3], fine=options)
+    assert spec.looks is not None
+    height, width = spec.checkpoint.processor.image_size
+    for threads, images, count in ((1, [0], 3), (2, [1, 0], 1)):
+        asked = spec.only(PROMPTS[:count], embed=False)
+        table = records((height, width + 8), images)
+        pixels = [np.frombuffer(row, np.uint8) for row in table["pixels"].to_pylist()]
+        looks = [
+            spec.looks.resize(Image.fromarray(each.reshape(height, width + 8, 3)))
+            for each in pixels
+        ]
+        for name, value in (("height", height), ("width", width + 8)):
+            column = pa.array([value] * len(images), pa.int32())
+            table = table.set_column(table.schema.get_field_index(name), name, column)
+        column = pa.array([each.tobytes() for each in looks], pa.large_binary())
+        table = table.set_column(table.schema.get_field_index("pixels"), "pixels", column)
+        for part in SegmentImages(asked, "cpu", threads, block_bytes=threads)(table):
+            for row in part.to_pylist():
+                logits = np.frombuffer(row["logits"], np.float32)
+                yield ("fine logits", row["row"], row["first_prompt"]), logits
+
+
 def embed(model: str) -> Values:
     """Embeddings of images, which segment makes too, and of texts, which are prompts."""
     for (threads, images, _), text in zip(RUNS, (False, True, True), strict=True):
@@ -86,7 +113,7 @@ def compare(model: str) -> dict[str, int]:
     """How many values of each kind came out with other bits than at first."""
     found: dict[tuple[str | int, ...], np.ndarray] = {}
     wrong: dict[str, int] = {}
-    for make in (segment, embed, classify):
+    for make in (segment, closely, embed, classify):
         for name, values in make(model):
             assert np.isfinite(values).all() and values.any(), name
             known = found.setdefault(name, values)

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import storage
+from pipeline.config.fine import FINE
 from pipeline.errors import UsageError
 from pipeline.read.shard import Shard, shard_from_row
 from pipeline.run.finished import empty_record, read_finished
@@ -26,7 +27,8 @@ from pipeline.write.parts import open_part, read_part
 from pipeline.write.passes import read_added
 
 BATCH_BYTES = 2**26  # of maps in a batch
-_ROWS_AT_ONCE = 64  # of a part: 8 MB of maps of 352 x 352
+_ROWS_AT_ONCE = 64  # of a part: 8 MB of maps of 352 x 352,
+_BYTES_AT_ONCE = 2**25  # and about as many of larger ones
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +55,9 @@ class KeptMaps:
 
     def facts(self) -> dict[str, Any]:
         """Facts of the run that decide the labels, beside its parts."""
-        names = ("weights_hash", "keep_probabilities")
-        return {"maps": {name: self.fingerprint.get(name) for name in names}}
+        known = {n: self.fingerprint.get(n) for n in ("weights_hash", "keep_probabilities")}
+        finer = {n: self.fingerprint[n] for n in FINE if n in self.fingerprint}
+        return {"maps": known | finer}
 
 
 def open_kept_maps(source: str) -> KeptMaps:
@@ -176,8 +179,11 @@ def _with_maps(
 def _stream(uri: str, wanted: set[int]) -> Iterator[dict[str, Any]]:
     """The rows of a part that are of wanted prompts, sorted by row as they are."""
     with open_part(uri) as parquet:
+        groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
+        size_bytes, rows = (sum(g.total_byte_size for g in groups), parquet.metadata.num_rows)
+        at_once = min(_ROWS_AT_ONCE, max(1, _BYTES_AT_ONCE * rows // max(1, size_bytes)))
         for batch in parquet.iter_batches(
-            _ROWS_AT_ONCE, columns=["row", "prompt_id", "size", "map"], use_threads=False
+            at_once, columns=["row", "prompt_id", "size", "map"], use_threads=False
         ):
             for i, prompt_id in enumerate(batch["prompt_id"].to_pylist()):
                 if prompt_id in wanted:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from pipeline.config.fine import FineOptions
 from pipeline.config.ontology import Ontology, read_ontology
 from pipeline.config.options import (
     ImageOptions,
@@ -44,15 +45,18 @@ class LabelConfig:
     precision: Precision = "float32"
     """Arithmetic of the --model, as `segment` takes it."""
 
+    fine: tyro.conf.OmitArgPrefixes[FineOptions] = field(default_factory=FineOptions)
     images: tyro.conf.OmitArgPrefixes[ImageOptions] = field(default_factory=ImageOptions)
     workers: tyro.conf.OmitArgPrefixes[WorkerOptions] = field(default_factory=WorkerOptions)
     run: tyro.conf.OmitArgPrefixes[RunOptions] = field(default_factory=RunOptions)
 
     def __post_init__(self) -> None:
         check_file("--ontology", self.ontology)
-        if self.model is None and (self.images, self.precision) != (ImageOptions(), "float32"):
+        given = self.images != ImageOptions() or self.fine.given or self.precision != "float32"
+        if self.model is None and given:
             raise UsageError(
-                "--image-column, --member-suffix, --max-pixels, --decode, --precision: are for "
+                "--image-column, --member-suffix, --max-pixels, --decode, --precision, --size, "
+                "--tile, --refine: are for "
                 "images; name the --model that segments them first"
             )
 
@@ -66,6 +70,7 @@ class LabelConfig:
             precision=self.precision,
             ontology=self.ontology,
             embed=embed,
+            fine=self.fine,
             images=self.images,
             workers=self.workers,
             run=self.run,
@@ -74,7 +79,14 @@ class LabelConfig:
     def of_maps(self) -> LabelConfig:
         """The rest of the work, after the run of of_images."""
         maps = self.of_images().output
-        return replace(self, input=maps, model=None, precision="float32", images=ImageOptions())
+        return replace(
+            self,
+            input=maps,
+            model=None,
+            precision="float32",
+            fine=FineOptions(),
+            images=ImageOptions(),
+        )
 
     def read_ontology(self) -> Ontology:
         """The classes. Raises UsageError as config.ontology.read_ontology."""

@@ -62,7 +62,8 @@ class WorkerOptions:
     """Workers with the model: by default one per GPU, or one per eight CPUs."""
 
     batch_size: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Images in a batch of the model: by default 256 on a GPU, 16 on a CPU."""
+    """Images in a batch of the model: by default 256 on a GPU, 16 on a CPU; fewer with --size, 4
+    with --tile."""
 
     local: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Run in this process, without Ray: for a few hundred images. The rows are the same."""

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
+from pipeline.config.fine import FineOptions
 from pipeline.config.ontology import read_ontology
 from pipeline.config.options import (
     ImageOptions,
@@ -30,6 +31,8 @@ from pipeline.schema import IMAGES, MASKS, PROBABILITIES, Table, embeddings
 SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 # The smallest maps from which masks agree with the direct ones by .99, see docs/labels.md
 LABEL_SIDE: Literal["352"] = "352"
+# As many cells for each of four looks along a side: 2 MB a map.
+FINE_LABEL_SIDE: Literal["1408"] = "1408"
 
 
 class MaskRule(NamedTuple):
@@ -87,9 +90,9 @@ class SegmentConfig:
     mask_size: Literal["image", "model"] = "image"
     """Size of the masks: the image's own, or the model's grid."""
 
-    keep_probabilities: Literal["none", "88", "176", "352"] = "none"
+    keep_probabilities: Literal["none", "88", "176", "352", "704", "1408", "2816"] = "none"
     """Also keep 8-bit probability maps of this size, for other thresholds later. With --ontology
-    they are always kept, 352 by default: labels are cut from them."""
+    they are always kept: labels are cut from them; 352 by default, 1408 with --size or --tile."""
 
     embed: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Also write CLIP embeddings of the images from the same pass, as `embed` does."""
@@ -97,6 +100,7 @@ class SegmentConfig:
     contact_sheet: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """Finally draw a few images with their masks into this file: .png, .jpg or .webp."""
 
+    fine: tyro.conf.OmitArgPrefixes[FineOptions] = field(default_factory=FineOptions)
     images: tyro.conf.OmitArgPrefixes[ImageOptions] = field(default_factory=ImageOptions)
     workers: tyro.conf.OmitArgPrefixes[WorkerOptions] = field(default_factory=WorkerOptions)
     run: tyro.conf.OmitArgPrefixes[RunOptions] = field(default_factory=RunOptions)
@@ -124,8 +128,14 @@ class SegmentConfig:
             )
         check_file("--ontology", self.ontology)
         check_precision(self.precision, self.workers)
+        if self.fine.given and self.images.decode != "exact":
+            raise UsageError(
+                "--decode fast: makes photos smaller than --size, --tile and --refine look at them"
+            )
         if self.ontology is not None and self.keep_probabilities == "none":
-            object.__setattr__(self, "keep_probabilities", LABEL_SIDE)
+            finer = self.fine.size or self.fine.tile
+            side = FINE_LABEL_SIDE if finer else LABEL_SIDE
+            object.__setattr__(self, "keep_probabilities", side)
 
     def resolve(self) -> SegmentConfig:
         """The same with every phrase of --prompts in `prompt`.
@@ -175,6 +185,7 @@ class SegmentConfig:
             "mask_size": self.mask_size,
             "keep_probabilities": self.keep_probabilities,
             "embed": self.embed,
+            **self.fine.fingerprint(),
             **self.images.fingerprint(),
         }
 

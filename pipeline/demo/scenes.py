@@ -51,6 +51,7 @@ UNNAMED_PAIRS: tuple[Pair, ...] = tuple(("", s) for s in SHAPES)
 SEEN_PAIRS: tuple[Pair, ...] = tuple(p for p in ALL_PAIRS if p not in UNSEEN_PAIRS)
 
 SIZE_PX = (160, 160)
+DIAMETERS = (0.3, 0.56)
 _SUPERSAMPLING = 4  # shapes are drawn this much larger, then averaged: anti-aliased edges
 
 
@@ -81,10 +82,11 @@ def draw_scene(
     rng: np.random.Generator,
     pairs: Sequence[Pair] = ALL_PAIRS,
     size: tuple[int, int] = SIZE_PX,
+    diameters: tuple[float, float] = DIAMETERS,
 ) -> Scene:
     """Draw two to five objects out of `pairs`, at `size` (height, width) in pixels.
 
-    Diameters are 0.3 to 0.56 of the shorter side, tilts up to 25 degrees either way. Half of the
+    Diameters are shares of the shorter side, tilts up to 25 degrees either way. Half of the
     objects repeat the colour or the shape of an earlier one: neither word alone finds a "red
     circle". An object without a place hiding little of the others is left out.
     """
@@ -93,7 +95,7 @@ def draw_scene(
     objects: list[Pair] = []
     for _ in range(rng.integers(2, 6)):
         pair = _choose_pair(rng, pairs, objects)
-        diameter = float(rng.uniform(0.3, 0.56)) * min(size)
+        diameter = float(rng.uniform(*diameters)) * min(size)
         coverage = _draw_shape(pair[1], diameter, rng.uniform(-25, 25))
         place = _find_place(rng, labels, coverage > 0.5)
         if place is None:

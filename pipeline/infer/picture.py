@@ -13,18 +13,20 @@ from collections.abc import Sequence
 from typing import NamedTuple, overload
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from pipeline.config.fine import FineOptions
 from pipeline.config.options import refuse_repeated
 from pipeline.errors import UsageError
+from pipeline.infer.blend import BlendLooks, open_looks
 from pipeline.infer.checkpoint import OpenModel
 from pipeline.infer.device import Device
 from pipeline.infer.masks import mask_from_logits
 from pipeline.model.clipseg import CLIPSeg as Model
 from pipeline.prepare.convert import to_rgb
+from pipeline.prepare.windows import Looks
 
 
 class Masks(NamedTuple):
@@ -52,11 +54,25 @@ class CLIPSeg:
 
     @overload
     def __call__(
-        self, images: Image.Image, prompts: str | Sequence[str], *, threshold: float = 0.5
+        self,
+        images: Image.Image,
+        prompts: str | Sequence[str],
+        *,
+        threshold: float = 0.5,
+        size: int | str | None = None,
+        tile: bool = False,
+        refine: bool = False,
     ) -> Masks: ...
     @overload
     def __call__(
-        self, images: Sequence[Image.Image], prompts: str | Sequence[str], *, threshold: float = 0.5
+        self,
+        images: Sequence[Image.Image],
+        prompts: str | Sequence[str],
+        *,
+        threshold: float = 0.5,
+        size: int | str | None = None,
+        tile: bool = False,
+        refine: bool = False,
     ) -> list[Masks]: ...
     def __call__(
         self,
@@ -64,11 +80,15 @@ class CLIPSeg:
         prompts: str | Sequence[str],
         *,
         threshold: float = 0.5,
+        size: int | str | None = None,
+        tile: bool = False,
+        refine: bool = False,
     ) -> Masks | list[Masks]:
         """Segment a picture, or each of several, with every prompt.
 
-        A picture is turned upright by its EXIF orientation; its mode may be any. Raises UsageError
-        for no prompt, an empty one, one that is given twice, and a threshold outside 0..1.
+        A picture is turned upright by its EXIF orientation; its mode may be any. `size`, `tile` and
+        `refine` as in FineOptions. Raises UsageError for no prompt, an empty one, one that is given
+        twice, a threshold outside 0..1, and a size that the model cannot take.
         """
         asked = [prompts] if isinstance(prompts, str) else list(prompts)
         if not asked or not all(prompt.strip() for prompt in asked):
@@ -76,35 +96,26 @@ class CLIPSeg:
         refuse_repeated(asked, "prompt")
         if not 0 <= threshold <= 1:
             raise UsageError(f"threshold={threshold}: must be between 0 and 1")
+        fine = FineOptions(size=None if size is None else str(size), tile=tile, refine=refine)
+        looks = open_looks(self.opened, fine, embed=False)
         for note in self.opened.describe_texts(asked, "prompt"):
             warnings.warn(note, stacklevel=2)
         conditional = self.opened.encode_texts(asked).to(self.opened.device.torch)
         if isinstance(images, Image.Image):
-            return self._segment(images, conditional, threshold)
-        return [self._segment(image, conditional, threshold) for image in images]
+            return self._segment(images, conditional, threshold, looks)
+        return [self._segment(image, conditional, threshold, looks) for image in images]
 
-    def _segment(self, image: Image.Image, conditional: Tensor, threshold: float) -> Masks:
+    def _segment(
+        self, image: Image.Image, conditional: Tensor, threshold: float, looks: Looks
+    ) -> Masks:
         """The masks of one picture for prompts (P, E)."""
         upright = to_rgb(ImageOps.exif_transpose(image))
         size = (upright.height, upright.width)
-        logits = self._logits(upright, conditional)
+        # As in the job, which runs every row alone, too.
+        blend = BlendLooks(looks, self.opened.model, self.opened.device)
+        (looked,) = blend.look([(looks.fit(upright), *size)])
+        logits = blend.logits(looked, conditional)
         probabilities = F.interpolate(logits[None], size=size, mode="bilinear")[0].sigmoid()
         # Decided on the logits, as in the job.
         masks = [mask_from_logits(grid, size, threshold) for grid in logits.numpy()]
         return Masks(np.stack(masks).astype(bool), probabilities.numpy())
-
-    def _logits(self, image: Image.Image, conditional: Tensor) -> Tensor:
-        """(P, h, w) float32 on the CPU: the job's, which runs every row alone, too."""
-        model, device = self.opened.model, self.opened.device
-        pixels = self.opened.processor([image]).to(device.torch)
-        grid = model.grid(pixels)
-
-        def encode(pixels: Tensor) -> list[Tensor]:
-            return model.decoder.reduce(model.activations(pixels))
-
-        (steps,) = device.run(encode, [pixels])
-
-        def decode(prompt: Tensor) -> Tensor:
-            return model.decoder([step.clone() for step in steps], prompt.clone(), grid)
-
-        return torch.cat(device.run(decode, conditional.split(1))).float().cpu()

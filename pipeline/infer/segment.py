@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from pipeline import schema
+from pipeline.config.fine import FineOptions
 from pipeline.config.options import Precision
 from pipeline.config.prompt import Prompt
 from pipeline.config.segment import MaskRule
+from pipeline.infer.blend import BlendLooks, Looked, open_looks
 from pipeline.infer.checkpoint import Checkpoint, OpenModel
 from pipeline.infer.device import Device, fail_images, has_pixels, pixel_rows, scale_to_unit
 from pipeline.infer.phrases import PhraseVectors
@@ -26,6 +28,7 @@ from pipeline.infer.texts import Progress
 from pipeline.infer.together import SegmentTogether
 from pipeline.infer.visual_prompt import encode_prompts
 from pipeline.model.clipseg import CLIPSeg
+from pipeline.prepare.windows import Looks
 from pipeline.read.shard import parse_phrases
 
 # Logits handed on at once: a block of Ray Data's, which lies in the object store as one piece.
@@ -46,14 +49,22 @@ class SegmentSpec:
     """Whether each image has phrases of its own, in its `text`, and `prompts` is empty."""
     rule: MaskRule = field(default_factory=MaskRule)
     """How masks come of logits, where the device does it."""
+    looks: Looks | None = None
+    """How images are looked at; None: once, as the checkpoint's image processor has it."""
     notes: tuple[str, ...] = ()
     """Lines for the user about the prompts."""
 
     def only(self, prompts: list[str], *, embed: bool, rule: MaskRule | None = None) -> SegmentSpec:
         """The same with some of the prompts, and a rule of its own if given."""
         where = [self.prompts.index(prompt) for prompt in prompts]
-        conditional, rule = self.conditional[where], rule or self.rule
-        return replace(self, prompts=prompts, conditional=conditional, embed=embed, rule=rule)
+        return replace(
+            self,
+            prompts=prompts,
+            conditional=self.conditional[where],
+            embed=embed,
+            rule=rule or self.rule,
+            looks=self.looks and replace(self.looks, embed=embed),
+        )
 
 
 def open_segmenter(
@@ -62,6 +73,7 @@ def open_segmenter(
     *,
     per_row: bool = False,
     embed: bool = False,
+    fine: FineOptions = FineOptions(),  # noqa: B008
     max_pixels: int = 50_000_000,
     precision: Precision = "float32",
     on_progress: Progress | None = None,
@@ -84,6 +96,7 @@ def open_segmenter(
         else np.zeros((0, opened.model.config.projection_dim), np.float32),
         embed=embed,
         per_row=per_row,
+        looks=open_looks(opened, fine, embed=embed) if fine.given else None,
         notes=tuple(notes),
     )
 
@@ -115,8 +128,9 @@ class SegmentImages:
         patch = self.model.config.vision_config.patch_size
         height, width = spec.checkpoint.processor.image_size
         self.grid = (height // patch, width // patch)
+        self.looks = spec.looks and BlendLooks(spec.looks, self.model, self.device, self._encode)
         self.together: SegmentTogether | None = None
-        if not self.device.alone:
+        if not self.device.alone and not self.looks:
             self.together = SegmentTogether(
                 device=self.device,
                 model=self.model,
@@ -137,6 +151,9 @@ class SegmentImages:
             yield _with_logits(batch.filter(pa.array(~good)), None, 0, None)
         images = batch.filter(pa.array(good))
         if not len(images):
+            return
+        if self.looks:
+            yield from self._look(self.looks, images)
             return
         processor = self.spec.checkpoint.processor
         pixels = pixel_rows(images["pixels"], processor)
@@ -159,6 +176,34 @@ class SegmentImages:
         for i in range(0, len(images), count):
             some = [step[i : i + count] for step in steps]
             yield from self._decode(images.slice(i, count), some, vectors[i : i + count], prompts)
+
+    def _look(self, looks: BlendLooks, images: pa.Table) -> Iterator[pa.Table]:
+        """Tables of one image each, as finely as is asked for, all their looks encoded at once."""
+        pixels = [np.frombuffer(each.as_buffer(), np.uint8) for each in images["pixels"]]
+        sizes = (images[name].to_pylist() for name in ("height", "width"))
+        looked = looks.look(list(zip(pixels, *sizes, strict=True)))
+        for i, each in enumerate(looked):
+            record, conditional = images.slice(i, 1), self.conditional
+            if self.spec.per_row:
+                own = parse_phrases(record["text"][0].as_py())
+                conditional = self.phrases.encode(own) if own else torch.zeros(0, 1)
+                conditional = conditional.to(self.device.torch)
+            yield from self._decode_looked(looks, record, each, conditional)
+
+    def _decode_looked(
+        self, looks: BlendLooks, record: pa.Table, looked: Looked, conditional: Tensor
+    ) -> Iterator[pa.Table]:
+        """Tables of one image with prompts (P, E), at least one."""
+        vectors = looked.vector[None]
+        prompts = max(1, self.block_bytes // (4 * looked.size[0] * looked.size[1]))
+        for first in range(0, max(1, len(conditional)), prompts):
+            logits = looks.logits(looked, conditional[first : first + prompts])
+            masked, fine = bool(torch.isfinite(logits).all()), bool(np.isfinite(vectors).all())
+            if not (masked and fine):
+                failed = fail_images(record, np.array([masked]), np.array([fine]))
+                yield _with_logits(failed, None, 0, None)
+                return
+            yield _with_logits(record, logits[None], first, vectors if first == 0 else None)
 
     def _encode(self, pixels: Tensor) -> tuple[list[Tensor], Tensor]:
         """Activations for the decoder of images (B, 3, H, W), whatever the prompt, and embeddings

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +29,6 @@ from pipeline.prepare import layouts
 from pipeline.prepare.convert import image_of_array, to_rgb
 from pipeline.prepare.identify import describe, identify
 from pipeline.prepare.png import pixel_chunks
-from pipeline.prepare.processor import ImageProcessor
 from pipeline.prepare.resize import Box
 from pipeline.prepare.upright import SIDEWAYS, TRANSPOSE, read_orientation, reduce_jpeg, turn_box
 
@@ -110,6 +109,21 @@ def decode_image(
         raise _refusal("image_corrupt", f"{kind}{error}") from error
 
 
+class Fit(Protocol):
+    """An image processor, or the looks of windows.py."""
+
+    @property
+    def least_size(self) -> tuple[int, int] | None:
+        """See ImageProcessor."""
+        ...
+
+    def fit(
+        self, image: Image.Image, whole: tuple[int, int] | None = None, box: Box | None = None
+    ) -> Image.Image | np.ndarray:
+        """The uint8 pixels of an RGB image for the model; `whole` and `box`: see ImageProcessor."""
+        ...
+
+
 class PrepareImages:
     """The decode stage: schema.RECORDS -> schema.PIXELS, at the size the model's processor says.
 
@@ -117,7 +131,7 @@ class PrepareImages:
     and end records, pass as they are.
     """
 
-    def __init__(self, processor: ImageProcessor, max_pixels: int, decode: str = "exact"):
+    def __init__(self, processor: Fit, max_pixels: int, decode: str = "exact"):
         """`decode`: as in config.options.ImageOptions."""
         self.processor, self.max_pixels = processor, max_pixels
         self.at_least = processor.least_size if decode == "fast" else None

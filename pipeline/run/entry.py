@@ -17,6 +17,7 @@ import ray.data
 
 from pipeline.config.classify import ClassifyConfig
 from pipeline.config.embed import EmbedConfig
+from pipeline.config.fine import FineOptions
 from pipeline.config.options import ImageOptions, Precision, WorkerOptions
 from pipeline.config.segment import SegmentConfig
 from pipeline.errors import UsageError
@@ -24,6 +25,7 @@ from pipeline.infer.classify import Classifier, ClassifyImages, open_classifier
 from pipeline.infer.embed import EmbedImages, EmbedSpec, open_embedder
 from pipeline.infer.segment import SegmentImages, SegmentSpec, open_segmenter
 from pipeline.prepare.images import PrepareImages, fail_crashed_image
+from pipeline.prepare.windows import Looks, PrepareLooks
 from pipeline.run.columns import (
     InferBeside,
     MakeResults,
@@ -31,7 +33,7 @@ from pipeline.run.columns import (
     check_columns,
     result_schema,
 )
-from pipeline.run.guard import guarded
+from pipeline.run.guard import Stage, guarded
 from pipeline.run.package import check_workers
 from pipeline.run.resources import share_cluster
 from pipeline.write.rows import MakeEmbeddingRows, MakeLabelRows, MakeMaskRows
@@ -57,6 +59,9 @@ def segment(
     key: str | None = None,
     threshold: float = SegmentConfig.threshold,
     mask_size: MaskSize = SegmentConfig.mask_size,
+    size: int | str | None = None,
+    tile: bool = False,
+    refine: bool = False,
     max_pixels: int = MAX_PIXELS,
     precision: Precision = "float32",
     device: Device = "auto",
@@ -71,9 +76,9 @@ def segment(
     bbox, area, score_max, score_mean, threshold, as in the table `masks`; stage, reason, detail. An
     image that fails is one row with these three and nulls for the mask; they are null elsewhere.
 
-    `precision` as in SegmentConfig, `device`, `actors` and `batch_size` as in WorkerOptions. Loads
-    the model once, to encode the prompts. Raises UsageError for arguments, CheckpointError for a
-    model, that cannot be used.
+    `size`, `tile` and `refine` as in FineOptions; `precision` as in SegmentConfig; `device`,
+    `actors` and `batch_size` as in WorkerOptions. Loads the model once, to encode the prompts.
+    Raises UsageError for arguments, CheckpointError for a model, that cannot be used.
     """
     config = SegmentConfig(
         input="",
@@ -83,10 +88,11 @@ def segment(
         threshold=threshold,
         mask_size=_one_of(MaskSize, "mask_size", mask_size),
         precision=_one_of(Precision, "precision", precision),
+        fine=FineOptions(size=None if size is None else str(size), tile=tile, refine=refine),
         images=ImageOptions(max_pixels=max_pixels),
         workers=_workers(device, actors, batch_size),
     ).resolve()
-    spec = open_segmenter(model, list(config.prompt), precision=precision)
+    spec = open_segmenter(model, list(config.prompt), fine=config.fine, precision=precision)
     _warn(spec.notes)
     tables = config.tables(spec.checkpoint.dimension, spec.checkpoint.weights_hash)
     return _compose(
@@ -99,6 +105,7 @@ def segment(
             tables["masks"].schema,
             MakeMaskRows(config, tables, list(config.prompt), 0),
         ),
+        looks=spec.looks,
     )
 
 
@@ -212,6 +219,7 @@ def _compose(
     columns: tuple[str, str | None],
     infer: tuple[type, SegmentSpec | EmbedSpec | Classifier],
     results: tuple[str, pa.Schema, Callable[..., Any]],
+    looks: Looks | None = None,
 ) -> ray.data.Dataset:
     """Decode and resize -> infer -> rows of the table that is asked for.
 
@@ -229,14 +237,18 @@ def _compose(
         ray.init()  # as the dataset itself would when it runs
     check_workers()
     share = share_cluster(config.workers, spare=SPARE_CPUS)
-    decode = PrepareImages(spec.checkpoint.processor, config.images.max_pixels)
+    max_pixels, batch = config.images.max_pixels, share["actor"]["batch_size"]
+    decode: Stage = PrepareImages(spec.checkpoint.processor, max_pixels)
+    if looks:
+        decode = PrepareLooks(looks, max_pixels)
+        batch = config.workers.batch_size or min(batch, looks.images_at_once)
     prepare = PrepareRecords(guarded(decode, fail_crashed_image), image, key, wanted)
     return (
         images.map_batches(prepare, **share["task"] | {"batch_size": IMAGES_AT_ONCE})
         .map_batches(
             InferBeside,
             fn_constructor_args=(actor, spec, share["device"], share["threads"]),
-            **share["actor"],
+            **share["actor"] | {"batch_size": batch},
         )
         .map_batches(guarded(MakeResults(make_rows, name, wanted)), **share["task"])
     )

@@ -80,8 +80,11 @@ class MakeMaskRows:
     def _names(self, good: pa.Table, number: np.ndarray) -> pa.Array:
         """The prompt of each mask: of a record's own phrases, or by its number."""
         if self.per_row:
-            own = [phrase for text in good["text"].to_pylist() for phrase in parse_phrases(text)]
-            return pa.array(own, pa.string())
+            texts, firsts = good["text"].to_pylist(), good["first_prompt"].to_pylist()
+            counts = pc.list_value_length(good["counts"]).to_pylist()
+            of_record = zip(texts, firsts, counts, strict=True)
+            own = [parse_phrases(text)[first : first + n] for text, first, n in of_record]
+            return pa.array([phrase for some in own for phrase in some], pa.string())
         return pa.array(self.prompts, pa.string()).take(pa.array(number))
 
 
