@@ -92,14 +92,20 @@ def search_on_ray(
     groups = group_files(table.files, group_bytes)
     search = ExactSearch(queries, top)
     with ray_session():
-        task = ray.remote(num_cpus=1, max_retries=3)(search_files)
+        task = ray.remote(num_cpus=1, max_retries=3)(_search_on_one_cpu)
         shared = ray.put(queries)
         table = replace(table, files=())
-        running = [task.remote(table, group, shared, top, threads=1) for group in groups]
+        running = [task.remote(table, group, shared, top) for group in groups]
         for _ in _track(range(len(groups)), len(groups), quiet):
             ready, running = ray.wait(running)
             search.merge(ray.get(ready[0]))
     return search.hits
+
+
+def _search_on_one_cpu(
+    table: EmbeddingTable, files: Sequence[FileInfo], queries: np.ndarray, top: int
+) -> list[list[Hit]]:
+    return search_files(table, files, queries, top, threads=1)
 
 
 def group_files(files: Sequence[FileInfo], group_bytes: int) -> list[list[FileInfo]]:

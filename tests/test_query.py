@@ -120,7 +120,7 @@ def test_rows_of_the_table_are_queries(
     table: str, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """By key, alone and with a text; in two parts, each with its own row group."""
-    keys = {"--like": 'it\'s "5"', "twice": "same"}
+    key = 'it\'s "5"'
     vectors = random_vectors(5, checkpoints.PROJECTION, seed=7)
     names = ["a", key, "same", "same", "same"]
     part = embedding_part(vectors * np.float32(3), "z.tar", keys=names)
