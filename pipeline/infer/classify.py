@@ -207,9 +207,10 @@ class ClassifyImages:
         logits = np.empty((0, len(self.classifier.labels)))
         if good.any():
             model, column = self.model, batch.filter(pa.array(good))["pixels"]
-            pixels = self.device.load_pixels(column, self.classifier.checkpoint.processor)
+            processor = self.classifier.checkpoint.processor
+            pixels = self.device.load_pixels(column, processor, model.vision_model)
             encode = model if isinstance(model, ImageClassifier) else model.encode_image
-            out = torch.cat(self.device.run(encode, pixels)).float().cpu().numpy()
+            out = torch.cat(self.device.run(encode, pixels))[: len(column)].float().cpu().numpy()
             head = self.classifier.head
             logits = out.astype(np.float64) if head else self.classifier.logits(out)
         records, asked = batch.drop_columns(["pixels"]), self.classifier

@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UsageError
+from pipeline.model.clip import VisionTower
 from pipeline.prepare.processor import ImageProcessor
+
+# Images of at most GROUP_TOKENS tokens run on a CPU in groups of always GROUP_ROWS, filled up if
+# need be: alone each would read all weights for few products, and a CLIP B/32 takes 40 % more of a
+# core. An image has the same bits at every place of a group and beside all others: measured, see
+# benchmarks/NOTES.md, where for rows alone it is certain.
+GROUP_ROWS, GROUP_TOKENS = 4, 64
 
 
 class Device:
@@ -26,7 +33,7 @@ class Device:
     64-byte aligned allocation. Kernels are chosen by shape and split work by the number of
     threads, and both change the last bits; here neither can depend on the batch, on the slice, on
     the row's neighbours or on how many threads and actors there are. Rows run on `threads` threads
-    beside each other and share the weights.
+    beside each other and share the weights. Images of few tokens run in groups: see GROUP_ROWS.
 
     A GPU takes many rows at once, and its last bits depend on how many.
     """
@@ -60,13 +67,24 @@ class Device:
         # CUDA kernels are queued by one thread.
         return list((self._threads.map if self._threads else map)(inferred, *inputs))
 
-    def load_pixels(self, column: pa.ChunkedArray, processor: ImageProcessor) -> Iterator[Tensor]:
-        """Normalised (B, 3, H, W) float32 on the device of N records' `pixels`, as they are run."""
+    def load_pixels(
+        self, column: pa.ChunkedArray, processor: ImageProcessor, tower: VisionTower
+    ) -> Iterator[Tensor]:
+        """Normalised (B, 3, H, W) float32 on the device of N records' `pixels`, as `tower` runs.
+
+        N rows or more in all: those that fill up the last group are for the caller to leave out.
+        """
         height, width = processor.image_size
         rows = [np.frombuffer(p.as_buffer(), np.uint8).reshape(height, width, 3) for p in column]
-        for some in self.split(len(rows), at_once=len(rows)):
-            pixels = torch.from_numpy(np.stack(rows[some])).to(self.torch)
-            yield processor.normalize(pixels)
+        step = (
+            (GROUP_ROWS if tower.count_tokens(height, width) <= GROUP_TOKENS else 1)
+            if self.alone
+            else len(rows)
+        )
+        for i in range(0, len(rows), step):
+            some = rows[i : i + step]
+            some += some[:1] * (step - len(some))
+            yield processor.normalize(torch.from_numpy(np.stack(some)).to(self.torch))
 
 
 def has_pixels(batch: pa.Table) -> np.ndarray:

@@ -64,8 +64,9 @@ class EmbedImages:
         rows = batch.filter(pa.array(good))
         vectors = texts = np.zeros((len(rows), 0), np.float32)
         if len(rows):
-            pixels = self.device.load_pixels(rows["pixels"], self.spec.checkpoint.processor)
-            vectors = self._scaled(self.device.run(self.opened.model.encode_image, pixels))
+            model, processor = self.opened.model, self.spec.checkpoint.processor
+            pixels = self.device.load_pixels(rows["pixels"], processor, model.vision_model)
+            vectors = self._scaled(self.device.run(model.encode_image, pixels))[: len(rows)]
             if self.spec.text:
                 encoded = self.opened.encode_texts(rows["text"].to_pylist())
                 texts = self._scaled(list(encoded.split(1)))

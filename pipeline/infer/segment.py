@@ -115,10 +115,11 @@ class SegmentImages:
         images = batch.filter(pa.array(good))
         if not len(images):
             return
-        pixels = self.device.load_pixels(images["pixels"], self.spec.checkpoint.processor)
-        encoded = self.device.run(self._encode, pixels)
-        steps = [torch.cat(step) for step in zip(*(e[0] for e in encoded), strict=True)]
-        vectors = torch.cat([e[1] for e in encoded]).numpy()
+        processor, tower = self.spec.checkpoint.processor, self.model.vision_model
+        pixels = self.device.load_pixels(images["pixels"], processor, tower)
+        encoded, count = self.device.run(self._encode, pixels), len(images)
+        steps = [torch.cat(step)[:count] for step in zip(*(e[0] for e in encoded), strict=True)]
+        vectors = torch.cat([e[1] for e in encoded])[:count].numpy()
         patch = self.model.config.vision_config.patch_size
         pairs = max(1, self.block_bytes // (4 * self.grid[0] * self.grid[1] * patch**2))
         if self.spec.per_row:
