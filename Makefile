@@ -31,6 +31,7 @@ bench: $(VENV)/.installed-dev  ## transformers, Ray Data and ours side by side; 
 	$(BIN)/python -m benchmarks.embed_job
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.export
+	$(BIN)/python -m benchmarks.search
 
 model: $(VENV)/.installed  ## train and measure the bundled model again; about an hour on 2 cores
 	$(BIN)/python -m pipeline.demo.train
