@@ -7,8 +7,8 @@ contender is a process, timed from its start to its exit, and they take turns: o
 and on 10,000 rows, which is the start. Ours is asked by key, which needs no model, and by text,
 which needs the bundled one, and so torch. DuckDB and numpy read the same Parquet files, LanceDB a
 copy in its own format, without an index and by the one that `clipseg-ray index` has built. Several
---queries are answered by one command of ours and by the numpy loop, each of its own. Exits with 1 where the exact
-ones disagree. CPU seconds are the machine's answer when it is busy and seconds are not.
+--queries are answered by one command of ours, and as many others by the numpy loop. Exits with 1
+where the exact ones disagree. CPU seconds are the machine's answer when it is busy.
 """
 
 from __future__ import annotations
