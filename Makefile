@@ -27,6 +27,7 @@ bench: $(VENV)/.installed-dev  ## transformers, Ray Data and ours side by side; 
 	$(BIN)/python -m benchmarks.embed_job
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.export
+	$(BIN)/python -m benchmarks.search
 
 bench-gpu: $(VENV)/.installed-dev  ## what share of this machine's card the segment actor uses; minutes
 	$(BIN)/python -m benchmarks.gpu

@@ -6,12 +6,13 @@ EMBEDDINGS is the output of `clipseg-ray embed`, or of `clipseg-ray index`. Text
 together are one query: `--text "a street" --image photo.jpg --minus cars`; `--queries FILE` answers
 many in one pass.
 
-`clipseg-ray search` is the same. A table is searched in this process; a large one by Ray tasks,
-on the cluster at RAY_ADDRESS or on this machine.
+`clipseg-ray search` is the same. A table is searched in this process, by a thread a CPU; a large
+one, where RAY_ADDRESS names a cluster, by Ray tasks there.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -23,15 +24,14 @@ from rich.progress import track
 
 from pipeline.config.command import run_command
 from pipeline.config.search import SearchConfig
-from pipeline.embeddings.gallery import open_gallery, write_gallery
 from pipeline.embeddings.index import is_index, open_index, search_index
-from pipeline.embeddings.query import encode_queries, queries_of
+from pipeline.embeddings.query import make_vectors, queries_of
 from pipeline.embeddings.results import RESULTS, results_table, show_results, write_parquet
 from pipeline.embeddings.search import ExactSearch, Hit, search_files
 from pipeline.embeddings.vectors import EmbeddingTable, open_table, warn_of_missing_rows
 from pipeline.storage import FileInfo
 
-# Smaller tables are searched sooner than Ray starts: a core reads about 0.5 GB/s.
+# Smaller tables are searched sooner than Ray is joined: a core reads about 0.5 GB/s.
 RAY_FROM_BYTES = 2 * 2**30
 GROUP_BYTES = 2**28  # of the parts that one task reads
 
@@ -45,8 +45,11 @@ def search(config: SearchConfig) -> None:
     warn_of_missing_rows(table)
     queries = queries_of(config)
     names = [query.name for query in queries]
-    images = open_gallery(table.output, len(queries) * config.top) if config.gallery else None
-    vectors = encode_queries(queries, table, config.model)
+    if config.gallery:
+        from pipeline.embeddings import gallery  # and with it the readers of every input
+
+        images = gallery.open_gallery(table.output, len(queries) * config.top)
+    vectors = make_vectors(queries, index or table, config.model)
     if index:
         hits = search_index(index, vectors, config.top)
     else:
@@ -56,8 +59,8 @@ def search(config: SearchConfig) -> None:
         show_results(results)
     if config.output:
         write_parquet(config.output, [results], RESULTS)
-    if config.gallery and images:
-        write_gallery(config.gallery, names, hits, images)
+    if config.gallery:
+        gallery.write_gallery(config.gallery, names, hits, images)
     for file in (config.output, config.gallery):
         if file and not config.quiet:
             print(f"  {file}")
@@ -66,8 +69,9 @@ def search(config: SearchConfig) -> None:
 def search_exactly(
     table: EmbeddingTable, queries: np.ndarray, top: int, *, quiet: bool = True
 ) -> list[list[Hit]]:
-    """As search_files over all parts of a table: in this process, or a large one by Ray tasks."""
-    if len(table.files) > 1 and sum(file.size_bytes for file in table.files) >= RAY_FROM_BYTES:
+    """As search_files over all parts of a table: in this process, or a large one on a cluster."""
+    large = sum(file.size_bytes for file in table.files) >= RAY_FROM_BYTES
+    if large and len(table.files) > 1 and os.environ.get("RAY_ADDRESS"):
         return search_on_ray(table, queries, top, quiet=quiet)
     return search_files(table, _track(table.files, len(table.files), quiet), queries, top)
 
@@ -88,13 +92,20 @@ def search_on_ray(
     groups = group_files(table.files, group_bytes)
     search = ExactSearch(queries, top)
     with ray_session():
-        task = ray.remote(num_cpus=1, max_retries=3)(search_files)
+        task = ray.remote(num_cpus=1, max_retries=3)(_search_on_one_cpu)
         shared = ray.put(queries)
-        running = [task.remote(replace(table, files=()), group, shared, top) for group in groups]
+        table = replace(table, files=())
+        running = [task.remote(table, group, shared, top) for group in groups]
         for _ in _track(range(len(groups)), len(groups), quiet):
             ready, running = ray.wait(running)
             search.merge(ray.get(ready[0]))
     return search.hits
+
+
+def _search_on_one_cpu(
+    table: EmbeddingTable, files: Sequence[FileInfo], queries: np.ndarray, top: int
+) -> list[list[Hit]]:
+    return search_files(table, files, queries, top, threads=1)
 
 
 def group_files(files: Sequence[FileInfo], group_bytes: int) -> list[list[FileInfo]]:

@@ -190,6 +190,6 @@ def test_label_passes_it_on(tmp_path: Path) -> None:
     config = LabelConfig(**asked, model="m", precision="bf16")
     assert config.of_images().precision == "bf16"
     assert config.of_maps().precision == "float32"
-    with pytest.raises(UsageError, match="--precision, .*are for images"):
+    with pytest.raises(UsageError, match=r"--precision, .*are for images"):
         LabelConfig(**asked, precision="bf16")
     assert {c.precision for c in (SegmentConfig, EmbedConfig, ClassifyConfig)} == {"float32"}

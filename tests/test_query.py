@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,21 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
-from embeddings import embedding_part, full_sort, random_vectors, write_part, write_table
+from embeddings import (
+    embedding_part,
+    full_sort,
+    ids_of,
+    random_vectors,
+    write_part,
+    write_table,
+)
 from PIL import Image
 
-from jobs import search
+from jobs import index, search
 from pipeline import storage
 from pipeline.model.weights import hash_weights
 
+ROOT = Path(__file__).parent.parent
 PROCESSOR = {
     "image_processor_type": "CLIPImageProcessor",
     "size": {"shortest_edge": 64},
@@ -104,6 +114,47 @@ def test_many_queries_in_one_pass(table: str, clip: Path, tmp_path: Path) -> Non
         assert {row["query"] for row in rows[3 * i : 3 * i + 3]} == {["star", *lines][i]}
         assert {row["query_id"] for row in rows[3 * i : 3 * i + 3]} == {i}
         assert_rows(rows[3 * i : 3 * i + 3], vector, 3)
+
+
+def test_rows_of_the_table_are_queries(
+    table: str, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By key, alone and with a text; in two parts, each with its own row group."""
+    key = 'it\'s "5"'
+    vectors = random_vectors(5, checkpoints.PROJECTION, seed=7)
+    names = ["a", key, "same", "same", "same"]
+    part = embedding_part(vectors * np.float32(3), "z.tar", keys=names)
+    facts = {"model": str(clip), "weights_hash": hash_weights(clip)}
+    write_part(table, part, group_rows=2, **facts)
+    assert index.main([table, str(tmp_path / "i")]) == 0
+    out = tmp_path / "out.parquet"
+    everything = np.concatenate([random_vectors(200, checkpoints.PROJECTION), vectors])
+    ids = [*ids_of(200), *(("z.tar", row) for row in range(5))]
+    for source in (table, str(tmp_path / "i")):
+        for text in ([], ["--text", "a cat"]):
+            query = vectors[1] + (reference_texts(clip, ["a cat"])[0] if text else 0)
+            options = ["--like", key, *text, "--top", "4", "--output", str(out)]
+            assert search.main([source, *options]) == 0
+            best = np.argsort(-(everything @ query))[:4]
+            assert [(row["shard"], row["row"]) for row in results(out)] == [ids[i] for i in best]
+        for other, says in (("gone", "no row has this key"), ("same", "z.tar row 2, z.tar row 3")):
+            assert search.main([source, "--like", "a", "--like", other]) == 2
+            said = capsys.readouterr().err
+            assert f"--like {other}: " in said and says in said
+            assert said.count("\n") == 1
+
+
+def test_a_search_for_rows_of_the_table_needs_no_torch(tmp_path: Path) -> None:
+    table = write_table(str(tmp_path), random_vectors(9), parts=1)
+    code = (
+        "import sys; from jobs.search import main; "
+        f"assert main([{table!r}, '--like', 'key-3', '--top', '2']) == 0; "
+        "assert not {'torch', 'ray', 'lancedb', 'tokenizers'} & set(sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True
+    )
+    assert "1.0000" in done.stdout
 
 
 def test_a_clipseg_checkpoint_encodes_queries(tmp_path: Path) -> None:

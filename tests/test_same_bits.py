@@ -42,7 +42,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     wide |= {"extract_layers": [0]}
     full = checkpoints.clipseg_config(text | layer, vision | layer, **wide)
     folders = []
-    for name, config, side in (("small", None, 80), ("wide", full, 160)):
+    # Of 26 tokens and 50, as a CLIP B/32 has: images run in groups; of 101: alone.
+    for name, config, side in (("small", None, 80), ("groups", full, 112), ("wide", full, 160)):
         folder = tmp_path_factory.mktemp("models") / name
         checkpoints.save(checkpoints.small_clipseg(config), folder)
         checkpoints.write_vocabulary(folder)

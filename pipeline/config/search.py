@@ -48,10 +48,14 @@ class SearchConfig:
     local or s3://."""
 
     text: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Text to look for. All texts and images add up to one query; one given twice counts twice."""
+    """Text to look for. All texts, images and keys add up to one query; one given twice counts
+    twice."""
 
     image: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="FILE")] = ()
     """Image to look for; local or s3://."""
+
+    like: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="KEY")] = ()
+    """Key of an image of the table to look for; needs no model."""
 
     minus: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Text to subtract from the query."""
@@ -80,12 +84,14 @@ class SearchConfig:
     def __post_init__(self) -> None:
         if self.top < 1:
             raise UsageError(f"--top {self.top}: must be at least 1")
-        if not self.text and not self.image:
+        if not self.text and not self.image and not self.like:
             if self.minus:
-                raise UsageError("--minus: give a --text or --image to subtract it from")
+                raise UsageError("--minus: give a --text, --image or --like to subtract it from")
             if self.queries is None:
-                raise UsageError('nothing to look for: give --text "...", --image or --queries')
-        for name in ("text", "image", "minus"):
+                raise UsageError(
+                    'nothing to look for: give --text "...", --image, --like or --queries'
+                )
+        for name in ("text", "image", "like", "minus"):
             if any(not value.strip() for value in getattr(self, name)):
                 raise UsageError(f"--{name}: it is empty; say what to look for")
         if self.quiet and self.output is None and self.gallery is None:

@@ -156,7 +156,7 @@ def find_duplicates(
     held_rows = max(1, held_bytes // (4 * table.dimension))
     for start in range(0, rows, held_rows):
         held = np.empty((min(held_rows, rows - start), table.dimension), np.float32)
-        batches = _read_rows(table, ends, start=start, batch_rows=BATCH_ROWS, ids=False)
+        batches = _read_rows(table, ends, start=start, batch_rows=BATCH_ROWS)
         for offset, batch in batches:
             passing, end = normalize(batch.matrix), offset - start + len(batch.matrix)
             if (room := len(held) - (offset - start)) > 0:
@@ -199,7 +199,6 @@ def _read_rows(
     *,
     start: int = 0,
     batch_rows: int,
-    ids: bool = True,
 ) -> Iterator[tuple[int, Vectors]]:
     """The table from row `start` on, each batch with the number of its first row.
 
@@ -210,6 +209,6 @@ def _read_rows(
         if offset >= end:
             continue
         skip = offset - begin
-        for batch in read_vectors(table, file, batch_rows=batch_rows, ids=ids, skip_rows=skip):
+        for batch in read_vectors(table, file, batch_rows=batch_rows, skip_rows=skip):
             yield offset, batch
             offset += len(batch.matrix)

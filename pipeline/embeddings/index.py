@@ -25,7 +25,13 @@ import pyarrow as pa
 
 from pipeline import storage
 from pipeline.embeddings.search import ExactSearch, Hit
-from pipeline.embeddings.vectors import EmbeddingTable, Vectors, count_rows, read_vectors
+from pipeline.embeddings.vectors import (
+    ID_COLUMNS,
+    EmbeddingTable,
+    Vectors,
+    count_rows,
+    read_vectors,
+)
 from pipeline.errors import JobError, NotFoundError, PipelineError, UsageError
 from pipeline.run.manifest import now
 
@@ -141,12 +147,19 @@ def search_index(index: VectorIndex, queries: np.ndarray, top: int) -> list[list
             near = near.nprobes(PROBES).limit(min(top, index.rows) * CANDIDATES)
             found = near.select(["shard", "row", "key", "vector", "_distance"]).to_arrow()
             search = ExactSearch(query[None], top)
-            for batch in found.combine_chunks().to_batches():
-                matrix = batch["vector"].flatten().to_numpy().reshape(-1, len(query))
-                ids = batch.select(["shard", "row", "key"])
-                search.add(Vectors(matrix=matrix, ids=ids))
+            search.add(_vectors(found))
             hits += search.hits
     return hits
+
+
+def read_key(index: VectorIndex, key: str, limit: int) -> Vectors:
+    """Rows with this key, `limit` of them at most; raises as search_index."""
+    import_lancedb()
+    with _lance_errors(index.uri):
+        lance = _connect(index.uri).open_table(LANCE_TABLE)
+        quoted = key.replace("'", "''")
+        found = lance.search().where(f"key = '{quoted}'").limit(limit)
+        return _vectors(found.select(["shard", "row", "key", "vector"]).to_arrow())
 
 
 def count_partitions(rows: int, dimension: int) -> int:
@@ -177,6 +190,14 @@ def _connect(uri: str) -> Any:
     if endpoint.startswith("http://"):
         options["allow_http"] = "true"
     return import_lancedb().connect(uri, storage_options=options if storage.is_s3(uri) else None)
+
+
+def _vectors(rows: pa.Table) -> Vectors:
+    """Rows of the LanceDB table."""
+    ids = pa.record_batch([rows[name].combine_chunks() for name in ID_COLUMNS], names=ID_COLUMNS)
+    vectors = rows["vector"].combine_chunks()
+    matrix = vectors.flatten().to_numpy().reshape(-1, vectors.type.list_size)
+    return Vectors(matrix=matrix, read_ids=lambda: ids)
 
 
 def _begin(uri: str, table: EmbeddingTable, overwrite: bool) -> None:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.embeddings.index import BATCH_ROWS, VectorIndex, search_index
+from pipeline.embeddings.index import VectorIndex, search_index
 from pipeline.embeddings.search import Hit, search_files
-from pipeline.embeddings.vectors import EmbeddingTable, read_vectors
+from pipeline.embeddings.vectors import EmbeddingTable, count_rows, read_rows
 
 TOP = 10
 SEED = 0  # of the rows that are drawn
@@ -38,7 +38,7 @@ class Recall:
 def measure_recall(index: VectorIndex, table: EmbeddingTable, count: int) -> Recall | None:
     """The recall of an index of `table`, with `count` of its rows as the queries.
 
-    The same table gives the same queries. Reads the table three times. None when no row that was
+    The same table gives the same queries. Reads the table twice. None when no row that was
     drawn has another one near it.
     """
     ids, queries = draw_rows(table, index.rows, count)
@@ -82,13 +82,14 @@ def draw_rows(
     pieces: list[np.ndarray] = []
     offset = 0
     for file in table.files:
-        for vectors in read_vectors(table, file, batch_rows=BATCH_ROWS):
-            end = offset + len(vectors.matrix)
-            here = numbers[(numbers >= offset) & (numbers < end)] - offset
-            pieces.append(vectors.matrix[here])
-            drawn = vectors.ids.take(here)
-            ids += zip(drawn["shard"].to_pylist(), drawn["row"].to_pylist(), strict=True)
-            offset = end
+        end = offset + count_rows(file)
+        here = numbers[(numbers >= offset) & (numbers < end)] - offset
+        if len(here):
+            drawn = read_rows(table, file, here)
+            pieces.append(drawn.matrix)
+            shards, places = (drawn.ids[name].to_pylist() for name in ("shard", "row"))
+            ids += zip(shards, places, strict=True)
+        offset = end
     return ids, np.concatenate(pieces)
 
 

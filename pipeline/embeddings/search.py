@@ -9,17 +9,32 @@ Shapes: B rows of a batch, M queries, D dimension.
 from __future__ import annotations
 
 import heapq
+import os
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from pipeline.embeddings.vectors import EmbeddingTable, Vectors, cosines, normalize, read_vectors
+from pipeline.embeddings.vectors import (
+    EmbeddingTable,
+    Vectors,
+    cosines,
+    normalize,
+    read_vectors,
+    shares_of,
+)
 from pipeline.storage import FileInfo
+from pipeline.write.parts import ROW_GROUP_ROWS
 
-BATCH_ROWS = 8192  # 16 MB of vectors at 512 dimensions
-QUERIES_AT_ONCE = 1024  # 32 MB of cosines with such a batch
+BATCH_ROWS = ROW_GROUP_ROWS  # 20 MB of vectors at 512 dimensions
+QUERIES_AT_ONCE = 1024  # 40 MB of cosines with such a batch
+# Up to so many queries are compared one by one: numpy's product of matrices starts threads that
+# spin, and takes 2 s of CPU for one query and 3,000,000 rows of 128, where a sum takes 0.1.
+QUERIES_ONE_BY_ONE = 4
+THREADS = 8  # at most: each holds a part and a batch
 
 
 class Hit(NamedTuple):
@@ -55,14 +70,13 @@ class ExactSearch:
 
     def add(self, vectors: Vectors) -> None:
         """Compare the rows of a batch with all queries."""
-        lengths = np.linalg.norm(vectors.matrix, axis=1)
-        usable = np.isfinite(lengths) & (lengths > 0)
-        if not usable.all():
-            ids = vectors.ids.filter(pa.array(usable))
-            vectors, lengths = Vectors(matrix=vectors.matrix[usable], ids=ids), lengths[usable]
-        for first in range(0, len(self.queries) if len(lengths) else 0, QUERIES_AT_ONCE):
-            near = self.queries[first : first + QUERIES_AT_ONCE] @ vectors.matrix.T  # (M, B)
+        lengths = np.sqrt(np.einsum("ij,ij->i", vectors.matrix, vectors.matrix))
+        unusable = ~(np.isfinite(lengths) & (lengths > 0))
+        lengths[unusable] = 1
+        for first in range(0, len(self.queries), QUERIES_AT_ONCE):
+            near = _products(self.queries[first : first + QUERIES_AT_ONCE], vectors.matrix)
             near /= lengths
+            near[:, unusable] = -np.inf
             enough = near >= self._floors(near, first)[:, None]
             for query in np.flatnonzero(enough.any(axis=1)):
                 self._offer(first + int(query), vectors, np.flatnonzero(enough[query]))
@@ -85,7 +99,9 @@ class ExactSearch:
     def _offer(self, query: int, vectors: Vectors, candidates: np.ndarray) -> None:
         """Let rows that are near enough compete for a place among a query's best."""
         exact = cosines(vectors.matrix[candidates], self.queries[query : query + 1])
-        better = exact >= self.floors[query]
+        better = exact >= self.floors[query]  # never of a vector without a cosine: NaN
+        if not better.any():
+            return
         ids = vectors.ids.take(pa.array(candidates[better]))
         columns = (ids.column(name).to_pylist() for name in ("shard", "row", "key"))
         hits = [Hit(*values) for values in zip(exact[better].tolist(), *columns, strict=True)]
@@ -106,13 +122,41 @@ def search_files(
     top: int,
     *,
     batch_rows: int = BATCH_ROWS,
+    threads: int | None = None,
 ) -> list[list[Hit]]:
     """The best hits of each query (M, D), best first, among the rows of some of a table's parts.
 
-    Holds one batch of rows at a time. Raises UsageError, JobError, StorageError as read_vectors.
+    Each of `threads` (by default as many as CPUs, at most THREADS) holds what read_vectors holds,
+    and the cosines of a batch. Raises UsageError, JobError, StorageError as read_vectors.
     """
+    threads = threads or min(THREADS, os.cpu_count() or 1)
+    pieces = ((file, share) for file in files for share in shares_of(file))
+    lock = Lock()
+
+    def take() -> tuple[FileInfo, tuple[int, int]] | None:
+        with lock:
+            return next(pieces, None)
+
+    def search_some() -> list[list[Hit]]:
+        some = ExactSearch(queries, top)
+        while piece := take():
+            for vectors in read_vectors(table, piece[0], batch_rows=batch_rows, share=piece[1]):
+                some.add(vectors)
+        return some.hits
+
     search = ExactSearch(queries, top)
-    for file in files:
-        for vectors in read_vectors(table, file, batch_rows=batch_rows):
-            search.add(vectors)
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for some in as_completed([pool.submit(search_some) for _ in range(threads)]):
+                search.merge(some.result())
+        finally:
+            with lock:
+                pieces.close()  # after an error, or Ctrl-C, threads end with the piece they are at
     return search.hits
+
+
+def _products(queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Of each query (M, D) and each row (B, D): float32 (M, B)."""
+    if len(queries) > QUERIES_ONE_BY_ONE:
+        return queries @ rows.T
+    return np.stack([np.einsum("ij,j->i", rows, query) for query in queries])

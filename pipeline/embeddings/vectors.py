@@ -11,11 +11,14 @@ Shapes: B rows of a batch, D dimension.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property, partial
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.config import log
@@ -23,10 +26,11 @@ from pipeline.errors import JobError, UsageError
 from pipeline.run.lifecycle import is_unfinished
 from pipeline.storage import FileInfo
 from pipeline.write.layout import EMPTY_PART
-from pipeline.write.parts import open_part
+from pipeline.write.parts import WHOLE_BYTES, damage_named, open_listed, open_part
 
 TABLE = "embeddings"
 ID_COLUMNS = ("shard", "row", "key")
+ROWS_AT_ONCE = 8192  # 16 MB of vectors at 512 dimensions
 _NEEDED = ("model", "weights_hash", "dimension")
 
 
@@ -58,8 +62,13 @@ class Vectors:
 
     matrix: np.ndarray
     """(B, D) float32, as stored: not necessarily normalised, not necessarily writable."""
-    ids: pa.RecordBatch
-    """Shard, row and key of each, or no columns at all."""
+    read_ids: Callable[[], pa.RecordBatch]
+
+    @cached_property
+    def ids(self) -> pa.RecordBatch:
+        """Shard, row and key of each: read when they are first asked for, since most searches need
+        those of few batches, and before the next batch is. Raises as read_vectors."""
+        return self.read_ids()
 
 
 def open_table(source: str, column: str = "vector") -> EmbeddingTable:
@@ -134,33 +143,86 @@ def read_vectors(
     file: FileInfo,
     *,
     batch_rows: int,
-    ids: bool = True,
     skip_rows: int = 0,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[Vectors]:
     """The vectors of one part in order, at most `batch_rows` at a time, without its first rows.
 
-    In memory is one batch, whatever the size of the part. Raises UsageError when the part is of
-    another model than the table's first, JobError when it is damaged, StorageError.
+    `share` (i, n): of n about equal shares of its row groups the i-th, from 0. In memory are one
+    batch and a part of WHOLE_BYTES at most, whatever the size of this one. Raises UsageError when
+    the part is of another model than the table's first, JobError when it is damaged, StorageError.
     """
-    with open_part(file.uri, file.version) as parquet:
+    with open_checked(table, file, whole=True) as parquet:
+        groups = [parquet.num_row_groups * end // share[1] for end in (share[0], share[0] + 1)]
+        for group in range(*groups):
+            rows = parquet.metadata.row_group(group).num_rows
+            if skip_rows >= rows:
+                skip_rows -= rows
+                continue
+            # Ids of a group larger than a batch would be read for each of its batches.
+            late = rows <= batch_rows
+            columns = [*(() if late else ID_COLUMNS), table.column]
+            for batch in parquet.iter_batches(batch_rows, row_groups=[group], columns=columns):
+                skipped = min(skip_rows, len(batch))
+                skip_rows -= skipped
+                if skipped < len(batch):
+                    known = None if late else batch
+                    read_ids = partial(_read_ids, parquet, file.uri, group, skipped, known)
+                    matrix = _matrix(table, file, batch.slice(skipped))
+                    yield Vectors(matrix=matrix, read_ids=read_ids)
+
+
+def _read_ids(
+    parquet: pq.ParquetFile, uri: str, group: int, skipped: int, known: pa.RecordBatch | None
+) -> pa.RecordBatch:
+    """Shard, row and key of the rows of a group, or of a batch in which they are known."""
+    if known is None:
+        with damage_named(uri):
+            rows = parquet.read_row_group(group, columns=list(ID_COLUMNS), use_threads=False)
+        (known,) = rows.combine_chunks().to_batches()
+    return known.select(list(ID_COLUMNS)).slice(skipped)
+
+
+def read_rows(table: EmbeddingTable, file: FileInfo, numbers: np.ndarray) -> Vectors:
+    """The rows of a part with these `numbers`, at least one, increasing; raises as read_vectors.
+
+    Reads their row groups alone.
+    """
+    found = []
+    with open_checked(table, file) as parquet:
+        rows = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
+        ends = np.cumsum(rows)
+        for group in np.unique(np.searchsorted(ends, numbers, side="right")).tolist():
+            offset = ends[group] - rows[group]
+            columns = [*ID_COLUMNS, table.column]
+            for batch in parquet.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=columns):
+                inside = (numbers >= offset) & (numbers < offset + len(batch))
+                found.append(batch.take(pa.array(numbers[inside] - offset)))
+                offset += len(batch)
+    rows = pa.concat_batches(found)
+    ids = rows.select(list(ID_COLUMNS))
+    return Vectors(matrix=_matrix(table, file, rows), read_ids=lambda: ids)
+
+
+@contextlib.contextmanager
+def open_checked(
+    table: EmbeddingTable, file: FileInfo, *, whole: bool = False
+) -> Iterator[pq.ParquetFile]:
+    """A part of a table, to be read `whole` or in places; raises as read_vectors."""
+    with open_listed(file) if whole else open_part(file.uri, file.version) as parquet:
         found = _read_metadata(parquet.schema_arrow, file.uri, table.column)
         if found["weights_hash"] != table.weights_hash:
             raise UsageError(
                 f"{table.uri}: parts of different models: {_named(table.model, table.weights_hash)}"
                 f", but {file.uri} is of {_named(found['model'], found['weights_hash'])}"
             )
-        groups = list(range(parquet.num_row_groups))
-        while groups and skip_rows >= (rows := parquet.metadata.row_group(groups[0]).num_rows):
-            skip_rows -= rows
-            del groups[0]
-        columns = [*(ID_COLUMNS if ids else ()), table.column]
-        for batch in parquet.iter_batches(batch_rows, row_groups=groups, columns=columns):
-            skipped = min(skip_rows, len(batch))
-            skip_rows -= skipped
-            rest = batch.slice(skipped)
-            if len(rest):
-                matrix = _matrix(rest.column(table.column), table.dimension, file.uri)
-                yield Vectors(matrix=matrix, ids=rest.select(list(ID_COLUMNS) if ids else []))
+        yield parquet
+
+
+def shares_of(file: FileInfo) -> list[tuple[int, int]]:
+    """The shares of a part to be read beside each other: of about WHOLE_BYTES each."""
+    count = -(-max(file.size_bytes, 1) // WHOLE_BYTES)
+    return [(i, count) for i in range(count)]
 
 
 def cosines(rows: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -204,8 +266,10 @@ def _is_float(kind: pa.FixedSizeListType) -> bool:
     return pa.types.is_float32(kind.value_type) or pa.types.is_float16(kind.value_type)
 
 
-def _matrix(column: pa.Array, dimension: int, uri: str) -> np.ndarray:
-    values = column.flatten()  # of the rows that are not null
-    if len(values) != len(column) * dimension or values.null_count:
-        raise JobError(f"{uri}: has null vectors")
-    return np.asarray(values.to_numpy(zero_copy_only=False), np.float32).reshape(-1, dimension)
+def _matrix(table: EmbeddingTable, file: FileInfo, rows: pa.RecordBatch) -> np.ndarray:
+    """Vectors (B, D) float32 of rows of a part."""
+    values = rows.column(table.column).flatten()  # of the rows that are not null
+    if len(values) != len(rows) * table.dimension or values.null_count:
+        raise JobError(f"{file.uri}: has null vectors")
+    matrix = np.asarray(values.to_numpy(zero_copy_only=False), np.float32)
+    return matrix.reshape(-1, table.dimension)

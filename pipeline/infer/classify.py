@@ -211,11 +211,14 @@ class ClassifyImages:
             model, processor = self.model, self.classifier.checkpoint.processor
             pixels = pixel_rows(batch.filter(pa.array(good))["pixels"], processor)
             encode = model if isinstance(model, ImageClassifier) else model.encode_image
+            group = self.device.group(model.vision_model, processor)
 
             def infer(some: slice) -> torch.Tensor:
-                return encode(self.device.load_pixels(pixels[some], processor)).float().cpu()
+                loaded = self.device.load_pixels(pixels[some], processor, group)
+                return encode(loaded)[: len(pixels[some])].float().cpu()
 
-            out = torch.cat(list(self.device.over(len(pixels), IMAGES_AT_ONCE, infer))).numpy()
+            found = self.device.over(len(pixels), IMAGES_AT_ONCE, infer, group=group)
+            out = torch.cat(list(found)).numpy()
             head = self.classifier.head
             logits = out.astype(np.float64) if head else self.classifier.logits(out)
         records, asked = batch.drop_columns(["pixels"]), self.classifier

@@ -19,12 +19,17 @@ from torch import Tensor, nn
 from pipeline.config import log
 from pipeline.config.options import Precision, check_cpu_precision
 from pipeline.errors import JobError, UsageError
-from pipeline.model.clip import MLP, Attention
+from pipeline.model.clip import MLP, Attention, VisionTower
 from pipeline.prepare.processor import ImageProcessor
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _LANES = 2  # slices in flight on a GPU: one copies and is looked at while the other computes
 _SHARE = 16  # of the free memory of a GPU, for the rows that one lane computes at once
+# Images of at most GROUP_TOKENS tokens run on a CPU in groups of always GROUP_ROWS, filled up if
+# need be: alone each would read all weights for few products, and a CLIP B/32 takes 40 % more of a
+# core. An image has the same bits at every place of a group and beside all others: measured, see
+# benchmarks/NOTES.md, where for rows alone it is certain.
+GROUP_ROWS, GROUP_TOKENS = 4, 64
 
 T = TypeVar("T")
 
@@ -36,7 +41,7 @@ class Device:
     64-byte aligned allocation. Kernels are chosen by shape and split work by the number of
     threads, and both change the last bits; here neither can depend on the batch, on the slice, on
     the row's neighbours or on how many threads and actors there are. Rows run on `threads` threads
-    beside each other and share the weights.
+    beside each other and share the weights. Images of few tokens run in groups: see GROUP_ROWS.
 
     A GPU takes many rows together, and its last bits depend on how many. Whether it takes TF32 for
     float32 is a setting of the process, made here: torch's own is yes, but in convolutions alone.
@@ -102,15 +107,23 @@ class Device:
         # On a GPU by the thread that asks, and on its stream.
         return list((self._threads.map if self.alone else map)(inferred, *inputs))
 
-    def over(self, count: int, at_once: int, function: Callable[[slice], T]) -> Iterator[T]:
+    def group(self, tower: VisionTower, processor: ImageProcessor) -> int:
+        """Images that a CPU takes at once: see GROUP_ROWS. Of a GPU's slices always 1."""
+        few = tower.count_tokens(*processor.image_size) <= GROUP_TOKENS
+        return GROUP_ROWS if self.alone and few else 1
+
+    def over(
+        self, count: int, at_once: int, function: Callable[[slice], T], *, group: int = 1
+    ) -> Iterator[T]:
         """`function` of slices of `count` rows, in their order; its results lie on the host.
 
-        A CPU takes a row at a time. On a GPU two slices are in flight, each on a thread and a
-        stream of its own; one that finds no memory is halved, and later calls take no larger ones.
-        Raises JobError where one row finds none.
+        A CPU takes a `group` at a time, the last of them perhaps smaller. On a GPU two slices are
+        in flight, each on a thread and a stream of its own; one without enough memory is halved,
+        and later calls take no larger ones. Raises JobError if memory lacks for a single row.
         """
         if self.alone:
-            yield from self.run(function, self.split(count, 1))
+            starts = range(0, count, group)
+            yield from self.run(function, [slice(i, min(i + group, count)) for i in starts])
             return
         slices = self.split(count, min(at_once, self._most or at_once))
         for results in self._threads.map(lambda some: self._in_lane(function, some), slices):
@@ -152,11 +165,15 @@ class Device:
         free, _ = torch.cuda.mem_get_info()
         return max(1, min(most, free // _SHARE // max(1, row_bytes)))
 
-    def load_pixels(self, rows: Sequence[np.ndarray], processor: ImageProcessor) -> Tensor:
+    def load_pixels(
+        self, rows: Sequence[np.ndarray], processor: ImageProcessor, group: int = 1
+    ) -> Tensor:
         """Normalised (B, 3, H, W) float32 on the device, of images of pixel_rows.
 
-        To a GPU by way of pinned memory, which torch keeps until the copy is over.
+        The first fills up a `group`, for the caller to leave out again. To a GPU by way of pinned
+        memory, kept by torch until the copy is over.
         """
+        rows = [*rows, *[rows[0]] * (group - len(rows))]
         pinned = self.torch.type == "cuda"
         pixels = torch.empty((len(rows), *rows[0].shape), dtype=torch.uint8, pin_memory=pinned)
         np.stack(rows, out=pixels.numpy())

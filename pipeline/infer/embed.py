@@ -73,14 +73,15 @@ class EmbedImages:
         rows = batch.filter(pa.array(good))
         vectors = texts = np.zeros((len(rows), 0), np.float32)
         if len(rows):
-            processor = self.spec.checkpoint.processor
+            model, processor = self.opened.model, self.spec.checkpoint.processor
             pixels = pixel_rows(rows["pixels"], processor)
+            group = self.device.group(model.vision_model, processor)
 
             def encode(some: slice) -> torch.Tensor:
-                loaded = self.device.load_pixels(pixels[some], processor)
-                return self._scaled(self.opened.model.encode_image(loaded))
+                loaded = self.device.load_pixels(pixels[some], processor, group)
+                return self._scaled(model.encode_image(loaded))[: len(pixels[some])]
 
-            found = self.device.over(len(rows), IMAGES_AT_ONCE, encode)
+            found = self.device.over(len(rows), IMAGES_AT_ONCE, encode, group=group)
             vectors = torch.cat(list(found)).numpy()
             if self.spec.text:
                 encoded = self.opened.encode_texts(rows["text"].to_pylist())

@@ -155,17 +155,7 @@ class SegmentImages:
         if self.looks:
             yield from self._look(self.looks, images)
             return
-        processor = self.spec.checkpoint.processor
-        pixels = pixel_rows(images["pixels"], processor)
-        encoded = list(
-            self.device.over(
-                len(pixels),
-                1,
-                lambda some: self._encode(self.device.load_pixels(pixels[some], processor)),
-            )
-        )
-        steps = [torch.cat(step) for step in zip(*(e[0] for e in encoded), strict=True)]
-        vectors = torch.cat([e[1] for e in encoded]).numpy()
+        steps, vectors = self._encode_rows(images["pixels"])
         patch = self.model.config.vision_config.patch_size
         pairs = max(1, self.block_bytes // (4 * self.grid[0] * self.grid[1] * patch**2))
         if self.spec.per_row:
@@ -204,6 +194,21 @@ class SegmentImages:
                 yield _with_logits(failed, None, 0, None)
                 return
             yield _with_logits(record, logits[None], first, vectors if first == 0 else None)
+
+    def _encode_rows(self, column: pa.ChunkedArray) -> tuple[list[Tensor], np.ndarray]:
+        """As _encode, of the `pixels` of N records on a CPU."""
+        processor = self.spec.checkpoint.processor
+        pixels = pixel_rows(column, processor)
+        group = self.device.group(self.model.vision_model, processor)
+
+        def encode(some: slice) -> tuple[list[Tensor], Tensor]:
+            steps, vectors = self._encode(self.device.load_pixels(pixels[some], processor, group))
+            count = len(pixels[some])
+            return [step[:count] for step in steps], vectors[:count]
+
+        encoded = list(self.device.over(len(pixels), 1, encode, group=group))
+        steps = [torch.cat(step) for step in zip(*(e[0] for e in encoded), strict=True)]
+        return steps, torch.cat([e[1] for e in encoded]).numpy()
 
     def _encode(self, pixels: Tensor) -> tuple[list[Tensor], Tensor]:
         """Activations for the decoder of images (B, 3, H, W), whatever the prompt, and embeddings

@@ -233,6 +233,11 @@ class VisionTower(nn.Module):
         """Raise ValueError for images of another size than this tower's."""
         self.embeddings.check_size(height, width, self.interpolate)
 
+    def count_tokens(self, height: int, width: int) -> int:
+        """States of an image of this size: one a patch, and that of the class token."""
+        patch = self.embeddings.patch_size
+        return 1 + (height // patch) * (width // patch)
+
     def forward(self, pixels: Tensor) -> Tensor:
         """Patch states (B, 1 + r c, D) of normalised pixels (B, 3, H, W), class token first."""
         return self.activations(pixels)[0]

@@ -29,7 +29,7 @@ DELETING = "being deleted"
 _TRIES = 10
 # Raised whenever the same configuration gives other rows: another rule of reading, decoding or of
 # masks, another bound on what is decoded.
-RESULTS_VERSION = 2
+RESULTS_VERSION = 3
 
 
 class JobConfig(Protocol):
