@@ -70,8 +70,7 @@ def closely(model: str) -> Values:
         table = records((height, width + 8), images)
         pixels = [np.frombuffer(row, np.uint8) for row in table["pixels"].to_pylist()]
         looks = [
-            spec.looks.resize(Image.fromarray(each.reshape(height, width + 8, 3)))
-            for each in pixels
+            spec.looks.fit(Image.fromarray(each.reshape(height, width + 8, 3))) for each in pixels
         ]
         for name, value in (("height", height), ("width", width + 8)):
             column = pa.array([value] * len(images), pa.int32())

@@ -230,7 +230,9 @@ def test_upright_turns_only_what_is_turned(
 ) -> None:
     labels, data = photo_labels(str(tmp_path), "tar")
     assert export.main([labels, f"{tmp_path}/c", "--format", "coco"]) == 0
-    assert "1 images are turned by their EXIF orientation" in capsys.readouterr().out
+    assert (
+        "images turned by their EXIF orientation, with upright masks: 1;" in capsys.readouterr().out
+    )
     assert export.main([labels, f"{tmp_path}/u", "--format", "coco", "--images", "upright"]) == 0
     assert "turned" not in capsys.readouterr().out
     content = read_json(f"{tmp_path}/u/annotations/instances_train.json")

@@ -30,11 +30,13 @@ from pipeline.annotations.report_rows import KINDS
 from pipeline.annotations.report_sample import read_sample
 from pipeline.annotations.report_vectors import read_vectors
 from pipeline.demo import MODEL, SHARDS
-from pipeline.write.layout import shard_id
+from pipeline.run.manifest import name_run
+from pipeline.write.layout import Ledger, shard_id
+from pipeline.write.receipts import write_receipt
 from tests.embeddings import random_vectors, write_table
 from tests.label_tables import SMALL, annotation_rows, image_row, random_blobs, write_labels
 from tests.outputs import rows_of
-from tests.shards import make_tar, write_img2dataset
+from tests.shards import make_tar, shards_of, write_img2dataset
 
 ONTOLOGY = MODEL.parent / "ontology.yaml"
 RUN = ["--model", str(MODEL), "--local", "--quiet"]
@@ -106,11 +108,17 @@ def test_the_figures_of_masks_are_those_of_the_table(made: Path) -> None:
     assert "<dt>images failed</dt><dd>7</dd>" in page and "<dd>2 of 2</dd>" in page
     assert page.count("bad0\ufffd") == 1 and "not_an_image: 7" in page and "<li>...</li>" in page
     record = json.loads((made / "masks" / "_run.json").read_text())
-    for fact in (record["fingerprint"]["weights_hash"], str(MODEL), record["started_at"]):
+    for fact in (
+        record["fingerprint"]["weights_hash"],
+        str(MODEL),
+        record["started_at"],
+        record["finished_at"],
+    ):
         assert fact in page
     assert f"{record['throughput']['images_per_s']:,.1f} images/s" in page
     stages = record["throughput"]["stages"]
-    assert list(stages) == ["read_batches", "PrepareImages", "SegmentImages", "WriteFragments"]
+    of_stream = ["read_batches", "PrepareImages", "SegmentImages", "WriteFragments"]
+    assert list(stages) == [*of_stream, "finish_shard"]
     assert 0 < sum(stages.values()) <= record["throughput"]["seconds"]
     for name, busy in stages.items():
         assert f'<th scope="row">{name}</th><td>{busy:,.2f} s</td>' in page
@@ -357,9 +365,14 @@ def write_large(folder: Path, shards: int, classes: int, images: int) -> Path:
     rle["counts"] = rle["counts"]["counts"].decode()
     record = {"config": {"input": str(folder / "in"), "run": {"only": []}}, "tables": ["masks"]}
     record |= {"fingerprint": {"job": "segment", "prompts": names}, "status": "running"}
+    record["started_at"] = "2026-01-01T00:00:00"
     record["config"] |= {f"{i}{'&' * 100}": "<" * 1000 for i in range(200)}
     output.mkdir(parents=True)
     (output / "_run.json").write_text(json.dumps(record))
+    content = {"rows_ok": images, "rows_error": 0, "samples_without_image": 0}
+    content |= {"shard_error": None, "parts": []}
+    for there in shards_of(str(folder / "in")):
+        write_receipt(Ledger(output=str(output), run=name_run(record)), there, content)
     for table in ("masks", "images", "errors"):
         (output / table).mkdir()
     for number in range(shards):

@@ -229,7 +229,7 @@ def describe_export(config: ExportConfig, account: Account) -> str:
         lines.append(f"warning: no annotations of {', '.join(without)}")
     if account.turned and config.images == "copy":
         lines.append(
-            f"warning: {account.turned:,} images are turned by their EXIF orientation, and their "
-            "masks are upright: for readers that do not turn them, Pillow's, --images upright"
+            f"warning: images turned by their EXIF orientation, with upright masks: "
+            f"{account.turned:,}; for readers that do not turn them, Pillow's, --images upright"
         )
     return "\n  ".join(one_line(line, 1000) for line in [*lines, *account.lines])

@@ -115,17 +115,15 @@ def _fork_until_it_survives(prog: str) -> None:
     before = [signal.getsignal(number) for number in _ENDING]
     while True:
         # A signal in between would end this process and leave the child.
-        signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+        signal.pthread_sigmask(signal.SIG_BLOCK, (*_ENDING, signal.SIGCHLD))
         child = os.fork()
         if child == 0:
             for number, handler in zip(_ENDING, before, strict=True):
                 signal.signal(number, handler)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, (*_ENDING, signal.SIGCHLD))
             return
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the child gets it from the terminal, too
-        signal.signal(signal.SIGTERM, lambda *_, child=child: os.kill(child, signal.SIGTERM))
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        code = _wait_for(child)
         if code >= 0:
             os._exit(code)
         name = signal.Signals(-code).name
@@ -134,6 +132,21 @@ def _fork_until_it_survives(prog: str) -> None:
             os._exit(128 - code)
         log.say("note", f"{prog}: ended by {name}; going on with each image apart")
         os.environ[ISOLATE] = "1"
+
+
+def _wait_for(child: int) -> int:
+    """Exit code of a child, negative for the signal that ended it; SIGTERM is passed on to it.
+
+    Both signals are blocked, and waited for at once: a handler that runs just before waitpid would
+    leave it waiting.
+    """
+    while True:
+        if signal.sigwait((signal.SIGTERM, signal.SIGCHLD)) == signal.SIGTERM:
+            os.kill(child, signal.SIGTERM)
+            continue
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
 
 
 def _parse(config: type[Config], prog: str, arguments: list[str]) -> Config:

@@ -133,14 +133,18 @@ class BlendLooks:
         kinds = [(picture.shape, plain and self.looks.embed) for picture, plain in pictures]
         found: dict[int, Encoded] = {}
         order = sorted(range(len(pictures)), key=lambda i: kinds[i])
-        for ((height, width, _), embed), group in itertools.groupby(order, key=lambda i: kinds[i]):
-            same = list(group)
-            slices = self.device.split(len(same), max(1, PX_AT_ONCE // (height * width)))
+        for ((height, width, _), embed), of_kind in itertools.groupby(order, lambda i: kinds[i]):
+            same = list(of_kind)
+            group = self.device.group(self.model.vision_model, (height, width))
+            at_once = group if self.device.alone else max(1, PX_AT_ONCE // (height * width))
+            slices = [slice(i, i + at_once) for i in range(0, len(same), at_once)]
             ways = self.encode if embed else self._steps
 
-            def encode(some: slice, same: list[int] = same, ways: Encode = ways) -> Encoded:
-                pixels = torch.from_numpy(np.stack([pictures[i][0] for i in same[some]]))
-                return ways(self.looks.processor.normalize(pixels.to(self.device.torch)))
+            def encode(
+                some: slice, same: list[int] = same, group: int = group, ways: Encode = ways
+            ) -> Encoded:
+                rows = [pictures[i][0] for i in same[some]]
+                return ways(self.device.load_pixels(rows, self.looks.processor, group))
 
             for some, (steps, vectors) in zip(slices, self.device.run(encode, slices), strict=True):
                 for k, i in enumerate(same[some]):

@@ -211,7 +211,7 @@ class ClassifyImages:
             model, processor = self.model, self.classifier.checkpoint.processor
             pixels = pixel_rows(batch.filter(pa.array(good))["pixels"], processor)
             encode = model if isinstance(model, ImageClassifier) else model.encode_image
-            group = self.device.group(model.vision_model, processor)
+            group = self.device.group(model.vision_model, processor.image_size)
 
             def infer(some: slice) -> torch.Tensor:
                 loaded = self.device.load_pixels(pixels[some], processor, group)

@@ -107,9 +107,9 @@ class Device:
         # On a GPU by the thread that asks, and on its stream.
         return list((self._threads.map if self.alone else map)(inferred, *inputs))
 
-    def group(self, tower: VisionTower, processor: ImageProcessor) -> int:
-        """Images that a CPU takes at once: see GROUP_ROWS. Of a GPU's slices always 1."""
-        few = tower.count_tokens(*processor.image_size) <= GROUP_TOKENS
+    def group(self, tower: VisionTower, size: tuple[int, int]) -> int:
+        """Images of a size that a CPU takes at once: see GROUP_ROWS. On a GPU always 1."""
+        few = tower.count_tokens(*size) <= GROUP_TOKENS
         return GROUP_ROWS if self.alone and few else 1
 
     def over(

@@ -75,7 +75,7 @@ class EmbedImages:
         if len(rows):
             model, processor = self.opened.model, self.spec.checkpoint.processor
             pixels = pixel_rows(rows["pixels"], processor)
-            group = self.device.group(model.vision_model, processor)
+            group = self.device.group(model.vision_model, processor.image_size)
 
             def encode(some: slice) -> torch.Tensor:
                 loaded = self.device.load_pixels(pixels[some], processor, group)

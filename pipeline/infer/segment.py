@@ -199,7 +199,7 @@ class SegmentImages:
         """As _encode, of the `pixels` of N records on a CPU."""
         processor = self.spec.checkpoint.processor
         pixels = pixel_rows(column, processor)
-        group = self.device.group(self.model.vision_model, processor)
+        group = self.device.group(self.model.vision_model, processor.image_size)
 
         def encode(some: slice) -> tuple[list[Tensor], Tensor]:
             steps, vectors = self._encode(self.device.load_pixels(pixels[some], processor, group))

@@ -83,6 +83,7 @@ def close_run(
     for each in run.passes:
         with contextlib.suppress(StorageError):  # another driver may just be adding to it
             storage.delete_folder(each.ledger.staging)
+    run.record.update(record)
     return counts
 
 

@@ -52,10 +52,18 @@ def scan_local(
     """
     with os.scandir(folder) as entries:
         for entry in entries:
-            if not entry.is_dir():
+            if not _is_folder(entry):
                 yield entry
             elif recursive and not (entry.is_symlink() and _is_one_of(entry, (*above, folder))):
                 yield from scan_local(entry.path, recursive, (*above, folder))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is, or a link leads to, a folder; a link in a circle leads nowhere."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def _is_one_of(entry: os.DirEntry[str], folders: tuple[str, ...]) -> bool:
