@@ -1,7 +1,7 @@
 """The jobs, one a file; each is a command, and a function for code of one's own.
 
-Before any of them is imported, the package that they are made of must be the one beside them: a
-`pipeline.py` in the current folder or on PYTHONPATH is refused in one line, and is not run.
+Before any of them is imported, their package must be the one beside them: a `pipeline.py` in the
+current folder or on PYTHONPATH is refused in one line, and is not run.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _refuse_foreign_package() -> None:
 
 
 def _end_at_once(number: int, _: Any) -> None:
-    """Leave on a signal in one line while modules are imported, which takes a second."""
+    """Leave on a signal in one line while modules are imported, for about a second."""
     how = "interrupted" if number == signal.SIGINT else "terminated"
     os.write(2, f"clipseg-ray: error: {how}\n".encode())
     os._exit(128 + number)

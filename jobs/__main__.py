@@ -57,7 +57,7 @@ def main() -> int:
 
 
 def run() -> None:
-    """Run the command, and end the process without the second that tearing it down takes."""
+    """Run the command, and end the process without the second of tearing it down."""
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()

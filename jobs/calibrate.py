@@ -73,7 +73,7 @@ def calibrate(config: CalibrateConfig) -> None:
 
 
 def describe(counted: Calibration, choices: list[Choice], truth: Truth) -> list[str]:
-    """Lines that say what was chosen from what, and what it gains."""
+    """Lines on the choice, its source and its gain."""
     lines = [
         f"thresholds and presence gates chosen by clipseg-ray calibrate on {counted.chosen_on:,} "
         f"images of {truth.source}; figures of the {counted.held_out:,} other images:",

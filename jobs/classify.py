@@ -123,7 +123,7 @@ def open_for_table(
     """Open the classifier of a table's own model, under --model if given.
 
     Prints one line if the run of the table is not finished. Raises UsageError for the vectors of
-    another model, and for one that cannot be loaded.
+    another model, and for an unloadable one.
     """
     try:
         classifier = infer.open_classifier(config.model or table.model, config, on_progress=encoded)

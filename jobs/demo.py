@@ -2,8 +2,8 @@
 
     python -m jobs.demo DIR
 
-`clipseg-ray demo` is the same. It writes the bundled shards into DIR, and runs the commands that it
-prints, in this process.
+`clipseg-ray demo` is the same. It writes the bundled shards into DIR, then prints and runs each
+command, in this process.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ your own images, with a model from the hub:
 
 
 def write_once(uri: str, data: bytes) -> None:
-    """Write a file that is not there, and leave it as it is where it is: a run knows its version.
+    """Write a missing file, and leave an existing one as it is: a run knows its version.
 
     Raises UsageError for a file of other content.
     """

@@ -3,7 +3,7 @@
     python -m jobs.evaluate RUN|LABELS --ground-truth coco.json --output evaluation
 
 `clipseg-ray evaluate` is the same. It runs in this process, without Ray, model and torch, in memory
-that does not depend on the number of images; docs/evaluate.md says what the figures are.
+independent of the number of images; docs/evaluate.md says what the figures are.
 """
 
 from __future__ import annotations

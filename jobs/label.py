@@ -66,7 +66,7 @@ def label(config: LabelConfig) -> None:
 def segment_images(config: LabelConfig) -> None:
     """Keep the maps of images, in a run of `segment`, before they are cut.
 
-    Raises UsageError, before, where the labels could not be written.
+    Raises UsageError, before, if the labels could not be written.
     """
     output, asked = storage.check_uri(config.output), config.of_images()
     if read_run(storage.check_uri(config.input)) is not None:
@@ -83,7 +83,7 @@ def segment_images(config: LabelConfig) -> None:
 
 
 def stream(cut: CutAnnotations, run: Run, engine: Engine) -> Dataset:
-    """The chain over the shards that are left to do."""
+    """The chain over the shards left to do."""
     read = ReadKeptMaps(cut.wanted, vectors=bool(cut.text_vectors))
     write = WriteFragments(run.first.ledger, cut, ["annotations"])
     return (
@@ -94,7 +94,7 @@ def stream(cut: CutAnnotations, run: Run, engine: Engine) -> Dataset:
 
 
 def tell_unfinished(kept: KeptMaps) -> None:
-    """Say in one line where the run is not finished."""
+    """Say so in one line if the run is not finished."""
     if kept.unfinished:
         said = "shards that it lacks get no labels until this command is run again"
         tell([f"clipseg-ray label: {kept.output}: its run is not finished; {said}"])

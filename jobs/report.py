@@ -3,7 +3,7 @@
     python -m jobs.report RUN
 
 where RUN is the OUTPUT of segment, label, embed or classify, which write RUN/report/index.html when
-they end. `clipseg-ray report` is the same. The page is one file that loads nothing; without Ray.
+they end. `clipseg-ray report` is the same. The page is one self-contained file; without Ray.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 `clipseg-ray retry-failed` is the same. The job runs with the options in OUTPUT/_run.json and does
 not read its other shards. The rows of a shard are missing from the tables until it is finished;
-nothing is deleted before it is known that the job can run.
+nothing is deleted before the job is known to run.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Choose the images of labels that are worth a person's time.
+"""Choose the images of labels worth a person's time.
 
     python -m jobs.review LABELS --top 200 --format labelstudio --output review
 
 LABELS is the output of `clipseg-ray label`. `clipseg-ray review` is the same. It runs in this
-process, without Ray, model and torch; docs/review.md says by which criteria it chooses.
+process, without Ray, model and torch; docs/review.md names the criteria.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def review(config: ReviewConfig) -> None:
 
 
 def find_groups(config: ReviewConfig, kept: KeptMaps, folder: str) -> Groups | None:
-    """Groups of near-duplicates: those that are named, or those of the run's embeddings."""
+    """Groups of near-duplicates: those of a file, or those of the run's embeddings."""
     if config.duplicates:
         return read_groups(config.duplicates, "--duplicates")
     if not kept.embedded:
@@ -87,7 +87,7 @@ def facts_of(found: Review) -> Only:
 
 
 def write_page(labels: str, found: Review, file: str) -> None:
-    """Draw the chosen images, and say which have no picture."""
+    """Draw the chosen images, and name those without a picture."""
     page, missing = draw_review(labels, found)
     storage.write_bytes(file, page.encode())
     print(f"  {file}")

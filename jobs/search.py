@@ -7,7 +7,7 @@ together are one query: `--text "a street" --image photo.jpg --minus cars`; `--q
 many in one pass.
 
 `clipseg-ray search` is the same. A table is searched in this process, by a thread a CPU; a large
-one, where RAY_ADDRESS names a cluster, by Ray tasks there.
+one, if RAY_ADDRESS names a cluster, by Ray tasks there.
 """
 
 from __future__ import annotations

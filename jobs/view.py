@@ -3,7 +3,7 @@
     python -m jobs.view RUN --prompt "a cat" --sort uncertain --output view.html
 
 where RUN is the OUTPUT of `clipseg-ray segment`. `clipseg-ray view` is the same. The page is one
-file that loads nothing; without Ray.
+self-contained file; without Ray.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class Gain:
 
 
 def is_chosen_on(shard: str, key: str) -> bool:
-    """Whether an image is of the half on which thresholds are chosen."""
+    """Whether an image is of the half for choosing thresholds."""
     digest = hashlib.sha256(f"{shard}\0{key}".encode("utf-8", "surrogatepass")).digest()
     return digest[0] < 128
 
@@ -108,8 +108,8 @@ class Calibration:
     def choose(self) -> list[Choice]:
         """For each class the threshold and gate of the best IoU, summed over images.
 
-        Among those within NEAR of it, the ones that find an absent class in the fewest images, of
-        these the best, of these the lowest gate. A class that is nowhere keeps what it has.
+        Among those within NEAR of it: fewest images with the absent class found, then best, then
+        lowest gate. A class present in no image keeps its values.
         """
         tp, fp = (_above(self._pixels[i]) for i in (1, 0))  # (K, G, T)
         total = self._pixels[1].sum((1, 2))[:, None, None]
@@ -136,8 +136,8 @@ class Calibration:
         return choices
 
     def gains(self, choices: list[Choice]) -> dict[str, Gain]:
-        """Mean IoU over the classes that are there, and the share of images in which an absent
-        class is found, on the other half."""
+        """Mean IoU over the classes present, and the share of images with an absent class found, on
+        the other half."""
         counts, absent = self._held_counts(choices)
         there = (counts[0, :, :, 0] + counts[0, :, :, 2] > 0).any(0)
         counts, images = counts[:, :, there], counts.shape[1]
@@ -168,7 +168,7 @@ class Calibration:
 
 
 def _counts_at(pixels: np.ndarray, at: np.ndarray, passed: np.ndarray) -> np.ndarray:
-    """tp, fp, fn (N, K, 3) of histograms (N, K, 2, B) at a threshold each, (K,), where the gate is
+    """tp, fp, fn (N, K, 3) of histograms (N, K, 2, B) at a threshold each, (K,), if the gate is
     passed, (N, K)."""
     above = np.arange(BINS) > at[:, None]  # (K, B)
     fp, tp = ((pixels[:, :, i] * above).sum(-1) * passed for i in (0, 1))

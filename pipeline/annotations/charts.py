@@ -38,10 +38,10 @@ def curve(
 def histogram(
     caption: str, counts: Sequence[int], span: tuple[float, float], *, limit: float | None = None
 ) -> str:
-    """Bars whose heights are the square roots of the counts, so that few beside many are seen.
+    """Bars with heights by the square root of the counts, to show few beside many.
 
-    `span`: values at the two ends of the axis; `limit`: where a line is drawn, with other colours
-    of the bars beyond it.
+    `span`: values at the two ends of the axis; `limit`: position of a line, with other colours of
+    the bars beyond it.
     """
     left, top = 4, 14
     low, high = span

@@ -1,7 +1,7 @@
-"""Finished tables of masks -> the few images that are worth a look, and their masks.
+"""Finished tables of masks -> the few images worth a look, and their masks.
 
-Columns without the masks themselves tell which; of the chosen images alone the masks are read. Of a
-run with many shards some are looked at, spread evenly over them.
+Columns without the masks themselves decide; of the chosen images alone the masks are read. Of a run
+with many shards some are looked at, spread evenly over them.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def _rank_part(
 ) -> Iterator[Candidate]:
     """The best images of each row group of a part; its rows stand in the order of the images.
 
-    `only`: values of columns that rows must have.
+    `only`: required values of columns.
     """
     with open_part(uri) as parquet:
         for group in range(parquet.num_row_groups):
@@ -219,7 +219,7 @@ def _mask(row: dict[str, Any]) -> Mask:
 
 
 def rows_of(uri: str, rows: Collection[int], columns: list[str]) -> Iterator[dict[str, Any]]:
-    """Columns of some rows of a part, by their number: of the row groups alone that hold them."""
+    """Columns of some rows of a part, by their number, read from their row groups alone."""
     wanted = sorted(rows)
     with open_part(uri) as parquet:
         at = parquet.schema_arrow.names.index("row")  # no column in front of it has several leaves

@@ -2,7 +2,7 @@
 
     {"categories": [...], "images": [...], "annotations": [...]}
 
-Every mask is an RLE, which keeps holes and parts; ids begin at 1, as COCOeval leaves annotation 0
+Every mask is an RLE, to keep holes and parts; ids begin at 1, as COCOeval leaves annotation 0
 without a match; iscrowd is 0, as trainers drop the rest.
 """
 

@@ -86,7 +86,7 @@ class SheetRow:
 def write_contact_sheet(
     file: str, output: str, shards: Sequence[Shard], max_pixels: int, total: int
 ) -> None:
-    """Draw the contact sheet of a run into a file of the format that its suffix names.
+    """Draw the contact sheet of a run into a file, in the format of its suffix.
 
     `total`: images of the run. Raises StorageError.
     """
@@ -105,9 +105,9 @@ def contact_sheet(
     max_images: int = 8,
     max_prompts: int = 6,
 ) -> Image.Image:
-    """Draw a few images in which something was found, spread over the shards, from the tables in
-    the folder `output` and the images in their shards. Images that cannot be read (any more) are
-    grey. The title says how many of `total` there are, and which prompts are left out.
+    """Draw a few images with something found, spread over the shards, from the tables in the folder
+    `output` and the images in their shards. Unreadable images are grey. The title tells their
+    number of `total`, and the prompts left out.
 
     Holds one decoded image of at most `max_pixels` at a time. Raises StorageError.
     """
@@ -138,8 +138,7 @@ def _choose(masks: Parts, count: int) -> list[Candidate]:
 
 
 def _choose_prompts(images: Sequence[ChosenImage], count: int) -> set[int]:
-    """The ids of the prompts that found most in these images; the first of those that found as
-    much."""
+    """The ids of the prompts found most often in these images; of equal ones the first."""
     found: Counter[int] = Counter()
     for mask in (mask for image in images for mask in image.masks):
         found[mask.prompt_id] += mask.share > 0
@@ -173,7 +172,7 @@ def _rows(
 
 
 def _thumbnails(shard: Shard, rows: set[int], max_pixels: int) -> dict[int, Image.Image]:
-    """The wanted rows that can be read, at the cell's size; reads no further than needed."""
+    """The wanted rows as far as readable, at the cell's size; reads no further than needed."""
     found: dict[int, Image.Image] = {}
     for row, sample in read_rows(shard, rows):
         with contextlib.suppress(RowError):
@@ -222,7 +221,7 @@ def _draw_row(row: SheetRow) -> Image.Image:
 
 
 def _note(text: str, size: tuple[int, int]) -> Image.Image:
-    """A grey picture of `size` that says why there is nothing to see."""
+    """A grey picture of `size` with the reason for the missing image."""
     height, width = size
     picture = Image.new("RGB", (width, height), (232, 233, 236))
     _text(picture, (10, max(0, height // 2 - LINE_PX // 2)), text, width=width - 20, faded=True)

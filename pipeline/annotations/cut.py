@@ -1,8 +1,8 @@
 """Kept probability maps of an image and an ontology -> annotations. No model, no torch.
 
 For each class: the largest of its prompts' maps, resized to the image; the pixels above its
-threshold that beat its negatives; of these, the pixels that other classes leave it; small holes
-filled; connected parts, each an annotation. Logits are interpolated, as the masks' own were.
+threshold and its negatives; of these, the pixels left by other classes; small holes filled;
+connected parts, each an annotation. Logits are interpolated, as the masks' own were.
 
 Shapes: K prompts of a class, h and w the map, H and W the image, n and m a window of the image.
 Arrays of the image are transposed, (W, H): COCO's RLE goes down the columns.
@@ -39,7 +39,7 @@ class Asked:
 
 @dataclass(frozen=True, kw_only=True)
 class _Found:
-    """Where a class is in an image, before other classes have their share."""
+    """Region of a class in an image, before other classes have their share."""
 
     window: tuple[slice, slice]
     """Columns and rows of the image."""
@@ -52,7 +52,7 @@ class _Found:
 
 
 def ask(ontology: Ontology, prompt_ids: Mapping[str, int]) -> list[Asked]:
-    """The classes with their prompts' ids in a run; KeyError for a prompt that is not there."""
+    """The classes with their prompts' ids in a run; KeyError for a missing prompt."""
     return [
         Asked(
             class_id=class_id,
@@ -70,9 +70,8 @@ def cut_image(
     """The annotations of one image, in the order of the classes and, in a class, of the columns.
 
     maps: by prompt_id, (h, w) uint8, round(255 * probability); size: of the image; asked: the
-    classes of the ontology, without those that are absent. Each dict has
-    the columns of schema.ANNOTATIONS but for the ids of the row. Peak memory is 36 bytes a pixel,
-    whatever the number of classes.
+    classes of the ontology, without absent ones. Each dict has the columns of schema.ANNOTATIONS
+    but for the ids of the row. Peak memory is 36 bytes a pixel, whatever the number of classes.
     """
     rows: list[dict[str, Any]] = []
     found: dict[int, _Found] = {}
@@ -92,7 +91,7 @@ def presence_of(each: Asked, maps: Mapping[int, np.ndarray]) -> float:
 
 
 def _find(each: Asked, maps: Mapping[int, np.ndarray], size: tuple[int, int]) -> _Found | None:
-    """Where the class is, or None where it is nowhere."""
+    """Region of the class, or None if it is nowhere."""
     if presence_of(each, maps) < each.of.presence:
         return None
     level = logit(each.of.threshold)
@@ -127,9 +126,9 @@ def _find(each: Asked, maps: Mapping[int, np.ndarray], size: tuple[int, int]) ->
 def _share(
     asked: list[Asked], maps: Mapping[int, np.ndarray], size: tuple[int, int], *, by_priority: bool
 ) -> tuple[np.ndarray, dict[int, _Found]]:
-    """(W, H) int16: the class that has each pixel, -1 for the background.
+    """(W, H) int16: the class of each pixel, -1 for the background.
 
-    Of the classes that pass there, the one of the highest priority, of these the most probable, of
+    Of the classes passing there, the one of the highest priority, of these the most probable, of
     these the first. With it, by class_id, what was found of the classes, as far as _KEPT_PX go.
     """
     owner = np.full(size[::-1], -1, np.int16)
@@ -161,7 +160,7 @@ def _annotations(
     owner: np.ndarray | None,
     instances: bool,
 ) -> Iterator[dict[str, Any]]:
-    """The parts of a class, or the class as a whole; those that are too small are left out."""
+    """The parts of a class, or the class as a whole; too small ones are left out."""
     inside, free = one.inside, None
     if owner is not None:
         inside, free = owner[one.window] == each.class_id, owner[one.window] == -1
@@ -206,7 +205,7 @@ def label_parts(inside: np.ndarray) -> np.ndarray:
 def fill_holes(inside: np.ndarray, largest: int, free: np.ndarray | None) -> np.ndarray:
     """A mask (n, m) bool with its holes of at most `largest` pixels filled, where it is `free`.
 
-    A hole is a 4-connected part of the rest that the edge of the array does not touch.
+    A hole is a 4-connected part of the rest, not touching the edge of the array.
     """
     holes, count = ndimage.label(~inside)
     small = np.bincount(holes.ravel(), minlength=count + 1) <= largest

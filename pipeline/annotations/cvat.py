@@ -18,7 +18,7 @@ from pipeline.annotations.xml_text import xml_text
 
 
 class WriteCvat:
-    """One XML a split, and the labels that the task must have."""
+    """One XML a split, and the labels needed in the task."""
 
     def __init__(self, dest: Destination, classes: list[Class], splits: list[str]):
         self._dest = dest

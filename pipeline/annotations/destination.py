@@ -1,4 +1,4 @@
-"""The folder of an export: who may write into it, small files side by side, large ones by and by.
+"""The folder of an export: claimed for it, small files side by side, large ones by and by.
 
 DEST/_export.json     what was asked for, and whether all of it is there
 DEST/_images.parquet  for each image its file name, split, shard, row, key and member
@@ -27,12 +27,12 @@ class Destination:
     """Writes files below a folder; use it in a `with` block.
 
     A file appears whole. The marker is written first, and again by `finish`: a folder without
-    {"status": "complete"} in it is an export that was stopped.
+    {"status": "complete"} in it is a stopped export.
     """
 
     def __init__(self, folder: str, asked: dict[str, Any]):
-        """`asked`: what decides the files. Raises UsageError for a folder that holds other files
-        than those of the same export, not yet complete."""
+        """`asked`: what decides the files. Raises UsageError for a folder with files other than
+        those of the same export, not yet complete."""
         self.folder = storage.check_uri(folder)
         self._asked = asked
         self._pending: deque[tuple[int, Future[None]]] = deque()
@@ -81,7 +81,7 @@ class Destination:
         self.publish_path(name, Path(stream.name))
 
     def discard(self, name: str) -> None:
-        """End a stream that was only needed meanwhile."""
+        """End a temporary stream without publishing it."""
         stream = self._streams.pop(name)
         stream.close()
         Path(stream.name).unlink()
@@ -92,7 +92,7 @@ class Destination:
         path.unlink()
 
     def local_path(self, name: str) -> Path:
-        """Where to write a local file for publish_path."""
+        """Path of a local file to write for publish_path."""
         return self._temporary.path / name
 
     def finish(self, counts: dict[str, Any]) -> None:

@@ -53,7 +53,7 @@ class Episode:
 
 @dataclass(kw_only=True)
 class Fold:
-    """Samples whose figures belong together."""
+    """Samples evaluated together."""
 
     name: str
     episodes: Callable[[], Iterator[Episode]]
@@ -195,7 +195,7 @@ def _pad_void(truth: np.ndarray) -> np.ndarray:
 
 
 def _list_coco(folder: Path) -> dict[int, list[Pair]]:
-    """The images with each class (0 to 79). HSNet's own lists are pickles, which are not read."""
+    """The images with each class (0 to 79). HSNet's own lists are pickles, and not read."""
     masks = folder / "annotations" / "val2014"
     files = sorted(masks.glob("*.png"))
     if not files:

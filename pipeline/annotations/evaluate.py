@@ -1,7 +1,7 @@
 """Predictions and ground truth -> figures, in one pass: histograms whatever the number of images.
 
-Every image with ground truth counts with every class that both know, whether the class is there or
-not. An image whose ground truth has another shape is left out and told.
+Every image with ground truth counts with every class known to both, present or not. An image with
+ground truth of another shape is left out and reported.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SHOWN = 3
 
 @dataclass(kw_only=True)
 class ClassCounts:
-    """All that remains of the images for one class."""
+    """Counts of all images for one class."""
 
     name: str
     threshold: float | None
@@ -92,7 +92,7 @@ class Evaluation:
 def evaluate_run(
     predictions: Predictions, truth: Truth, on_image: Callable[[], None] = lambda: None
 ) -> Evaluation:
-    """Count every image that has ground truth. Raises UsageError where none has, JobError."""
+    """Count every image with ground truth. Raises UsageError if none has any, JobError."""
     class_ids = shared_classes(predictions, truth)
     result = Evaluation(
         classes=[
@@ -134,7 +134,7 @@ def _add_instances(
 
 
 def shared_classes(predictions: Predictions, truth: Truth) -> list[int]:
-    """The indices of the classes that the truth has, too. Raises UsageError without any."""
+    """The indices of the classes shared with the truth. Raises UsageError without any."""
     known = set(truth.classes)
     found = [i for i, name in enumerate(predictions.classes) if name in known]
     if not found:
@@ -196,7 +196,7 @@ class Matched:
 
 
 def summarize(result: Evaluation) -> list[dict[str, Any]]:
-    """A row for each class, then one over all whose class is None; NaN where nothing is known."""
+    """A row for each class, then one over all, with class None; NaN for an unknown figure."""
     rows = [_describe(counts, result) for counts in result.classes]
     total = ClassCounts(name="", threshold=None)
     for counts in result.classes:

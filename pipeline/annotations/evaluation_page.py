@@ -1,4 +1,4 @@
-"""An evaluation -> a table for a terminal, a Parquet file, and an HTML page that loads nothing.
+"""An evaluation -> a table for a terminal, a Parquet file, and a self-contained HTML page.
 
 Names of classes are whatever the data holds: see html.py. Plots are inline SVG.
 """
@@ -74,7 +74,7 @@ def _known(value: Any) -> Any:
 
 
 def describe_rows(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The table as lines of text, without columns of which nothing is known."""
+    """The table as lines of text, without columns of unknown figures."""
     names = _known_columns(rows)
     cells = [[_COLUMNS[n] for n in names], *([_show(row, n) for n in names] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(names))]

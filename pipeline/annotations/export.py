@@ -101,8 +101,8 @@ def export_labels(
 ) -> Account:
     """Write the export of a config; `on_image` is called for each image with their number, or 0.
 
-    `only`: these images alone. An export that is finished is left as it is. Raises UsageError,
-    JobError, StorageError.
+    `only`: these images alone. A finished export is left as it is. Raises UsageError, JobError,
+    StorageError.
     """
     labels, dest = storage.check_uri(config.labels), storage.check_uri(config.dest)
     record, parts = open_labels(labels)
@@ -145,7 +145,7 @@ def export_labels(
 def _asked(
     config: ExportConfig, labels: str, record: dict[str, Any], only: Only | None
 ) -> dict[str, Any]:
-    """Everything that decides the files of an export."""
+    """Everything deciding the files of an export."""
     options = {name: getattr(config, name) for name in ("format", "images", "split", "counts")}
     group = config.group
     if group and group not in GROUP_COLUMNS:

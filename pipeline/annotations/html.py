@@ -1,4 +1,4 @@
-"""The shell of every page: one HTML file that loads nothing, and runs at most a script of ours.
+"""The shell of every page: one HTML file, self-contained, with at most a script of ours.
 
 Names are whatever the data holds: all text is escaped, and the page's policy lets in no other style
 and script than those of these hashes, and no pictures but the page's own.

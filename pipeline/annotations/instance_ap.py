@@ -1,7 +1,7 @@
 """COCO's average precision of instances, image by image.
 
-Each image is matched by pycocotools. Of a detection remain 12 bytes, so that memory does not grow
-with images or masks; they are put together as COCOeval.accumulate does.
+Each image is matched by pycocotools. Of a detection remain 12 bytes: memory does not grow with
+images or masks. They are put together as COCOeval.accumulate does.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class InstanceAP:
         self._ignored.extend((np.asarray(result["dtIgnore"], bool).T @ bits).tolist())
 
     def value(self) -> np.ndarray:
-        """(10,) at each of IOUS; NaN where the truth has no instance."""
+        """(10,) at each of IOUS; NaN if the truth has no instance."""
         if not self.truths:
             return np.full(len(IOUS), np.nan)
         order = np.argsort(-np.asarray(self._scores), kind="mergesort")

@@ -1,8 +1,8 @@
-"""The probability maps that a run of `segment` kept, as an input: shards, and records of images.
+"""The probability maps kept by a run of `segment`, as an input: shards, and records of images.
 
-A shard is one that the run was made of (see run.finished): its parts of `images`, of
-`probabilities`, those of prompts that were added later among them, and of `errors`. So labels have
-the rows, and the errors, that the images have.
+A shard is one of the run's own input (see run.finished): its parts of `images`, of `probabilities`,
+with those of later added prompts, and of `errors`. So labels have the rows and the errors of the
+images.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ class KeptMaps:
         return {name: i for i, name in enumerate(self.prompts)}
 
     def facts(self) -> dict[str, Any]:
-        """Facts of the run that decide the labels, beside its parts."""
+        """Facts of the run deciding the labels, beside its parts."""
         known = {n: self.fingerprint.get(n) for n in ("weights_hash", "keep_probabilities")}
         finer = {n: self.fingerprint[n] for n in FINE if n in self.fingerprint}
         return {"maps": known | finer}
 
 
 def open_kept_maps(source: str) -> KeptMaps:
-    """The run in a folder. Raises UsageError where there is none, or it kept no maps."""
+    """The run in a folder. Raises UsageError without one, or if it kept no maps."""
     output = storage.check_uri(source)
     record = read_run(output)
     if record is None:
@@ -96,7 +96,7 @@ def open_kept_maps(source: str) -> KeptMaps:
 
 class ReadKeptMaps:
     """The read stage: rows of shard_to_row -> schema.KEPT_MAPS, with the maps of `wanted` prompts
-    in that order, and with the images' embeddings if `vectors`."""
+    in their order, and with the images' embeddings if `vectors`."""
 
     def __init__(self, wanted: Sequence[int], *, vectors: bool = False):
         self.wanted, self.vectors = list(wanted), vectors
@@ -109,11 +109,10 @@ class ReadKeptMaps:
 def read_kept_maps(
     shard: Shard, wanted: list[int], *, vectors: bool = False, batch_bytes: int = BATCH_BYTES
 ) -> Iterator[pa.Table]:
-    """The images of a shard with their maps, then those that failed, then the end record.
+    """The images of a shard with their maps, then failed ones, then the end record.
 
-    An image without a map of every wanted prompt fails as no_map, one without the embedding that
-    is wanted as no_vector; otherwise as read_finished has
-    it. Raises CredentialsError.
+    An image without a map of every wanted prompt fails as no_map, one without a wanted embedding as
+    no_vector; otherwise as read_finished has it. Raises CredentialsError.
     """
 
     def read(parts: list[str]) -> Iterator[pa.Table]:
@@ -134,7 +133,7 @@ def read_kept_maps(
 def _records(parts: list[str], wanted: list[int], vectors: bool) -> Iterator[dict[str, Any]]:
     """The images of a shard, in order, of its parts of probabilities; without maps if one lacks.
 
-    Raises JobError and StorageError where a part is damaged or gone.
+    Raises JobError and StorageError for a damaged or missing part.
     """
     if not parts:
         return
@@ -177,7 +176,7 @@ def _with_maps(
 
 
 def _stream(uri: str, wanted: set[int]) -> Iterator[dict[str, Any]]:
-    """The rows of a part that are of wanted prompts, sorted by row as they are."""
+    """The rows of a part for wanted prompts, sorted by row as they are."""
     with open_part(uri) as parquet:
         groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
         size_bytes, rows = (sum(g.total_byte_size for g in groups), parquet.metadata.num_rows)

@@ -26,7 +26,7 @@ class CutAnnotations:
     """schema.KEPT_MAPS of one shard -> rows of `images` and of `annotations`.
 
     `prompt_ids`: of every prompt in the run, by name. The maps of a record are those of `wanted`,
-    in its order. `vectors`: the embedding of each prompt, (P, E), where a class has a clip_score.
+    in its order. `vectors`: the embedding of each prompt, (P, E), if a class has a clip_score.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class CutAnnotations:
         return [record | row for row in found]
 
     def _is_absent(self, each: Asked, vector: np.ndarray) -> bool:
-        """Whether the embedding of an image, of length 1, says that a class is not in it."""
+        """Whether a class is absent from an image, by the image's embedding of length 1."""
         text = self.text_vectors.get(each.class_id)
         return text is not None and float(vector @ text) < (each.of.clip_score or 0)
 
@@ -89,8 +89,8 @@ def refuse_missing_prompts(
 ) -> None:
     """Raise UsageError, naming class and field, for what the maps of a run cannot give.
 
-    names: of the run's prompts; recipes: of those that are no phrase alone, as
-    config.prompt.recipes has them.
+    names: of the run's prompts; recipes: of those beyond a phrase alone, as config.prompt.recipes
+    has them.
     """
     there = set(names)
     for each in ontology.classes:
@@ -111,7 +111,7 @@ def refuse_missing_prompts(
 
 
 def refuse_missing_vectors(ontology: Ontology, run: str, *, embedded: bool) -> bool:
-    """Whether a class has a clip_score. Raises UsageError where the run has no embeddings then."""
+    """Whether a class has a clip_score. Raises UsageError if the run then has no embeddings."""
     asked = [each for each in ontology.classes if each.clip_score is not None]
     if asked and not embedded:
         raise UsageError(
@@ -123,7 +123,7 @@ def refuse_missing_vectors(ontology: Ontology, run: str, *, embedded: bool) -> b
 
 
 def _field(each: OntologyClass, prompt: Prompt) -> str:
-    """The field of a class that a prompt of it comes from."""
+    """The field of a class giving one of its prompts."""
     if prompt not in each.prompts:
         return "negatives"
     if prompt.examples and each.combine == "max":
@@ -151,7 +151,7 @@ def _count_part(file: FileInfo) -> dict[int, int]:
 
 
 def describe_classes(counts: Mapping[int, int], ontology: Ontology) -> list[str]:
-    """A line for each class with its number of annotations; a warning where there is none."""
+    """A line for each class with its number of annotations; a warning for one without any."""
     lines = []
     for class_id, each in enumerate(ontology.classes):
         count = counts.get(class_id, 0)

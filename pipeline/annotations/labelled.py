@@ -1,6 +1,6 @@
 """A finished table of annotations, image by image: what every export reads.
 
-Parts are read one after the other, batch by batch, so that memory does not grow with the table.
+Parts are read one after the other, batch by batch, in memory independent of the table's size.
 Shapes: H and W of the upright image.
 """
 
@@ -85,10 +85,10 @@ _COLUMNS = ["row", *(n for n in Instance.__dataclass_fields__ if n != "class_nam
 
 
 def open_labels(labels: str) -> tuple[dict[str, Any], list[str]]:
-    """The record of a finished run that made annotations, and its parts of `images`, sorted.
+    """The record of a finished run with annotations, and its parts of `images`, sorted.
 
-    Raises UsageError where there is none or it is not finished, JobError where annotations have no
-    images beside them, StorageError.
+    Raises UsageError for a missing or unfinished one, JobError for annotations without images
+    beside them, StorageError.
     """
     record = read_run(labels)
     if record is None:
@@ -104,7 +104,7 @@ def open_labels(labels: str) -> tuple[dict[str, Any], list[str]]:
 
 
 def read_classes(labels: str) -> list[Class]:
-    """The classes of the ontology, in its order. Raises UsageError where the record has none."""
+    """The classes of the ontology, in its order. Raises UsageError if the record has none."""
     record = read_run(labels) or {}
     try:
         found = record["fingerprint"]["ontology"]["classes"]
@@ -127,8 +127,8 @@ def read_labels(
 ) -> Iterator[LabelledImage]:
     """The images of one part, or those of some rows, in order, each with its annotations.
 
-    Raises JobError where rows are out of order, an annotation has no image, its mask another size
-    than the image, or its class is none of so many.
+    Raises JobError for rows out of order, and for an annotation without an image, with a mask of
+    another size than the image, or with a class out of range.
     """
     annotations = _read(storage.join(labels, "annotations", part), _COLUMNS, optional=True)
     ahead = next(annotations, None)

@@ -29,7 +29,7 @@ def label_map(
 ) -> LabelMap:
     """One number a pixel, each from 1 to below the largest of the integer type `kind`.
 
-    Instances with one number may overlap; where those of two do, the pixel is void.
+    Instances with one number may overlap; a pixel of two numbers is void.
     """
     void = np.iinfo(kind).max
     pixels: np.ndarray = np.zeros(size, kind)
@@ -44,7 +44,7 @@ def label_map(
 
 
 def encode_png(pixels: np.ndarray, palette: Sequence[int] = ()) -> bytes:
-    """A PNG of one channel: (H, W) uint8 or uint16; of mode P where there is a palette."""
+    """A PNG of one channel: (H, W) uint8 or uint16; of mode P if there is a palette."""
     image = Image.fromarray(pixels)
     if palette:
         image.putpalette(list(palette))

@@ -1,7 +1,7 @@
 """The metrics of CLIPSeg's own evaluation (its metrics.py), from histograms of probabilities.
 
-A pixel of probability p falls into the bin of the number of THRESHOLDS below p, so that counts at
-all thresholds come from one pass and need no image twice. Letters: K classes, B bins, T thresholds.
+A pixel of probability p falls into the bin of the number of THRESHOLDS below p: counts at all
+thresholds come from one pass and need no image twice. Letters: K classes, B bins, T thresholds.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ def find_bins(probabilities: np.ndarray) -> np.ndarray:
 
 
 def count_bins(bins: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """(2, B) int64: pixels in each bin that are not of the class, and that are (truth: bool)."""
+    """(2, B) int64: pixels in each bin, outside the class and of it (truth: bool)."""
     return np.bincount(bins + BINS * truth, minlength=2 * BINS).reshape(2, BINS)
 
 
 def count_at_thresholds(off: np.ndarray, on: np.ndarray) -> Counts:
-    """Histograms (..., B) of pixels that are not of the class, and that are -> counts (..., T)."""
+    """Histograms (..., B) of pixels outside the class and of it -> counts (..., T)."""
     fn, tn = on.cumsum(-1)[..., :-1], off.cumsum(-1)[..., :-1]
     return Counts(on.sum(-1)[..., None] - fn, off.sum(-1)[..., None] - tn, fn, tn)
 
@@ -60,7 +60,7 @@ def binary_iou(counts: Counts) -> np.ndarray:
 
 
 def precision_recall(counts: Counts) -> tuple[np.ndarray, np.ndarray]:
-    """Recall and precision, distinct pairs sorted, at thresholds (T,) that any pixel passes."""
+    """Recall and precision, distinct pairs sorted, at thresholds (T,) passed by any pixel."""
     passed = counts.tp + counts.fp
     recall = counts.tp / (1 + counts.tp + counts.fn)
     precision = counts.tp / (1 + passed)
@@ -69,13 +69,13 @@ def precision_recall(counts: Counts) -> tuple[np.ndarray, np.ndarray]:
 
 
 def average_precision(counts: Counts) -> float:
-    """Simpson's integral of the precision over the recall; NaN where no pixel passes."""
+    """Simpson's integral of the precision over the recall; NaN if no pixel passes."""
     recall, precision = precision_recall(counts)
     return float(simpson(precision, x=recall)) if len(recall) else float("nan")
 
 
 def find_boundary(mask: np.ndarray) -> np.ndarray:
-    """Pixels of a mask (n, m) bool that lie within the boundary's width of its edge.
+    """Pixels of a mask (n, m) bool within the boundary's width of its edge.
 
     Outside the image is no mask, as in the boundary IoU of Cheng et al. 2021.
     """
@@ -93,7 +93,7 @@ def _extent(filled: np.ndarray) -> slice:
 
 
 def _erode(mask: np.ndarray, width: int, axis: int) -> np.ndarray:
-    """Where an array (n, m) is set from `width` before to `width` behind; outside is nothing."""
+    """Places of an array (n, m) set from `width` before to `width` behind; outside is nothing."""
     margins = [(0, 0), (0, 0)]
     margins[axis] = (width, width)
     run, length, wanted = np.pad(mask, margins), 1, 2 * width + 1

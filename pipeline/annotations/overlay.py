@@ -60,9 +60,9 @@ def describe_share(share: float) -> str:
 
 
 def colors_of(config: dict[str, Any]) -> dict[str, str]:
-    """The colour of each prompt whose class has one in the run's ontology, by prompt.
+    """The colours of prompts by the classes of the run's ontology, as far as these have one.
 
-    `config` as _run.json keeps it; no colours where the ontology cannot be read any more.
+    `config` as _run.json keeps it; no colours if the ontology is no longer readable.
     """
     file = config.get("ontology")
     if not isinstance(file, str):

@@ -42,7 +42,7 @@ class Pictures:
         self._shards = find_shards(self.source)
 
     def read(self, shard: str, rows: Sequence[int]) -> Iterator[tuple[int, Sample]]:
-        """The wanted rows in order. Raises JobError where the shard is gone or has changed."""
+        """The wanted rows in order. Raises JobError for a missing or changed shard."""
         if shard not in self._shards:
             raise JobError(f"{shard}: not in {self.source.source} any more; {HINT}")
         found: Shard = self._shards[shard]
@@ -51,7 +51,7 @@ class Pictures:
         yield from read_rows(found, rows)
 
     def encode(self, image: LabelledImage, sample: Sample) -> bytes:
-        """The bytes of an image's file. Raises JobError for one that cannot be read any more."""
+        """The bytes of an image's file. Raises JobError for one no longer readable."""
         where = f"{image.shard}: row {image.row}"
         if sample.reason:
             raise JobError(f"{where}: {sample.reason}: {sample.detail}; {HINT}")

@@ -2,8 +2,8 @@
 
     <split>/images/<name>.jpg  <split>/masks/<name>.png  <split>/metadata.jsonl  classes.json
 
-0 is background, then the classes from 1; 255 (65535 where there are more classes than 254) where
-two classes claim a pixel.
+0 is background, then the classes from 1; 255 (65535 with more classes than 254) for a pixel of two
+classes.
 """
 
 from __future__ import annotations

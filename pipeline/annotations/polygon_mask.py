@@ -1,4 +1,4 @@
-"""Polygon -> the pixels whose centres it holds, edges included: as skimage.draw.polygon2mask.
+"""Polygon -> the pixels with their centres inside it, edges included: as skimage.draw.polygon2mask.
 
 Pixel centres are whole numbers here. pycocotools and Pillow have other conventions.
 """
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def polygon_mask(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(H, W) bool, of the corners (N, 2) x, y of a polygon, which may cross itself (even-odd)."""
+    """(H, W) bool, of the corners (N, 2) x, y of a polygon, even one crossing itself (even-odd)."""
     mask = np.zeros(size, np.bool_)
     if len(points) and np.isfinite(points).all():
         # A centre on an edge is inside of one of the four: edges hold either of their ends, and
@@ -25,7 +25,7 @@ def polygon_mask(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _inside(points: np.ndarray, size: tuple[int, int], *, upper: bool, right: bool) -> np.ndarray:
-    """Where a row's number of crossings to the left is odd."""
+    """The places in a row with an odd number of crossings to the left."""
     height, width = size
     flips = np.zeros((height, width + 1), np.bool_)
     for (x0, y0), (x1, y1) in zip(points, np.roll(points, -1, axis=0), strict=True):

@@ -1,7 +1,7 @@
 """Masks -> polygons of one ring: holes are joined to the outer ring by seams.
 
-Vertices are pixel centres, as cv2.findContours gives them: cv2.fillPoly, which fills the pixels
-under the outline too, makes the same mask of them. Needs OpenCV, the extra `export`.
+Vertices are pixel centres, as cv2.findContours gives them: cv2.fillPoly fills the pixels under the
+outline too, and makes the same mask of them. Needs OpenCV, the extra `export`.
 
 Shapes: H and W of the mask; N vertices.
 """
@@ -18,7 +18,7 @@ FEWEST = 3  # vertices of a polygon
 
 
 def load_cv2() -> Any:
-    """OpenCV. Raises UsageError where it is not installed."""
+    """OpenCV. Raises UsageError if it is not installed."""
     try:
         import cv2
     except ImportError as error:
@@ -30,9 +30,9 @@ def load_cv2() -> Any:
 def trace_polygons(mask: np.ndarray) -> tuple[list[np.ndarray], int]:
     """The 8-connected parts of a mask, (H, W) uint8, as rings, (N, 2) int64 of x, y each.
 
-    A seam runs there and back between the two nearest points of a hole and what it is joined to,
-    so that it crosses nothing. Also returns how many parts have under FEWEST contour points, and
-    are left out: single pixels and straight lines.
+    A seam runs there and back between the two nearest points of a hole and the ring joined so far,
+    and crosses nothing. Also returns how many parts have under FEWEST contour points, and are left
+    out: single pixels and straight lines.
     """
     cv2 = load_cv2()
     found, tree = cv2.findContours(
@@ -62,7 +62,7 @@ def without_straight(ring: np.ndarray) -> np.ndarray:
 
 
 def _join(ring: np.ndarray, holes: list[np.ndarray]) -> np.ndarray:
-    """One ring of an outer ring and its holes, always the nearest of those that are left."""
+    """One ring of an outer ring and its holes, always the nearest of those left."""
     left = [(*_nearest(ring, hole), hole) for hole in holes]
     while left:
         index = min(range(len(left)), key=lambda i: left[i][0])

@@ -4,8 +4,8 @@ The three ways to the model's input of S x S, each from its own data set's code:
 
 stretch   bilinear with aligned corners, without antialiasing (phrasecut)
 pad       the longer side to S, both to multiples of 8, bilinear; black below or to the right;
-          what is not larger than S stays (pascal-5i: PFENet's test_Resize)
-resize    Pillow's bilinear, which is antialiased (coco-20i: torchvision's Resize)
+          an image up to S stays (pascal-5i: PFENet's test_Resize)
+resize    Pillow's bilinear, antialiased (coco-20i: torchvision's Resize)
 
 Example images come through infer.visual_prompt, at another scale than there: see its docstring.
 """
@@ -28,7 +28,7 @@ from pipeline.prepare.processor import ImageProcessor
 
 
 class Predict:
-    """A checkpoint that gives the probabilities of a sample."""
+    """Probabilities of a sample by a checkpoint."""
 
     def __init__(self, model: str, device: str):
         """`device`: auto, cpu or cuda. Raises CheckpointError, UsageError."""
@@ -75,7 +75,7 @@ def fit_image(image: Image.Image, fit: str, processor: ImageProcessor) -> Tensor
 
 
 def _fit_inside(height: int, width: int, side: int) -> tuple[int, int]:
-    """The size of an image whose longer side is at most `side`."""
+    """The size of an image shrunk to a longer side of at most `side`."""
     if max(height, width) <= side:
         return height, width
     ratio = side / max(height, width)

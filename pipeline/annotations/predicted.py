@@ -57,7 +57,7 @@ class Predicted:
 
 @dataclass(frozen=True, kw_only=True)
 class Predictions:
-    """A run that was opened."""
+    """An opened run."""
 
     source: str
     classes: list[str]
@@ -96,7 +96,7 @@ def _each_prompt(kept: KeptMaps) -> Ontology:
 
 
 def open_maps(kept: KeptMaps, ontology: Ontology) -> Predictions:
-    """The kept maps, by the classes of an ontology that the run has the prompts of."""
+    """The kept maps, by the classes of an ontology with all its prompts in the run."""
     if ontology.file != kept.output:
         refuse_missing_prompts(ontology, kept.output, kept.prompts, kept.recipes)
     asked = ask(ontology, kept.prompt_ids)
@@ -140,7 +140,7 @@ def find_class(maps: dict[int, np.ndarray], each: Asked, size: tuple[int, int]) 
     """A class in the maps of an image, by prompt_id: (h, w) uint8, round(255 * probability).
 
     As annotations.cut has it, before classes share the image: the largest of its prompts, logits
-    interpolated, 0 where a negative is as probable or the class's gate is not reached.
+    interpolated, 0 if a negative is as probable or the class's gate is not reached.
     """
 
     def resize(i: int) -> np.ndarray:

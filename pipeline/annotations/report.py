@@ -16,10 +16,10 @@ from pipeline.write.layout import REPORT_PAGE
 
 
 def end_with_report(run: Run) -> str | None:
-    """Write the report of a run that has just ended; the URI of the page, None without one.
+    """Write the report of a run at its end; the URI of the page, None without one.
 
-    A run that did nothing keeps the page it has. A report never fails a run: a line says why there
-    is none.
+    A run with nothing to do keeps its page. A report never fails a run: a line says why there is
+    none.
     """
     page = storage.join(run.output, REPORT_PAGE)
     if run.sample_s or run.record["config"]["run"]["only"]:  # made to be measured or compared

@@ -48,8 +48,8 @@ def write_report(
 ) -> Report:
     """Write the page of a run into a file.
 
-    `shards`: of its own input, where they are known already. Raises JobError, StorageError, and
-    UsageError for what is no run.
+    `shards`: of its own input, if known already. Raises JobError, StorageError, and UsageError for
+    what is no run.
     """
     if not isinstance(record.get("config"), dict) or not record.get("tables"):
         raise UsageError(f"{output}: its _run.json does not say what the run is")
@@ -77,7 +77,7 @@ def write_report(
 def _find_input(
     output: str, shards: Shards | None, moved_to: str | None
 ) -> tuple[Images | None, Shards]:
-    """Where the images are, and the shards that are there now; none where that is not known."""
+    """The input of the images, and its present shards; none if unknown."""
     try:
         source = find_images(output)
     except UsageError:
@@ -96,7 +96,7 @@ class _Reader:
         self.notes = [] if source and shards else [gone]
 
     def _choose(self, parts: dict[str, list[str]]) -> Shards:
-        """The shards whose images are looked at."""
+        """The shards to show images of."""
         some = choose_shards(parts, self.shards.values())
         if 0 < len(some) < len(parts) and not self.notes:
             self.notes.append(f"pictures are of {len(some):,} of {len(parts):,} shards")
@@ -148,7 +148,7 @@ def _known_classes(output: str, record: Mapping[str, Any]) -> list[str]:
 
 
 def _colors_of_classes(record: Mapping[str, Any]) -> dict[str, str]:
-    """The colour of each class of labels that has one, by name."""
+    """The colours of the classes of labels, by name, as far as they have one."""
     ontology = record.get("fingerprint", {}).get("ontology")
     classes = ontology.get("classes", []) if isinstance(ontology, dict) else []
     return {str(one["name"]): str(one["color"]) for one in classes if one.get("color")}

@@ -1,4 +1,4 @@
-"""A report -> its page: one HTML file that loads nothing, at most MOST_BYTES whatever the run.
+"""A report -> its page: one self-contained HTML file, at most MOST_BYTES whatever the run.
 
 Keys, prompts, captions and reasons are whatever the data holds: see html.py.
 """
@@ -63,7 +63,7 @@ class Report:
 
 
 def draw_report(report: Report) -> str:
-    """The page; without its pictures where it would be too large with them."""
+    """The page; without its pictures if too large with them."""
     page = _draw(report)
     if len(page.encode()) > MOST_BYTES:
         why = f"left out: the page would be larger than {MOST_BYTES // 1_000_000} MB"
@@ -333,7 +333,7 @@ def _speed(report: Report) -> str:
 
 
 def _stages(last: Mapping[str, Any]) -> str:
-    """Each stage's busy seconds, and the images that it does in one."""
+    """Each stage's busy seconds, and its images in one of them."""
     stages, images = last.get("stages"), last.get("images")
     if not isinstance(stages, dict) or not images:
         return ""

@@ -143,7 +143,7 @@ def draw_thumbnails(
     *,
     moved_to: str | None = None,
 ) -> dict[Place, bytes | str]:
-    """As draw_pictures, of plain images, of which some are `wanted` several times."""
+    """As draw_pictures, of plain images, some of them `wanted` several times."""
     room = budget_bytes // max(len(wanted), 1)
     plain = Row(key="", size=None)
     return read_wanted(

@@ -126,7 +126,7 @@ def _of_annotations(table: pa.Table) -> Rows:
 
 
 def _of_labels(table: pa.Table) -> Rows:
-    """The first label of each image; in doubt where the second is as probable."""
+    """The first label of each image; in doubt if the second is as probable."""
     rank, row = table["rank"].to_numpy(), table["row"].to_numpy()
     best = np.flatnonzero(rank == 0)
     probability = _floats(table, "probability")

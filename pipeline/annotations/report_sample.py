@@ -114,7 +114,7 @@ def read_sample(
     """Read a sample of the parts of a table (see choose.list_parts_by_shard).
 
     `known`: names of classes in their order, whether in the sample or not. `pictured`: ids of the
-    shards whose images may be chosen. Raises CredentialsError.
+    shards to choose images from. Raises CredentialsError.
     """
     ids = spread(list(parts), SHARDS)
     quota = max(ROWS // max(sum(len(parts[id_]) for id_ in ids), 1), 1)
@@ -303,7 +303,7 @@ class _Counts:
 
 
 def _first_of_each(rows: np.ndarray) -> np.ndarray:
-    """Of rows (n, 6) the _KEPT of each class with the smallest worth, in that order."""
+    """Of rows (n, 6) the _KEPT of each class with the smallest worth, smallest first."""
     if not len(rows):
         return rows
     rows = rows[np.lexsort((rows[:, 1], rows[:, 0]))]

@@ -201,7 +201,7 @@ def _closest(cosines: np.ndarray) -> list[tuple[int, int, float]]:
 
 
 def _span(values: np.ndarray) -> tuple[float, float]:
-    """Ends of an axis, in tenths, that hold all values."""
+    """Ends of an axis over all values, in tenths."""
     if not len(values):
         return (0.0, 1.0)
     low = np.floor(10 * float(values.min())) / 10

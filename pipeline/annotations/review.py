@@ -1,4 +1,4 @@
-"""Labels and the kept maps that they were cut from -> the images that are worth a person's time.
+"""Labels and the kept maps behind them -> the images worth a person's time.
 
 Two passes: criteria of every image into a file beside, then the same rows with their ranks. Of each
 image 60 bytes are held meanwhile, and 16 of each row in a group of near-duplicates.
@@ -173,7 +173,7 @@ def choose(ranks: np.ndarray, groups: np.ndarray, top: int) -> np.ndarray:
 def _write_ranked(
     source: Path, path: Path, ranks: np.ndarray, chosen: np.ndarray
 ) -> Iterator[dict[str, Any]]:
-    """Copy the measured rows with their ranks; yields those that are chosen."""
+    """Copy the measured rows with their ranks; yields the chosen ones."""
     at, writing = 0, pq.ParquetWriter(path, REVIEW, compression="zstd")
     with pq.ParquetFile(source) as measured, writing as writer:
         for batch in measured.iter_batches(_AT_ONCE, use_threads=False):

@@ -57,7 +57,7 @@ def draw_review(labels: str, review: Review) -> tuple[str, list[str]]:
 
 
 def _chosen(image: LabelledImage, names: list[str]) -> ChosenImage:
-    """An image with a mask for each class, empty where it has none."""
+    """An image with a mask for each class, empty for an absent one."""
     size = (image.height, image.width)
     return ChosenImage(
         shard=image.shard,

@@ -1,6 +1,6 @@
 """Prompts for Segment Anything: prompts/<split>-00000.parquet beside images/<split>/.
 
-A row an instance: box, points and a low-resolution mask, as SamModel takes them, so that SAM draws
+A row an instance: box, points and a low-resolution mask, as SamModel takes them, for SAM to draw
 the outline of what CLIPSeg found. Needs OpenCV, the extra `export`.
 
 Shapes: H and W of the image, h and w of its box.
@@ -47,7 +47,7 @@ class WriteSam:
     """A table a split; an image without annotations has no row, but is in _images-00000.parquet."""
 
     def __init__(self, dest: Destination, classes: list[Class], splits: list[str]):
-        """Raises UsageError where OpenCV is not installed."""
+        """Raises UsageError if OpenCV is not installed."""
         load_cv2()
         self._dest = dest
         self._files = {split: RowFiles(dest, f"prompts/{split}", PROMPTS) for split in splits}
@@ -86,7 +86,7 @@ def _prompts(instance: Instance) -> dict[str, Any]:
 
 
 def find_points(crop: np.ndarray) -> tuple[np.ndarray, list[int]]:
-    """The pixel deepest inside a mask, (h, w), and that of its box farthest from it, if any.
+    """The pixel deepest inside a mask, (h, w), and the pixel of its box farthest from it, if any.
 
     Returns (1 or 2, 2) x and y, and labels, 1 and 0. SAM itself adds the half of a pixel.
     """

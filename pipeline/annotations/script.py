@@ -1,6 +1,6 @@
 """The lines of script in a page: enlarge pictures, sort and filter a table. No word of the data.
 
-Without script the page says and shows the same. A page that has it names its hash in its policy.
+Without script the page says and shows the same. A page with script names its hash in its policy.
 """
 
 from __future__ import annotations

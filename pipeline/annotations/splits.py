@@ -1,4 +1,4 @@
-"""Which split an image belongs to, and the name of its files: the same in every export.
+"""The split of an image, and the name of its files: the same in every export.
 
 Both come from hashes, so neither depends on the order of images or on how many there are.
 """
@@ -31,7 +31,7 @@ def name_row(shard: str, row: int, key: str) -> str:
     """The name of a row's files in an export, without ending.
 
     ASCII letters, digits, hyphens: the end of the key, to be read by people, and a hash of shard,
-    row and key, by which no two are equal, also where case does not count.
+    row and key: no two are equal, even without regard to case.
     """
     readable = re.sub(r"[^A-Za-z0-9]+", "-", key).strip("-")[-_READABLE:].strip("-")
     who = f"{shard}\0{row}\0{key}"
@@ -66,7 +66,7 @@ class Groups:
     duplicates --output` writes it. Holds 16 bytes a row."""
 
     def __init__(self, uri: str, option: str):
-        """`option`: by which the file was named. Raises UsageError for what is no such file."""
+        """`option`: the option naming the file. Raises UsageError for what is no such file."""
         rows: dict[str, list[np.ndarray]] = defaultdict(list)
         groups: dict[str, list[np.ndarray]] = defaultdict(list)
         with open_part(uri) as parquet:
@@ -99,7 +99,7 @@ class Groups:
 
 
 def read_groups(file: str, option: str) -> Groups:
-    """The groups in a file; raises UsageError, naming the option, for one that has none."""
+    """The groups in a file; raises UsageError, naming the option, for one without any."""
     try:
         return Groups(storage.check_uri(file), option)
     except NotFoundError as error:

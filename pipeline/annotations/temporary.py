@@ -1,4 +1,4 @@
-"""A folder for files of an export that are not whole yet; what killed exports left is swept."""
+"""A folder for unfinished files of an export; what killed exports left is swept."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _LOCK = "lock"
 class TemporaryFolder:
     """A new folder below TMPDIR, locked as long as this process lives.
 
-    Those of dead exports of this user are deleted first. A folder without a lock file is one that
-    another process is just making, and stays.
+    Those of dead exports of this user are deleted first. A folder without a lock file is still
+    being made by another process, and stays.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class TemporaryFolder:
 
 
 def _sweep(path: Path) -> None:
-    """Delete a folder whose lock nobody holds."""
+    """Delete a folder if nobody holds its lock."""
     with contextlib.suppress(OSError):  # of another user, locked, or gone meanwhile
         found = path.lstat()
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():

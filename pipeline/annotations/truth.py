@@ -1,7 +1,7 @@
 """Ground truth as it is read and found: what people drew, for the rows of a run.
 
 An image of the truth goes by the (shard, row) of our own exports, else by its names: the whole
-path, then without its ending, then without its folders. A name that two images have is refused.
+path, then without its ending, then without its folders. A name of two images is refused.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class TruthImage:
     """(W, H) bool: pixels that count for nothing."""
 
     def mask_at(self, name: str, size: tuple[int, int]) -> np.ndarray:
-        """(W, H) bool: the pixels of a class, over all its instances; `size` is that of the image
-        where the truth has none."""
+        """(W, H) bool: the pixels of a class, over all its instances; `size` is the image's if the
+        truth has none."""
         found = [each.rle for each in self.instances if each.name == name]
         if not found:
             return np.zeros(size[::-1], np.bool_)
@@ -53,7 +53,7 @@ class TruthImage:
 
 @dataclass(frozen=True, kw_only=True)
 class TruthName:
-    """By which an image of the truth is found."""
+    """Names of an image of the truth."""
 
     names: tuple[str, ...]
     """Paths or keys."""
@@ -76,7 +76,7 @@ class Truth:
 
 
 def decode(rle: dict[str, Any]) -> np.ndarray:
-    """(W, H) bool, of an RLE that was checked."""
+    """(W, H) bool, of a checked RLE."""
     return np.ascontiguousarray(coco.decode(rle).T).view(np.bool_)
 
 
@@ -86,7 +86,7 @@ def encode(mask: np.ndarray) -> dict[str, Any]:
 
 
 def not_empty(instances: Iterable[TruthInstance]) -> tuple[TruthInstance, ...]:
-    """Those with a pixel: an empty mask says that nothing is there."""
+    """Those with a pixel: an empty mask stands for an absent class."""
     return tuple(each for each in instances if coco.area(each.rle))
 
 
@@ -100,9 +100,9 @@ def check_size(height: Any, width: Any, where: str) -> tuple[int, int]:
 
 
 def check_rle(segmentation: Any, size: tuple[int, int], where: str) -> dict[str, Any]:
-    """COCO's RLE, compressed or a list, whose runs fill the size; raises UsageError.
+    """COCO's RLE, compressed or a list, with runs filling the size; raises UsageError.
 
-    pycocotools reads memory that is not its own where they do not.
+    With other runs pycocotools reads beyond its own memory.
     """
     counts, given = segmentation.get("counts"), segmentation.get("size")
     if not isinstance(given, list) or given != list(size):
@@ -191,9 +191,9 @@ class Matcher:
         """The first rows without truth."""
 
     def find(self, shard: str, row: int, names: Sequence[str]) -> int | None:
-        """The index of the truth of a row; None where there is none.
+        """The index of the truth of a row; None without one.
 
-        Raises UsageError where a name fits several images, or two rows fit one.
+        Raises UsageError if a name fits several images, or two rows fit one.
         """
         who = f"{shard} row {row} ({names[0]})"
         found = self._by_row.get((shard, row))

@@ -27,7 +27,7 @@ Shape = tuple[str, dict[str, str]]
 
 
 class _Index:
-    """Where the images are in a file, and the classes in it; made by one pass over the file."""
+    """The places of the images in a file, and its classes; made by one pass over the file."""
 
     def __init__(self, file: str, data: bytes):
         self._file = file
@@ -73,8 +73,8 @@ class _Index:
 def open_cvat(file: str, data: bytes) -> Truth:
     """Masks, polygons, boxes and ellipses of every image in the file.
 
-    An image without any has nothing. Other shapes are left out, which is told. Raises UsageError
-    for what is no such file.
+    An image without any has nothing. Other shapes are left out and reported. Raises UsageError for
+    what is no such file.
     """
     index = _Index(file, data)
     if not index.starts:

@@ -1,4 +1,4 @@
-"""Ground truth in Parquet and in folders of PNGs, read image by image; and which kind a path is."""
+"""Ground truth in Parquet and in folders of PNGs, read image by image; and the kind of a path."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _KNOWN = "COCO .json, Label Studio .json, CVAT .xml, masks .parquet, or a folder
 
 
 def open_truth(source: str) -> Truth:
-    """Ground truth of any kind. Raises UsageError for a path that is of none, or is malformed."""
+    """Ground truth of any kind. Raises UsageError for a path of no kind, or a malformed one."""
     uri = storage.check_uri(source)
     try:
         if uri.lower().endswith(".json"):
@@ -85,8 +85,8 @@ def _read_whole(uri: str) -> bytes:
 def open_parquet(source: str, parts: list[str]) -> Truth:
     """A row for each mask: `rle` (COCO's), `class`, `prompt` or `label`, and names of the image.
 
-    The names are `shard` with `row`, or one of `file_name`, `member`, `key`. An empty mask says
-    that the class is absent. Row groups are read as they are needed; of each row 4 bytes are held.
+    The names are `shard` with `row`, or one of `file_name`, `member`, `key`. An empty mask stands
+    for an absent class. Row groups are read as they are needed; of each row 4 bytes are held.
     """
     index: dict[tuple[Any, ...], int] = {}
     groups: list[tuple[str, int, np.ndarray]] = []
@@ -141,7 +141,7 @@ def _read_group(part: str, group: int) -> list[Any]:
 
 
 def _hold(read: Callable[[int], list[Any]]) -> Callable[[int], list[Any]]:
-    """The last results of a function, columns of tables, that are of _HELD_BYTES together."""
+    """Hold the last results of a function, columns of tables, up to _HELD_BYTES together."""
     held: OrderedDict[int, list[Any]] = OrderedDict()
 
     def get(number: int) -> list[Any]:
@@ -232,7 +232,7 @@ def open_pngs(folder: str, files: list[FileInfo]) -> Truth:
 
 
 def _class_numbers(folder: str, listed: list[str]) -> tuple[int, dict[int, str]] | None:
-    """The void number, and the class of each other; None where no file tells them."""
+    """The void number, and the class of each other; None if no file tells them."""
     above = storage.parent(folder)
     for name in ("classes.json", "labelmap.txt"):
         uri = storage.join(folder if name in listed else above, name)

@@ -30,8 +30,8 @@ _KINDS = ("brushlabels", "polygonlabels", "rectanglelabels", "ellipselabels", "l
 def open_labelstudio(file: str, content: list[Any]) -> Truth:
     """Tasks of Label Studio with annotations: brush, polygon, rectangle and ellipse labels.
 
-    Of a task with several annotations the last counts; tasks without any are left out, and results
-    that are no area of a class, which is told.
+    Of a task with several annotations the last counts; tasks without any, and results other than
+    areas of a class, are left out and reported.
     """
     tasks, results, unlabelled = [], [], 0
     others: Counter[str] = Counter()
@@ -72,7 +72,7 @@ def open_labelstudio(file: str, content: list[Any]) -> Truth:
 
 
 def _last_result(task: dict[str, Any], file: str) -> list[dict[str, Any]] | None:
-    """The results of the annotation that counts; None where there is none."""
+    """The results of the last annotation not cancelled; None without one."""
     wrong = UsageError(f"{file}: annotations that are not as Label Studio exports them")
     annotations = task.get("annotations") or []
     if not isinstance(annotations, list):
@@ -87,7 +87,7 @@ def _last_result(task: dict[str, Any], file: str) -> list[dict[str, Any]] | None
 
 
 def _labels(result: dict[str, Any]) -> list[str]:
-    """The classes of an area; none where a result is something else, or an area without a class."""
+    """The classes of an area; none for another result, or an area without a class."""
     value, kind = result.get("value"), result.get("type")
     found = value.get(kind) if isinstance(value, dict) and kind in _KINDS else None
     shown = isinstance(value, dict) and any(
@@ -97,8 +97,8 @@ def _labels(result: dict[str, Any]) -> list[str]:
 
 
 def _is_lost(result: dict[str, Any]) -> bool:
-    """Whether a result says something that is not read. A tool's own result stands beside that of
-    its labels."""
+    """Whether a result says something and is not read. A tool's own result stands beside the
+    labels' one."""
     tools = ("brush", "polygon", "rectangle", "ellipse")
     return not _labels(result) and result.get("type") not in tools
 
@@ -156,7 +156,7 @@ def _urls(data: dict[str, Any]) -> list[str]:
 def decode_brush(rle: Any, size: tuple[int, int], where: str) -> np.ndarray:
     """The mask (H, W) bool in Label Studio's RLE (see annotations.labelstudio), by its alpha.
 
-    Raises UsageError where it is not of this size.
+    Raises UsageError if it is of another size.
     """
     total = size[0] * size[1] * 4
     wrong = UsageError(f"{where}: a brush mask that is no RLE of {size[0]} x {size[1]} px")

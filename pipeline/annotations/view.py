@@ -1,7 +1,7 @@
 """A finished run of masks -> a page of images with their masks over them.
 
-The page has the images that are most worth a look, each with a cell for every prompt that found
-something; the other prompts are named. The images come from the shards of the run.
+The page has the images most worth a look, each with a cell for every prompt with something found;
+the other prompts are named. The images come from the shards of the run.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class View:
 def view_run(config: ViewConfig) -> View:
     """Choose images of a run, and draw them.
 
-    Raises UsageError for what is no run of masks, and a prompt or key that it does not have.
+    Raises UsageError for anything but a run of masks, and for an unknown prompt or key.
     """
     output = storage.check_uri(config.run)
     record = read_run(output)
@@ -157,7 +157,7 @@ def _prompts(output: str, record: Mapping[str, Any]) -> list[str]:
 
 
 def _shown(image: ChosenImage, *, named: bool) -> list[int]:
-    """Places of the masks that get a cell: those that are not empty, or the one that was named."""
+    """Places of the masks with a cell: those not empty, or the named one."""
     return [i for i, mask in enumerate(image.masks) if named or mask.share > 0][:CELLS]
 
 
@@ -183,7 +183,7 @@ def _jpeg(image: Image.Image) -> bytes:
 
 
 def draw_page(view: View, *, named: bool = False) -> str:
-    """The HTML of a view; `named`: a cell for every mask, also where it is empty."""
+    """The HTML of a view; `named`: a cell for every mask, even an empty one."""
     header = "".join(
         f"<dt>{k}</dt><dd>{escape_text(v, 2000)}</dd>\n" for k, v in view.facts.items()
     )

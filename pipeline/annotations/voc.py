@@ -3,7 +3,7 @@
     JPEGImages/<name>.jpg  SegmentationClass/<name>.png  SegmentationObject/<name>.png
     ImageSets/Segmentation/<split>.txt  labelmap.txt
 
-A map has one number a pixel: a pixel that two classes (or two objects) claim is 255, void.
+A map has one number a pixel: a pixel of two classes (or two objects) is 255, void.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How much an image is worth a person's time: criteria of its kept maps, without the image.
 
-For each criterion the class counts that has most of it. A class below its presence gate has
-neither pixels near its threshold nor phrases that disagree: its gate alone is in question.
+For each criterion the class with most of it counts. A class below its presence gate has neither
+pixels near its threshold nor disagreeing phrases: its gate alone is in question.
 
 Shapes: K prompts of a class, h and w the map.
 """
@@ -27,7 +27,7 @@ _LOGITS = to_logits(np.arange(256))
 
 @dataclass(frozen=True, kw_only=True)
 class Weighed:
-    """A class, and the values of a map (0..255) that count."""
+    """A class, and a map's values (0..255) near and above its threshold."""
 
     asked: Asked
     near: np.ndarray
@@ -50,12 +50,12 @@ def weigh(asked: Asked) -> Weighed:
 
 
 def measure_image(maps: Mapping[int, np.ndarray], classes: list[Weighed]) -> dict[str, Any]:
-    """CRITERIA of an image, 0..1, and of each the class, under <name>_class ("" where it is 0).
+    """CRITERIA of an image, 0..1, and of each the class, under <name>_class ("" if it is 0).
 
     maps: by prompt_id, (h, w) uint8, round(255 * probability).
 
-    near_share: share of the pixels near the threshold, by the largest of a class's prompts, where
-    no negative is as probable. disagreement: 1 - the mean IoU of the masks of two prompts, over
+    near_share: share of the pixels near the threshold, by the largest of a class's prompts, unless
+    a negative is as probable. disagreement: 1 - the mean IoU of the masks of two prompts, over
     all pairs with a mask. gate: the odds of the largest probability and of the gate, the smaller
     by the larger: 1 at the gate itself.
     """
@@ -97,9 +97,9 @@ def _disagreement(maps: Mapping[int, np.ndarray], each: Weighed) -> float:
 def asked_of(
     fingerprint: Mapping[str, Any], prompt_ids: Mapping[str, int], labels: str
 ) -> list[Asked]:
-    """The classes that labels were cut by, out of their fingerprint; `prompt_ids`: of the run.
+    """The classes used to cut labels, out of their fingerprint; `prompt_ids`: of the run.
 
-    Raises UsageError where it tells no classes, or the run has not their prompts.
+    Raises UsageError if it tells no classes, or the run lacks their prompts.
     """
     try:
         classes = fingerprint["ontology"]["classes"]

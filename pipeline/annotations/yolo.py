@@ -22,7 +22,7 @@ class WriteYolo:
     """One text file an image; an image without annotations has an empty one."""
 
     def __init__(self, dest: Destination, classes: list[Class], splits: list[str]):
-        """Raises UsageError where OpenCV is not installed."""
+        """Raises UsageError if OpenCV is not installed."""
         load_cv2()
         self._dest, self._classes, self._splits = dest, classes, splits
         self._instances = self._lines = self._left_out = self._lost = 0

@@ -72,7 +72,7 @@ class ClassifyConfig:
     def all_labels(self) -> list[str]:
         """The labels in the order of their label_id, none if none are given. Raises UsageError.
 
-        One that stands twice has two of them: CLIP's own list of ImageNet's classes has such names.
+        A repeated one has two of them: CLIP's own list of ImageNet's classes has such names.
         """
         found = list(self.label)
         if self.labels is not None:
@@ -84,7 +84,7 @@ class ClassifyConfig:
         return list(self.template) or [TEMPLATE]
 
     def fingerprint(self) -> dict[str, Any]:
-        """Options that decide results, beside the model and its labels."""
+        """Options deciding results, beside the model and its labels."""
         return {
             "job": "classify",
             "input": self.input,
@@ -93,7 +93,7 @@ class ClassifyConfig:
         }
 
     def tables(self, facts: dict[str, str], top: int, *, images: bool) -> dict[str, Table]:
-        """The tables that the job writes beside `errors`.
+        """The tables of the job beside `errors`.
 
         `facts` as in schema.labels; `top`: how many labels there are of each image, --top or all;
         `images`: whether images are read.

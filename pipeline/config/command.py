@@ -1,7 +1,7 @@
 """The command line of every job: read the arguments, run, and end with one clear line.
 
-Exit codes: 0 all rows are accounted for, 1 the job failed, 2 it was asked for something that
-cannot be done, 130 it was interrupted (Ctrl-C), 143 it was told to end (SIGTERM).
+Exit codes: 0 all rows are accounted for, 1 the job failed, 2 it was asked for something impossible,
+130 it was interrupted (Ctrl-C), 143 it was told to end (SIGTERM).
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def run_command(
 
 @contextlib.contextmanager
 def _ended_by_signals(told: list[int]) -> Iterator[None]:
-    """Raise KeyboardInterrupt on SIGINT and SIGTERM in this block, and add which to `told`."""
+    """Raise KeyboardInterrupt on SIGINT and SIGTERM in this block, and add the signal to `told`."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -109,8 +109,8 @@ def _ended_by_signals(told: list[int]) -> Iterator[None]:
 def _fork_until_it_survives(prog: str) -> None:
     """Return in a child process, and leave this one when the child ends.
 
-    Where a decoder ends the child, another one takes the run up, with each image in a process of
-    its own. Called before threads exist.
+    If a decoder ends the child, another one takes the run up, with each image in a process of its
+    own. Called before threads exist.
     """
     before = [signal.getsignal(number) for number in _ENDING]
     while True:

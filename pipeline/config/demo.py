@@ -1,4 +1,4 @@
-"""Configuration of the command that tries everything on the bundled shards."""
+"""Configuration of `clipseg-ray demo`."""
 
 from __future__ import annotations
 

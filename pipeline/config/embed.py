@@ -56,7 +56,7 @@ class EmbedConfig:
         check_precision(self.precision, self.workers)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Options that decide results: with another value of any, the output is another run's."""
+        """Options deciding results: with another value of any, the output is another run's."""
         return {
             "job": "embed",
             "input": self.input,

@@ -1,4 +1,4 @@
-"""Options of the jobs that make masks: how closely an image is looked at."""
+"""Options of the jobs making masks: how closely an image is looked at."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class FineOptions:
         return self != FineOptions()
 
     def sides(self) -> tuple[int, int]:
-        """(height, width) of --size, which is given; of one number twice the number."""
+        """(height, width) of a given --size; of one number twice the number."""
         match = re.fullmatch(r"([0-9]{1,6})(?:[xX]([0-9]{1,6}))?", self.size or "")
         if match is None:
             raise UsageError(f"--size {self.size}: must be a number such as 704, or 704x1056")

@@ -61,7 +61,7 @@ class LabelConfig:
             )
 
     def of_images(self) -> SegmentConfig:
-        """The run of `segment` whose maps are cut, inside the output; with --model."""
+        """The run of `segment` with the maps to cut, inside the output; with --model."""
         embed = any(each.clip_score is not None for each in self.read_ontology().classes)
         return SegmentConfig(
             input=self.input,
@@ -93,7 +93,7 @@ class LabelConfig:
         return read_ontology(self.ontology)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Options that decide results: with another value of any, the output is another run's."""
+        """Options deciding results: with another value of any, the output is another run's."""
         return {
             "job": "label",
             "input": self.input,
@@ -106,7 +106,7 @@ class LabelConfig:
 
 
 def describe_ontology(ontology: Ontology) -> dict[str, Any]:
-    """Facts of an ontology that decide the annotations: hashes of its files, not their places."""
+    """Facts of an ontology deciding the annotations: hashes of its files, not their places."""
     classes = []
     for each in ontology.classes:
         facts = asdict(each)

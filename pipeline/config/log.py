@@ -50,10 +50,10 @@ def say(event: str, message: str, **facts: Any) -> None:
 
 
 def mute_native_stderr() -> None:
-    """Keep lines that Ray's C++ writes past Python, on no fault of anybody's, off the terminal.
+    """Keep harmless lines of Ray's C++, written past Python, off the terminal.
 
-    sys.stderr stays. Does nothing where that is not the process's own, as in tests, and while a
-    phase is drawn on a terminal: call it before.
+    sys.stderr stays. Does nothing if that is not the process's own, as in tests, or while a phase
+    is drawn on a terminal: call it before.
     """
     stderr: TextIO | None = sys.stderr
     if stderr is not sys.__stderr__ or stderr is None or stderr.fileno() != 2:

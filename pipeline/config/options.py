@@ -45,8 +45,8 @@ class ImageOptions:
             raise UsageError('--member-suffix: an empty suffix; name one such as "left.png"')
 
     def fingerprint(self) -> dict[str, Any]:
-        """Options that decide results; those that came later only where they are not the default,
-        so that runs of before are known again."""
+        """Options deciding results; later ones only if not at their default, so that earlier runs
+        are known again."""
         later = {"decode": "exact"}
         return {k: v for k, v in asdict(self).items() if k not in later or v != later[k]}
 
@@ -115,13 +115,13 @@ class RunOptions:
 
 
 def check_precision(precision: Precision, workers: WorkerOptions) -> None:
-    """Raise UsageError for TF32 where no GPU is wanted."""
+    """Raise UsageError for TF32 if no GPU is wanted."""
     if workers.local or workers.device == "cpu":
         check_cpu_precision(precision)
 
 
 def check_cpu_precision(precision: Precision) -> None:
-    """Raise UsageError for TF32, which no CPU has."""
+    """Raise UsageError for TF32: no CPU has it."""
     if precision == "tf32":
         raise UsageError("--precision tf32: only GPUs compute in it; on a CPU float32 or bf16")
 
@@ -135,7 +135,7 @@ def check_positive(options: object, *names: str) -> None:
 
 
 def check_file(option: str, file: str | None) -> None:
-    """Raise UsageError, naming the option, for a value that is no path or URI."""
+    """Raise UsageError, naming the option, for a value other than a path or URI."""
     try:
         check_uri(file or ".")
     except UsageError as error:

@@ -16,7 +16,7 @@ from pipeline.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
-    """Machines that a plan is for, and the sample that it is made from."""
+    """Machines of a plan, and the sample to make it from."""
 
     gpus: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Ask what so many GPUs would do, instead of this machine; 0 for none."""
@@ -61,7 +61,8 @@ class PlanConfig:
 
     @property
     def workers(self) -> WorkerOptions:
-        """How lines are said; and a decoder that ends the process is survived as with --local."""
+        """How lines are said; and the run outlives a decoder ending the process, as with
+        --local."""
         asked = self.job.workers
         return WorkerOptions(local=True, quiet=asked.quiet, log_format=asked.log_format)
 

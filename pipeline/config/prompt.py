@@ -51,7 +51,7 @@ class Prompt:
         return not self.examples and self.texts == (self.name,)
 
     def recipe(self) -> dict[str, Any]:
-        """Facts that decide its embedding beside the model: texts, and hashes of the files."""
+        """Facts deciding its embedding beside the model: texts, and hashes of the files."""
         return {"texts": list(self.texts), "examples": [_facts(each) for each in self.examples]}
 
 

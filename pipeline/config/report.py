@@ -1,4 +1,4 @@
-"""Configuration of the command that writes the report of a run."""
+"""Configuration of `clipseg-ray report`."""
 
 from __future__ import annotations
 

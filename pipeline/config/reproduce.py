@@ -56,5 +56,5 @@ class ReproduceConfig:
 
     @property
     def kind(self) -> PromptKind:
-        """The prompt that is used."""
+        """The kind of prompt used."""
         return self.prompt or ("text" if self.data_set == "phrasecut" else "image")

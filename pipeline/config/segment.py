@@ -44,7 +44,7 @@ class MaskRule(NamedTuple):
     """Longer side of the probability maps to keep; 0: none."""
 
     def target(self, size: tuple[int, int], grid: tuple[int, int]) -> tuple[int, int]:
-        """Size of the mask of an image of `size`, whose logits have the model's `grid`."""
+        """Size of the mask of an image of `size`, with logits of the model's `grid`."""
         return size if self.mask_size == "image" else grid
 
 
@@ -140,7 +140,7 @@ class SegmentConfig:
     def resolve(self) -> SegmentConfig:
         """The same with every phrase of --prompts in `prompt`.
 
-        Reads --prompts, which may be a pipe, once. Raises UsageError for a file without any.
+        Reads --prompts once: it may be a pipe. Raises UsageError for a file without any.
         """
         prompts = list(self.prompt)
         if self.prompts is not None:
@@ -157,7 +157,7 @@ class SegmentConfig:
     def asked(self) -> list[Prompt]:
         """Every prompt of a resolved config, in the order of its prompt_id.
 
-        One that the ontology repeats is one. Raises UsageError for an ontology that cannot be used.
+        One repeated by the ontology is one. Raises UsageError for an unusable ontology.
         """
         prompts = [Prompt(name=text, texts=(text,)) for text in self.prompt]
         prompts += parse_image_prompts(self.image_prompt)
@@ -172,7 +172,7 @@ class SegmentConfig:
         return MaskRule(self.threshold, self.mask_size, kept)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Options that decide results: with another value of any, the output is another run's."""
+        """Options deciding results: with another value of any, the output is another run's."""
         asked = self.asked()
         made = recipes(asked)
         return {

@@ -1,7 +1,7 @@
 """Near-duplicates in a table of embeddings: connected components of pairs above a cosine.
 
 All pairs are compared, a block of rows with a tile of rows at a time, so the N x N matrix never
-exists. HELD_BYTES of rows are held while the rest of the table passes by: a table that fits is read
+exists. HELD_BYTES of rows are held while the rest of the table passes by: a smaller table is read
 once. For each row of any table one integer stays: its parent in the component.
 
 Shapes: N rows of the table, I rows of a block, J of a tile, D dimension.
@@ -146,9 +146,9 @@ def find_duplicates(
     """Find the connected components of pairs of at least this cosine.
 
     Takes N^2 / 2 products of D terms, and reads the table N D 4 / `held_bytes` times, rounded up;
-    each time the rows that were held before are left out. A vector that is zero or not finite is
-    in no group. `on_progress` is called with the share of the work done. Raises UsageError,
-    JobError, StorageError as read_vectors.
+    each time without the rows held before. A zero or non-finite vector is in no group.
+    `on_progress` is called with the share of the work done. Raises UsageError, JobError,
+    StorageError as read_vectors.
     """
     ends = list(accumulate(count_rows(file) for file in table.files))
     rows, pairs = ends[-1], 0
@@ -179,7 +179,7 @@ def _join_near(
     cosine: float,
     tile_rows: int,
 ) -> None:
-    """Join the pairs of a block (I, D) and rows that pass by (B, D), a tile at a time.
+    """Join the pairs of a block (I, D) and passing rows (B, D), a tile at a time.
 
     `start` and `offset` are the numbers of their first rows.
     """

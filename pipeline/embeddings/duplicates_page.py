@@ -35,8 +35,8 @@ def write_duplicates(file: str, found: Duplicates, cosine: float, images: Images
 def choose_groups(tables: Iterable[pa.Table]) -> list[tuple[int, list[Member]]]:
     """The groups least alike, by the smallest cosine to their first member.
 
-    Each with its size, its first member and the MEMBERS - 1 that are least like it; groups in
-    memory are those on the page.
+    Each with its size, its first member and the MEMBERS - 1 least like it; groups in memory are
+    those on the page.
     """
     best: list[tuple[float, int, int, list[Member]]] = []  # a heap, the most alike on top
     for number, size, members in _groups(tables):

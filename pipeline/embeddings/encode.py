@@ -1,6 +1,6 @@
 """Texts and images of queries -> vectors, by the model of the table.
 
-Imports torch, which takes longer than many a search: imported only for queries that need a model.
+Imports torch, slower than many a search: imported only for queries in need of a model.
 
 Shapes: P texts or images, D dimension.
 """
@@ -40,8 +40,7 @@ def encode(
     """Vectors (P, D) of length 1 of texts, and of image files, by the table's model.
 
     The model is found under `model` if given. Images are read before it. Raises UsageError for an
-    image that cannot be used, a checkpoint that cannot be loaded, and other weights than the
-    table's.
+    unusable image, an unloadable checkpoint, and other weights than the table's.
     """
     pictures = [read_image(image) for image in images]
     kind = CLIP if texts and images else TextEncoder if texts else ImageEncoder

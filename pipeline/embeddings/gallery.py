@@ -1,6 +1,6 @@
-"""Hits of a search -> one HTML page with thumbnails, which needs nothing beside itself.
+"""Hits of a search -> one self-contained HTML page with thumbnails.
 
-The images come from the shards of the run that made the table. Only shards with hits are read,
+The images come from the shards of the run behind the table. Only shards with hits are read,
 each once and no further than its last hit. Keys, shards and queries are hostile: all text is
 escaped, and the page's policy lets nothing load but its own style and thumbnails, and
 nothing run.
@@ -27,7 +27,7 @@ MOST_THUMBNAILS = 5000  # of a page: about 100 MB
 def open_gallery(output: str, thumbnails: int = 0) -> Images:
     """Find the images of the run in the folder `output`, for a page of so many thumbnails.
 
-    Raises UsageError where the run's record is not to be found, or the page would be too large.
+    Raises UsageError if the run's record is missing, or the page would be too large.
     """
     if thumbnails > MOST_THUMBNAILS:
         raise UsageError(
@@ -69,9 +69,9 @@ def draw_gallery(
 def read_thumbnails(
     images: Images, wanted: set[tuple[str, int]]
 ) -> dict[tuple[str, int], bytes | str]:
-    """JPEG thumbnails of the wanted (shard, row)s; for each that cannot be had, the reason.
+    """JPEG thumbnails of the wanted (shard, row)s; for each unavailable one, the reason.
 
-    Raises CredentialsError: that is no fault of an image.
+    Raises CredentialsError, no fault of an image.
     """
     return read_wanted(images, wanted, _thumbnail)
 

@@ -74,10 +74,10 @@ def build_index(
 ) -> VectorIndex:
     """Index all rows of a table in the folder `dest`, local or s3://.
 
-    In memory are batches of rows and the rows to train with, whatever the size of the table. A
-    build that was cut short is begun anew, a finished index only to `overwrite` it. `on_progress`
-    is called with the share of the rows that are copied. Raises UsageError where `dest` holds
-    something else or LanceDB is not installed; JobError, StorageError.
+    In memory are batches of rows and the rows to train with, whatever the size of the table. An
+    interrupted build is begun anew, a finished index only to `overwrite` it. `on_progress` is
+    called with the share of the rows copied. Raises UsageError if `dest` holds something else or
+    LanceDB is not installed; JobError, StorageError.
     """
     lancedb = import_lancedb()
     uri = storage.check_uri(dest)
@@ -111,7 +111,7 @@ def is_index(source: str) -> bool:
 def open_index(source: str, column: str = "vector") -> VectorIndex:
     """The index in a folder.
 
-    Raises UsageError where it is not finished, or made of another column; StorageError.
+    Raises UsageError if it is not finished, or made of another column; StorageError.
     """
     uri = storage.check_uri(source)
     facts = _read_facts(uri) or {}
@@ -133,10 +133,10 @@ def open_index(source: str, column: str = "vector") -> VectorIndex:
 
 
 def search_index(index: VectorIndex, queries: np.ndarray, top: int) -> list[list[Hit]]:
-    """The best hits of each query (M, D) that the index leads to, best first.
+    """The best hits of each query (M, D) found by the index, best first.
 
-    As search_files, but that rows may be missed; their cosines are exact. Raises UsageError
-    without LanceDB, and JobError.
+    As search_files, but rows may be missed; their cosines are exact. Raises UsageError without
+    LanceDB, and JobError.
     """
     import_lancedb()
     hits = []
@@ -243,13 +243,13 @@ def _copy_rows(database: Any, table: EmbeddingTable, on_rows: Callable[[int], No
 
 
 def _without_faults(matrix: np.ndarray) -> np.ndarray:
-    """Rows (B, D) that are not finite as zeros: without a cosine too, but LanceDB takes them."""
+    """Rows (B, D), non-finite ones as zeros: without a cosine too, but LanceDB takes them."""
     finite = np.isfinite(matrix).all(axis=1)
     return matrix if finite.all() else np.where(finite[:, None], matrix, np.float32(0))
 
 
 def _read_facts(uri: str) -> dict[str, Any] | None:
-    """Contents of the file of facts; None where there is none of ours."""
+    """Contents of the file of facts; None if there is none of ours."""
     try:
         facts = json.loads(storage.read_bytes(storage.join(uri, FACTS)))
     except (NotFoundError, ValueError):
@@ -264,7 +264,7 @@ def _write_facts(uri: str, facts: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _lance_errors(uri: str) -> Iterator[None]:
-    """Errors of LanceDB as a JobError that names the folder, in one line."""
+    """Errors of LanceDB as a JobError naming the folder, in one line."""
     try:
         yield
     except PipelineError:

@@ -27,7 +27,7 @@ NAMED = 3  # rows of one key, in a message: more of them are not looked for
 def find_like(source: EmbeddingTable | VectorIndex, keys: Sequence[str]) -> np.ndarray:
     """Vectors (K, D) float32, as stored, of the rows with at least one key.
 
-    Raises UsageError for a key that no row has, or that several have; JobError, StorageError.
+    Raises UsageError for a key of no row, or of several; JobError, StorageError.
     """
     if isinstance(source, VectorIndex):
         found = [row for key in keys for row in _one_by_one(read_key(source, key, NAMED))]

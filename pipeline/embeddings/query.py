@@ -37,7 +37,7 @@ class Query:
 
 
 def queries_of(config: SearchConfig) -> list[Query]:
-    """The query that the options make together, if any, then one for each line of --queries."""
+    """The query of the options together, if any, then one for each line of --queries."""
     lines = [Query(texts=(line,)) for line in config.lines()]
     if not config.text and not config.image and not config.like:
         return lines
@@ -51,7 +51,7 @@ def make_vectors(
     """Vectors (M, D) float32 of length 1 of queries, by the model of a table or of an index.
 
     The model is found under `model` if given, and loaded only for texts and images. Raises
-    UsageError as encode.encode and like.find_like do, and for a query that cancels out.
+    UsageError as encode.encode and like.find_like do, and for a query cancelling out.
     """
     table = source.table if isinstance(source, VectorIndex) else source
     texts = list(dict.fromkeys(text for q in queries for text in (*q.texts, *q.minus)))

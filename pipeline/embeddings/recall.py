@@ -38,8 +38,8 @@ class Recall:
 def measure_recall(index: VectorIndex, table: EmbeddingTable, count: int) -> Recall | None:
     """The recall of an index of `table`, with `count` of its rows as the queries.
 
-    The same table gives the same queries. Reads the table twice. None when no row that was
-    drawn has another one near it.
+    The same table gives the same queries. Reads the table twice. None if no drawn row has another
+    one near it.
     """
     ids, queries = draw_rows(table, index.rows, count)
     started = time.perf_counter()
@@ -68,14 +68,14 @@ def measure_recall(index: VectorIndex, table: EmbeddingTable, count: int) -> Rec
 
 
 def share_found(found: Sequence[Hit], wanted: Sequence[Hit]) -> float:
-    """The share of `wanted` that was found; another row at the last one's cosine is as good."""
+    """The share of `wanted` among the hits; another row at the last one's cosine is as good."""
     return sum(hit.cosine >= wanted[-1].cosine for hit in found) / len(wanted)
 
 
 def draw_rows(
     table: EmbeddingTable, rows: int, count: int
 ) -> tuple[list[tuple[str, int]], np.ndarray]:
-    """Shard and row of `count` rows of a table that has `rows`, or of all, and their vectors."""
+    """Shard and row of `count` rows, or of all, of a table of `rows`, and their vectors."""
     numbers = np.random.default_rng(SEED).choice(rows, min(count, rows), replace=False)
     numbers.sort()
     ids: list[tuple[str, int]] = []

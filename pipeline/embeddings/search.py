@@ -55,8 +55,8 @@ class Hit(NamedTuple):
 class ExactSearch:
     """The best `top` hits of each of M queries (M, D) among the vectors added so far.
 
-    Which hits, and their cosines, depend neither on the order of the batches nor on their sizes.
-    A vector that is zero or not finite has no cosine and is never found.
+    The hits and their cosines depend neither on the order of the batches nor on their sizes. A zero
+    or non-finite vector has no cosine and is never found.
     """
 
     def __init__(self, queries: np.ndarray, top: int):
@@ -87,7 +87,7 @@ class ExactSearch:
             self._keep(query, more)
 
     def _floors(self, near: np.ndarray, first: int) -> np.ndarray:
-        """The least approximate cosine (M,) that may be one of a query's best."""
+        """The least approximate cosine (M,) possibly among a query's best."""
         floors = self.floors[first : first + len(near)] - self.margin
         fresh = np.isneginf(floors)
         if fresh.any() and near.shape[1] > self.top:
@@ -97,7 +97,7 @@ class ExactSearch:
         return floors
 
     def _offer(self, query: int, vectors: Vectors, candidates: np.ndarray) -> None:
-        """Let rows that are near enough compete for a place among a query's best."""
+        """Let rows near enough compete for a place among a query's best."""
         exact = cosines(vectors.matrix[candidates], self.queries[query : query + 1])
         better = exact >= self.floors[query]  # never of a vector without a cosine: NaN
         if not better.any():

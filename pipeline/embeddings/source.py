@@ -26,7 +26,7 @@ BATCH_ROWS = 1024  # 2 MB of vectors at 512 dimensions
 
 
 def open_embeddings(source: str) -> EmbeddingTable | None:
-    """The table of embeddings that an input is, or None where it is none but, say, images.
+    """The table of embeddings at an input, or None for other inputs, such as images.
 
     Raises UsageError for a table without rows, and as open_table.
     """

@@ -74,8 +74,8 @@ class Vectors:
 def open_table(source: str, column: str = "vector") -> EmbeddingTable:
     """The table in a run's output folder, or in the folder of the parts itself.
 
-    Lists the parts and reads the footer of one. Raises UsageError where there is no table, none
-    with this column, or none with rows; StorageError.
+    Lists the parts and reads the footer of one. Raises UsageError if there is no table, none with
+    this column, or none with rows; StorageError.
     """
     uri = storage.check_uri(source)
     folder, parts = find_parts(uri)
@@ -103,7 +103,7 @@ def open_table(source: str, column: str = "vector") -> EmbeddingTable:
 
 
 def find_parts(uri: str) -> tuple[str, list[FileInfo]]:
-    """The parts of the table in `uri`, or in embeddings/ there, and the folder that holds them."""
+    """The parts of the table in `uri`, or in embeddings/ there, and the folder holding them."""
     for folder in (storage.join(uri, TABLE), uri):
         files = storage.list_files(folder, recursive=False)
         parts = [file for file in files if file.uri.endswith(".parquet")]
@@ -175,7 +175,7 @@ def read_vectors(
 def _read_ids(
     parquet: pq.ParquetFile, uri: str, group: int, skipped: int, known: pa.RecordBatch | None
 ) -> pa.RecordBatch:
-    """Shard, row and key of the rows of a group, or of a batch in which they are known."""
+    """Shard, row and key of the rows of a group, or of a batch if known there."""
     if known is None:
         with damage_named(uri):
             rows = parquet.read_row_group(group, columns=list(ID_COLUMNS), use_threads=False)
@@ -228,8 +228,8 @@ def shares_of(file: FileInfo) -> list[tuple[int, int]]:
 def cosines(rows: np.ndarray, others: np.ndarray) -> np.ndarray:
     """The cosine of each row (B, D) with its other, (B, D) or (1, D): float32 (B,).
 
-    Computed in float64 by itself, so that it depends on these two vectors alone, and not on what
-    else is in the batch as in a product of matrices. NaN where a vector is zero or not finite.
+    Computed in float64 by itself: it depends on these two vectors alone and, unlike in a product of
+    matrices, not on the rest of the batch. NaN for a zero or non-finite vector.
     """
     x, y = rows.astype(np.float64), others.astype(np.float64)
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
@@ -238,7 +238,7 @@ def cosines(rows: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def normalize(rows: np.ndarray) -> np.ndarray:
-    """The rows (B, D) at length 1, float32; NaN where one is zero or not finite."""
+    """The rows (B, D) at length 1, float32; NaN for a zero or non-finite one."""
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
@@ -248,7 +248,7 @@ def _named(model: str, weights_hash: str) -> str:
 
 
 def _read_metadata(schema: pa.Schema, uri: str, column: str) -> dict[str, str]:
-    """The needed entries of a part's metadata. Raises UsageError where they or the column lack."""
+    """Needed entries of a part's metadata. Raises UsageError without them or the column."""
     metadata = {k.decode(): v.decode() for k, v in (schema.metadata or {}).items()}
     found = {name: metadata.get(f"clipseg_ray.{name}", "") for name in _NEEDED}
     index = schema.get_field_index(column)

@@ -1,4 +1,4 @@
-"""The tokens beside a tokenizer's vocabulary, and which of them are special.
+"""The tokens beside a tokenizer's vocabulary, and the special ones among them.
 
 Four files of a checkpoint folder name them, and their order decides the ids of those outside the
 vocabulary. The precedence, quirks included, is that of transformers' tokenization_utils_base.py
@@ -31,7 +31,7 @@ def read_special_tokens(
     """(contents of the named special tokens, every token to register in this order).
 
     `listed`: tokenizer.json's added tokens by id. They, special_tokens_map.json and
-    added_tokens.json count only where tokenizer_config.json has no `added_tokens_decoder`.
+    added_tokens.json count only if tokenizer_config.json has no `added_tokens_decoder`.
     CheckpointError names the malformed file.
     """
     path, map_path = folder / "tokenizer_config.json", folder / "special_tokens_map.json"

@@ -1,8 +1,8 @@
 """config.json: read, and held against the weights before a model is built.
 
 A configuration is a stranger's input: one integer in it can ask for 10^12 parameters or 10^9
-layers. So every size it names must be the size of a tensor in the checkpoint. The other half, that
-every tensor has a place in the model, is in weights.py.
+layers. So every size it names must be the size of a tensor in the checkpoint. The other half, a
+place in the model for every tensor, is in weights.py.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 def read_clip_config(folder: str | Path) -> tuple[CLIPConfig, str]:
     """The CLIP in a checkpoint's config.json, whatever model it is of, and its model_type.
 
-    CheckpointError names the file and the field that is wrong.
+    CheckpointError names the file and the wrong field.
     """
     values = read_config(folder)
     try:

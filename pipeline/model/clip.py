@@ -3,8 +3,8 @@
 Parameter names are those of the hub's checkpoints. Where outputs could differ, this follows
 transformers' modeling_clip.py and modeling_clipseg.py, which the tests compare with.
 
-Attention and MLPs compute in the type of their weights, which may be bfloat16 or float16 in a model
-of float32: what they are added to keeps its own.
+Attention and MLPs compute in the type of their weights, perhaps bfloat16 or float16 in a model of
+float32: what they are added to keeps its own.
 
 Shapes: B batch, L tokens, D width of the tower, E projection, N heads, (r, c) the grid of patches.
 """
@@ -108,7 +108,7 @@ def _table(rows: int, width: int) -> nn.Embedding:
     """An embedding of zeros, for a checkpoint or a trainer to fill.
 
     nn.Embedding draws its values at once, and on the meta device that imports torch's compiler:
-    5 s of CPU in every process that builds a model to load a checkpoint into.
+    5 s of CPU in every process building a model to load a checkpoint into.
     """
     return nn.Embedding.from_pretrained(torch.zeros(rows, width), freeze=False)
 
@@ -234,7 +234,7 @@ class VisionTower(nn.Module):
         self.embeddings.check_size(height, width, self.interpolate)
 
     def count_tokens(self, height: int, width: int) -> int:
-        """States of an image of this size: one a patch, and that of the class token."""
+        """States of an image of this size: one a patch, and one of the class token."""
         patch = self.embeddings.patch_size
         return 1 + (height // patch) * (width // patch)
 
@@ -279,7 +279,7 @@ class CLIP(nn.Module):
 
         `interpolate` says whether images of any size are taken; by default (None) as transformers
         does, with CLIPSeg yes and with CLIP no. A decoder is passed over. CheckpointError names the
-        file, field or tensor that is wrong.
+        wrong file, field or tensor.
         """
         config, kind = read_clip_config(folder)
         if kind not in ("clip", "clipseg"):

@@ -76,8 +76,8 @@ class Decoder(nn.Module):
     def reduce(self, activations: Sequence[Tensor]) -> list[Tensor]:
         """The part independent of the prompt, once per image.
 
-        Returns one (B, L, R) for each step from `conditional_layer` on: the first is the state that
-        FiLM acts on, the others are what later steps add.
+        Returns one (B, L, R) for each step from `conditional_layer` on: the first is the state FiLM
+        acts on, the others are what later steps add.
         """
         first = min(self.conditional_layer, len(self.layers) - 1)
         # strict: one activation a step, deepest first
@@ -123,7 +123,7 @@ class CLIPSeg(nn.Module):
     def from_folder(cls, folder: Path) -> tuple[CLIPSeg, str]:
         """The model of a checkpoint folder, on the CPU in float32, and its weights hash.
 
-        Raises CheckpointError naming the file, field or tensor that is wrong.
+        Raises CheckpointError naming the wrong file, field or tensor.
         """
         values = read_config(folder)
         if values["model_type"] != "clipseg":

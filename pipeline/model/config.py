@@ -83,7 +83,7 @@ class CLIPConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CLIPSegConfig:
-    """CLIP, and the decoder that turns its activations and a prompt into a mask."""
+    """CLIP, and the decoder from its activations and a prompt to a mask."""
 
     text_config: TextConfig = field(default_factory=TextConfig)
     vision_config: VisionConfig = field(default_factory=VisionConfig)

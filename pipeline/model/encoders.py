@@ -39,7 +39,7 @@ class TextEncoder(nn.Module):
     def from_folder(cls, folder: Path, *, project: bool = True) -> tuple[TextEncoder, str]:
         """The text half of a checkpoint, on the CPU in float32, and its weights hash.
 
-        CheckpointError names the file, field or tensor that is wrong, or says what is not there.
+        CheckpointError names the wrong file, field or tensor, or the missing part.
         """
         config, kind = read_clip_config(folder)
         if kind.endswith("vision_model"):
@@ -101,7 +101,7 @@ class ImageClassifier(nn.Module):
     def from_folder(cls, folder: Path, *, interpolate: bool = False) -> tuple[ImageClassifier, str]:
         """A checkpoint of CLIPForImageClassification, on the CPU in float32, and its weights hash.
 
-        CheckpointError names the file, field or tensor that is wrong.
+        CheckpointError names the wrong file, field or tensor.
         """
         config, _ = read_clip_config(folder)
         labels = read_head_labels(folder)
@@ -155,7 +155,7 @@ def _load_half(
 
 
 def _read_labels(folder: Path, names: Any, count: int) -> list[str]:
-    """The values of id2label in the order of the classes; LABEL_0, ... where it is not given."""
+    """The values of id2label in the order of the classes; LABEL_0, ... if it is not given."""
     if names is None:  # transformers leaves out what it would call them itself
         return [f"LABEL_{i}" for i in range(count)]
     keys = [str(i) for i in range(count)]

@@ -1,8 +1,8 @@
 """Text to token ids: CLIP's byte-level BPE, on the `tokenizers` library alone.
 
 Stands beside the text tower: what it returns is what `input_ids` and `attention_mask` of the
-models take. The vocabulary and merges come from the folder's tokenizer.json where there is one,
-else from vocab.json and merges.txt; everything else (normaliser, pre-tokenizer, special tokens) is
+models take. The vocabulary and merges come from the folder's tokenizer.json if there is one, else
+from vocab.json and merges.txt; everything else (normaliser, pre-tokenizer, special tokens) is
 CLIP's own and is built here, as transformers' CLIPTokenizer does, whatever else a tokenizer.json
 asks for.
 
@@ -72,8 +72,8 @@ class Tokenizer:
         """Read tokenizer.json, else vocab.json and merges.txt, of a checkpoint folder.
 
         The names of the special tokens, and how they match in a text, come from
-        tokenizer_config.json and special_tokens_map.json where these say so. CheckpointError,
-        naming the file, where one is missing, too large or not what it should be.
+        tokenizer_config.json and special_tokens_map.json if these say so. CheckpointError, naming
+        the file, if one is missing, too large or not what it should be.
         """
         folder = Path(folder)
         source, vocab, merges, listed = _read_vocabulary(folder)
@@ -141,7 +141,7 @@ class Tokenizer:
         return text.replace(SUFFIX, " ").strip()
 
     def special_tokens_mask(self, input_ids: Tensor) -> Tensor:
-        """1 where an id stands for no text (bos, eos, padding), else 0; int64, same shape."""
+        """1 for an id without text (bos, eos, padding), else 0; int64, same shape."""
         specials = torch.tensor(sorted(self.special_ids), device=input_ids.device)
         return torch.isin(input_ids, specials).to(torch.int64)
 

@@ -52,7 +52,7 @@ class Entry(NamedTuple):
 
 
 def find_weights(names: Iterable[str], folder: str) -> str | None:
-    """The file among `names` that says that there are weights: the one that is read, if any.
+    """The weight file, or index of them, to read among `names`, if any.
 
     CheckpointError, naming the folder, for several variants and no plain file.
     """
@@ -97,7 +97,7 @@ def _unwrap(entries: dict[str, Entry]) -> dict[str, Entry]:
 
 
 def _open_sharded(index: Path, stack: ExitStack) -> dict[str, Entry]:
-    """The shards that an index names; the two must agree on where every tensor is."""
+    """The shards named in an index; the two must agree on the place of every tensor."""
     places = read_json(index, HEADER_LIMIT_BYTES).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise CheckpointError(f"{index}: has no weight_map")

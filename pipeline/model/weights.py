@@ -3,7 +3,7 @@
 Names and shapes come from the files' headers and are compared before anything is allocated. The
 files are, in this order of preference: model.safetensors, its sharded form with an index, the
 same two of pytorch_model.bin, which is a pickle and is only ever read by PyTorch's restricted
-loader, and the only variant of these that there is (model.fp16.safetensors).
+loader, and the only variant of these present (model.fp16.safetensors).
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ def load_weights(
     """Give `module`, built on the meta device, the weights of a folder; returns their hash.
 
     The module's `x` is the checkpoint's `prefix + x`. What does not start with the prefix is
-    another part's and passed over; so is a name (without the prefix) that `only` says no to. All
-    that is left must fit: CheckpointError lists every missing, unexpected or misshapen tensor. The
-    module's tensors become new ones of `dtype` on the CPU.
+    another part's and passed over; so is a name (without the prefix) refused by `only`. All that is
+    left must fit: CheckpointError lists every missing, unexpected or misshapen tensor. The module's
+    tensors become new ones of `dtype` on the CPU.
 
     The hash is the SHA-256 over name, dtype, shape and bytes of all the checkpoint's tensors, as
     stored and sorted by name: the same for one file, shards or .bin, and for any part of the model.

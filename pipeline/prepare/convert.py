@@ -39,7 +39,7 @@ _GREY_ARRAYS = ("uint8", "bool", "uint16", "int32", "float32")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An RGB image of the same size, composited on white where there is transparency."""
+    """An RGB image of the same size, transparency composited on white."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     _mend_palette(image)
@@ -116,7 +116,7 @@ def _bits(image: Image.Image) -> int:
 
 
 def _unknown_unit(image: Image.Image) -> type[np.generic] | None:
-    """The type of samples that may mean anything; None if the largest stands for white."""
+    """The type of samples of unknown meaning; None if the largest stands for white."""
     kind = _tags(image).get(SAMPLEFORMAT, 1)
     signed = (max(kind) if isinstance(kind, tuple) else kind) == 2
     if image.mode == "I":

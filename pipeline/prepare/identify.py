@@ -39,7 +39,7 @@ _BMP_HEADER_BYTES = (12, 16, 40, 52, 56, 64, 108, 124)
 
 
 def identify(data: bytes) -> str | None:
-    """The image format that a file begins like; None when it begins like no image."""
+    """The image format of a file, by its first bytes; None if it begins like no image."""
     head = data[:4096]
     if head[4:8] == b"ftyp":
         return _iso_media(head[8:64])
@@ -67,7 +67,7 @@ def identify(data: bytes) -> str | None:
 
 
 def describe(data: bytes) -> str:
-    """Name bytes that are no image, as far as they tell; never a byte of them."""
+    """Name bytes other than an image, as far as they tell; never a byte of them."""
     head = data[:4096]
     if data.count(0) == len(data):
         return "nothing but zero bytes"

@@ -71,8 +71,8 @@ def decode_image(
 ) -> DecodedImage:
     """Decode one image to upright RGB; its peak is 4 to 13 bytes per pixel, WebP's 20.
 
-    A JPEG is decoded to a half, a quarter or an eighth of its size where that is `at_least` as
-    large, (height, width): faster, by libjpeg's scaled DCT, and other pixels.
+    A JPEG is decoded to a half, a quarter or an eighth of its size if still `at_least` as large,
+    (height, width): faster, by libjpeg's scaled DCT, and other pixels.
 
     Pixels of somebody else's decoder are taken as they are: see convert.image_of_array.
 
@@ -176,7 +176,7 @@ def fail_crashed_image(
 ) -> pa.Table:
     """The record in a one-row table, failed: its decoder ended its process.
 
-    `how` it ended; `killed`: from outside, as the kernel does where memory is short.
+    `how` it ended; `killed`: from outside, as the kernel does when memory is short.
     """
     failure = _refusal("decoder_crashed", how, retryable=killed)
     failed = _failed(_blank(records.to_pylist()[0]), failure)

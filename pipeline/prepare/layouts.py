@@ -1,7 +1,7 @@
 """Name the valid layouts beyond Pillow, decoded wrongly or not at all: unsupported is not broken.
 
 Pillow says the same of a damaged header and of one it knows nothing about. Here the header is read
-again, shortly: fields whose values all exist, in a file that holds all it promises, are a layout.
+again, shortly: fields with defined values alone, in a file with all it promises, are a layout.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _JPEG_MAX_SIDE_PX = 65500  # libjpeg's
 
 def missing_layout(form: str, data: bytes) -> str:
     """The layout of an image beyond Pillow; "" for one it knows: then the image
-    is damaged. Empty, too, where the header makes no sense or the file breaks off."""
+    is damaged. Empty, too, if the header makes no sense or the file breaks off."""
     readers = {"JPEG": _jpeg, "TIFF": _tiff, "BMP": _bmp, "PNG": _png}
     try:
         return readers[form](data) if form in readers else ""
@@ -66,7 +66,7 @@ def wrong_tiff_layout(image: TiffImageFile) -> str:
     """The layout of an open TIFF if Pillow 13 decodes such files to wrong pixels, or not at all.
 
     Separate planes of grey with alpha, palette with alpha and CIELAB give wrong pixels (held
-    against tifffile); the others end in an error that says nothing.
+    against tifffile); the others end in an error without a reason.
     """
     tags = image.tag_v2
     extra = _numbers(tags, EXTRA_SAMPLES, ())

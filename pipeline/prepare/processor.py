@@ -93,7 +93,7 @@ class ImageProcessor:
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], *, name: str = CONFIG_FILE) -> ImageProcessor:
         """Build from the fields of the file `name`; absent and null ones take the defaults of the
-        processor class that the file names. Raises CheckpointError naming file and field."""
+        processor class named in the file. Raises CheckpointError naming file and field."""
         if not isinstance(config, Mapping):
             raise CheckpointError(f"{name}: expected a JSON object, found {_show(config)}")
         kind = _kind(config, name)
@@ -119,7 +119,7 @@ class ImageProcessor:
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """(height, width) of every output. Raises CheckpointError where it varies with the input:
+        """(height, width) of every output. Raises CheckpointError if it varies with the input:
         without a crop, when images are not resized or only their shortest edge is fixed."""
         if self.do_center_crop:
             return self.crop_size
@@ -133,8 +133,7 @@ class ImageProcessor:
 
     @property
     def least_size(self) -> tuple[int, int] | None:
-        """The smallest (height, width) that no image of it is made larger from; None where images
-        are not resized."""
+        """The smallest (height, width) not enlarged by the resize; None without resizing."""
         if not self.do_resize:
             return None
         return self.size if isinstance(self.size, tuple) else (self.size, self.size)
@@ -154,8 +153,8 @@ class ImageProcessor:
         whole: tuple[int, int] | None = None,
         box: Box | None = None,
     ) -> Image.Image:
-        """As resize, still an image; `whole` and `box` of one that was decoded smaller: its own
-        (height, width), and where its pixels are in the image."""
+        """As resize, still an image; `whole` and `box` of one decoded smaller: its own (height,
+        width), and the place of its pixels in the image."""
         if image.mode != "RGB":
             if not self.do_convert_rgb:
                 raise ValueError(f"expected an RGB image, found mode {image.mode}")
@@ -194,7 +193,7 @@ class ImageProcessor:
     def group_by_size(
         self, images: Sequence[Image.Image]
     ) -> dict[tuple[int, int], tuple[list[int], torch.Tensor]]:
-        """Both halves, one batch for every output size (H, W): which images, and their pixels.
+        """Both halves, one batch for every output size (H, W): indices of images, and their pixels.
 
         The value is the indices of B of the images, increasing, and their (B, 3, H, W) float32.
         """
@@ -220,7 +219,7 @@ class ImageProcessor:
 
 
 def _kind(config: Mapping[str, Any], name: str) -> str:
-    """'CLIP' or 'ViT': whose defaults and whose meaning of an int `size` apply."""
+    """'CLIP' or 'ViT', for its defaults and its meaning of an int `size`."""
     field = next(
         (f for f in ("image_processor_type", "feature_extractor_type") if config.get(f)), None
     )

@@ -64,8 +64,8 @@ def _sources(length: int, resized: int, offset: int, kept: int) -> tuple[int, in
 def _resize_rows(
     image: Image.Image, start: int, length: int, width: int, left: int, kept: int, resample: int
 ) -> Image.Image:
-    """Rows that are `length` wide, of which `image` holds the columns from `start` on, made `width`
-    wide; and of these, `kept` columns from `left` on."""
+    """Rows of `length` columns, those from `start` on in `image`, made `width` wide; and of these,
+    `kept` columns from `left` on."""
     out = Image.new(image.mode, (kept, image.height))
     step = max(LEAST_LINES, PIECE_PX // max(length, width))
     for y in range(0, image.height, step):

@@ -1,4 +1,4 @@
-"""EXIF orientations, and JPEGs that are decoded at a fraction of their size in that frame."""
+"""EXIF orientations, and JPEGs decoded at a fraction of their size in the upright frame."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SIDEWAYS = (5, 6, 7, 8)
 
 
 def read_orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1..8; 1 for none and for one that makes no sense."""
+    """The EXIF orientation, 1..8; 1 for none and for an invalid one."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         return int(orientation) if orientation in TRANSPOSE else 1
@@ -32,7 +32,7 @@ def read_orientation(image: Image.Image) -> int:
 def reduce_jpeg(image: JpegImageFile, at_least: tuple[int, int]) -> Box | None:
     """Have a JPEG decoded to 1/2, 1/4 or 1/8, no smaller than (height, width) once upright.
 
-    Returns the box of its pixels; None where it stays as large as it is.
+    Returns the box of its pixels; None if it stays as large as it is.
     """
     height, width = at_least[::-1] if read_orientation(image) in SIDEWAYS else at_least
     before = image.size
@@ -41,7 +41,7 @@ def reduce_jpeg(image: JpegImageFile, at_least: tuple[int, int]) -> Box | None:
 
 
 def turn_box(box: Box, orientation: int, size: tuple[int, int]) -> Box:
-    """The box after an orientation was applied that made the image one of (width, height)."""
+    """The box after applying an orientation; `size`: (width, height) of the turned image."""
     left, top, right, bottom = box
     if orientation in SIDEWAYS:
         left, top, right, bottom = top, left, bottom, right

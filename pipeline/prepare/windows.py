@@ -38,7 +38,7 @@ class Pixels(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Looks:
-    """The looks at an image that a run takes."""
+    """The looks at an image in a run."""
 
     processor: ImageProcessor
     """Of the plain look."""
@@ -80,7 +80,7 @@ class Looks:
         return next(sides), next(sides)
 
     def fine_size(self, height: int, width: int) -> tuple[int, int] | None:
-        """Size of the finer look at an image; None where the plain one is all.
+        """Size of the finer look at an image; None if the plain one is all.
 
         Whole patches without windows. With windows at least one window, and at most MAX_LOOK_PX
         pixels: a larger image is made smaller, aspect kept.
@@ -141,7 +141,7 @@ class Looks:
     def windows(self, fine_size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         """First rows, and first columns, of the windows over a finer look, increasing.
 
-        Both of one window where it is seen as a whole.
+        Both of one window if it is seen as a whole.
         """
         if not self.options.tile:
             return np.zeros(1, np.int64), np.zeros(1, np.int64)
@@ -152,13 +152,13 @@ class Looks:
 
 
 def window_starts(length: int, side: int) -> np.ndarray:
-    """Where the fewest windows of a side start that cover a length and overlap by OVERLAP."""
+    """Starts of the fewest windows of a side covering a length with an overlap of OVERLAP."""
     count = 1 + math.ceil(max(0, length - side) / (side * (1 - OVERLAP)))
     return np.round(np.linspace(0, length - side, count)).astype(np.int64)
 
 
 class PrepareLooks:
-    """The decode stage where images are looked at closely: schema.RECORDS -> schema.PIXELS.
+    """The decode stage for a closer look at images: schema.RECORDS -> schema.PIXELS.
 
     Each record in a table of its own: its pixels may be nearly as large as a block.
     """
