@@ -1,7 +1,6 @@
 """Checkpoints and prompts, and the actors that run a model over pixels.
 
-The names that jobs use are loaded when one is first asked for: torch takes seconds, which `--help`
-and a mistyped option do without.
+Names are loaded on first use: torch takes seconds, needless for `--help` and a mistyped option.
 """
 
 from __future__ import annotations

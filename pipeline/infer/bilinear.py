@@ -1,6 +1,6 @@
-"""Bilinear interpolation, one axis at a time, of those outputs alone that are wanted.
+"""Bilinear interpolation of the wanted outputs alone, one axis at a time.
 
-Needs no torch: labels are cut from kept maps in processes that never import it.
+Needs no torch: labels are cut from kept maps in processes without it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Axis:
     @staticmethod
     @lru_cache(maxsize=256)
     def between(cells: int, outputs: int) -> Axis:
-        """The whole axis, as F.interpolate(mode="bilinear", align_corners=False) has it but for
-        the last bits of the weights, which depend on how torch was compiled."""
+        """The whole axis, as in F.interpolate(mode="bilinear", align_corners=False) but for the
+        last bits of the weights: those depend on how torch was compiled."""
         position = (np.arange(outputs) + 0.5) * (cells / outputs) - 0.5
         position = position.clip(0, cells - 1)
         low = np.floor(position).astype(np.int64)
@@ -44,7 +44,7 @@ class Axis:
         return len(self.low)
 
     def touching(self, cells: np.ndarray) -> Axis:
-        """The outputs that depend on a cell between the first and the last of `cells` (sorted)."""
+        """The outputs depending on a cell between the first and the last of `cells` (sorted)."""
         outputs = np.flatnonzero((self.high >= cells[0]) & (self.low <= cells[-1]))
         return self[outputs[0] : outputs[-1] + 1] if len(outputs) else self[:0]
 

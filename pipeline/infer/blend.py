@@ -1,9 +1,9 @@
 """Looks at an image -> logits on one finer grid.
 
 Every look runs through the model as an image of its own, in the same batches. Windows are blended
-with weights that fall smoothly to 0 at their borders and sum to 1 in every pixel. Of a window and
-the plain look, which sees what is larger than a window, a pixel has the logarithm of the mean
-exponential: the larger but for log 2, and their value where they agree.
+with weights falling smoothly to 0 at their borders and summing to 1 in every pixel. The plain look
+sees things larger than a window. A pixel has the logarithm of the mean exponential of window and
+plain look: the larger of the two but for log 2, and their value if they agree.
 
 Shapes: N looks, P prompts, K pairs, L tokens, R reduce_dim, E projection, (s, t) logits of a look,
 (h, w) the finer grid.
@@ -36,7 +36,7 @@ Encode = Callable[[Tensor], Encoded]
 
 
 def open_looks(opened: OpenModel[CLIPSeg], fine: FineOptions, *, embed: bool) -> Looks:
-    """The looks that a model takes at images. Raises UsageError for a size that it cannot take."""
+    """The looks of a model at images. Raises UsageError for an unsupported size."""
     patch = opened.model.config.vision_config.patch_size
     return Looks(processor=opened.processor, patch=patch, options=fine, embed=embed)
 
@@ -73,8 +73,8 @@ class Looked:
 class BlendLooks:
     """The model over looks: `look` at images, then their `logits`, image by image.
 
-    `encode`, where images are embedded: normalised pixels (B, 3, H, W) of plain looks -> steps of
-    the decoder, embeddings.
+    `encode`, if images are embedded: normalised pixels (B, 3, H, W) of plain looks -> steps of the
+    decoder, embeddings.
     """
 
     def __init__(self, looks: Looks, model: CLIPSeg, device: Device, encode: Encode | None = None):
@@ -124,7 +124,7 @@ class BlendLooks:
         return [*found, *((fine[y : y + h, x : x + w], False) for y, x in corners)]
 
     def _side(self, fine: np.ndarray) -> tuple[int, int]:
-        """Size of the windows over a finer look, which may be one."""
+        """Size of the windows over a finer look; without tiles, of the whole look."""
         return self.looks.window if self.looks.options.tile else (fine.shape[0], fine.shape[1])
 
     def _encode(self, pictures: list[tuple[np.ndarray, bool]]) -> list[Encoded]:
@@ -158,7 +158,7 @@ class BlendLooks:
     def _looked(
         self, plain: np.ndarray | None, fine: np.ndarray | None, found: Iterator[Encoded]
     ) -> Looked:
-        """An image whose looks are the next of those `found`."""
+        """An image, its looks taken from the next of `found`."""
         vector, window, parts = torch.zeros(0), self.looks.window, []
         if plain is not None:
             steps, vector = next(found)
@@ -221,7 +221,7 @@ class Grid:
     """Windows over a finer grid, and the plain look under it.
 
     size: (h, w); plain: size of the plain look's logits; starts: first rows and first columns of
-    the windows, which are all combinations; side: (s, t) of each.
+    the windows, in all combinations; side: (s, t) of each.
     """
 
     def __init__(
@@ -239,7 +239,7 @@ class Grid:
         self.axes = [tuple(each.to(device) for each in axis) for axis in self.axes]
 
     def window(self, grid: Tensor, look: int) -> Tensor:
-        """The part (s, t) of a grid (h, w) that is under a window."""
+        """The part (s, t) of a grid (h, w) under a window."""
         i, j = divmod(look, len(self.starts[1]))
         y, x = int(self.starts[0][i]), int(self.starts[1][j])
         return grid[y : y + self.side[0], x : x + self.side[1]]
@@ -263,8 +263,8 @@ class Grid:
 
 
 def _axis(cells: int, length: int, starts: np.ndarray, side: int) -> tuple[Tensor, ...]:
-    """Of each window, (n, side) each: the cells of the plain look that an output lies between
-    (two), its way from one to the other, and the window's share in it."""
+    """Of each window, (n, side) each: the two cells of the plain look around an output, its way
+    from one to the other, and the window's share in it."""
     axis = Axis.between(cells, length)
     outputs = starts[:, None] + np.arange(side)
     known = [part[outputs] for part in (axis.low, axis.high, axis.weight)]

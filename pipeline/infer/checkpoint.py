@@ -59,7 +59,7 @@ class Checkpoint:
         return int(self.config.get("projection_dim") or 512)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Facts of the model that decide the results of a run."""
+        """Facts of the model deciding the results of a run."""
         return {
             "weights_hash": self.weights_hash,
             "model_config": self.config,
@@ -83,7 +83,7 @@ class OpenModel(Generic[Model]):
     ):
         """Fetch `name` and `load` its folder, as a model's from_folder does.
 
-        Raises CheckpointError naming the file, field or tensor that is wrong.
+        Raises CheckpointError naming the wrong file, field or tensor.
         """
         self.name, self.device = name, device
         self.folder = fetch(name)
@@ -95,7 +95,7 @@ class OpenModel(Generic[Model]):
     def on_worker(
         cls, known: Checkpoint, load: Callable[[Path], tuple[Model, str]], device: Device
     ) -> OpenModel[Model]:
-        """The model that the driver described. Raises JobError if its weights are others here."""
+        """The model described by the driver. Raises JobError if its weights are others here."""
         found = cls(known.name, load, device)
         if found.weights_hash != known.weights_hash:
             raise JobError(f"{known.name}: this worker finds other weights than the driver did")
@@ -115,7 +115,7 @@ class OpenModel(Generic[Model]):
 
     def describe(self, precision: Precision = "float32", *, texts: bool) -> Checkpoint:
         """The checkpoint of a model for images, to be run in a precision on the actors; with
-        `texts`, of one that encodes texts, too."""
+        `texts`, of one for texts, too."""
         return Checkpoint(
             name=self.name,
             config=read_config(self.folder),
@@ -139,9 +139,9 @@ class OpenModel(Generic[Model]):
     def describe_texts(
         self, names: Sequence[str], what: str, templates: Sequence[str] = ("{}",)
     ) -> list[str]:
-        """Lines that the user should read on the texts of a job; `what` they are there: "prompt".
+        """Lines for the user on the texts of a job; `what` they are there: "prompt".
 
-        Raises UsageError for different texts that are one to the model.
+        Raises UsageError for different texts cut to the same tokens.
         """
         tower = self._text_model().text_model
         cut = find_cut(tower, self.tokenizer, names, what, templates)
@@ -152,7 +152,7 @@ class OpenModel(Generic[Model]):
         ]
 
     def _describe_unlearnt(self, names: Sequence[str], what: str) -> list[str]:
-        """A line on texts with words of which the bundled model's vocabulary has only letters."""
+        """A line on texts with words spelt in letters by the bundled model's vocabulary."""
         new = [name for name in names if len(self.tokenizer.encode(name)) > len(name.split()) + 2]
         return name_texts(new, what, "not in the bundled model's vocabulary, of coloured shapes")
 
@@ -165,8 +165,8 @@ class OpenModel(Generic[Model]):
 def open_processor(folder: Path, tower: VisionTower) -> ImageProcessor:
     """The image processor of a checkpoint folder.
 
-    Raises CheckpointError where its images have no common size, or one that the checkpoint's
-    vision tower does not take.
+    Raises CheckpointError if its images have no common size, or one unfit for the checkpoint's
+    vision tower.
     """
     processor = ImageProcessor.from_folder(folder)
     size = processor.image_size

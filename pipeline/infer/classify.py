@@ -1,4 +1,4 @@
-"""Pixels or embeddings -> the labels that fit best, with their probabilities.
+"""Pixels or embeddings -> the best labels, with their probabilities.
 
 Zero-shot, a label is as probable as the cosine of its embedding with the image's says (Radford et
 al. 2021, section 3.1): a label's embedding is the mean over the prompt templates of normalised text
@@ -6,7 +6,7 @@ embeddings, normalised again, as in openai/CLIP's notebook Prompt_Engineering_fo
 driver makes them once per job. A checkpoint with a classification head has labels of its own, and
 says whether they exclude each other.
 
-Shapes: B images, C labels, T templates, E projection, K labels that are kept.
+Shapes: B images, C labels, T templates, E projection, K kept labels.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Classifier:
         return not self.templates
 
     def fingerprint(self) -> dict[str, Any]:
-        """Facts of the model and the labels that decide the results of a run."""
+        """Facts of the model and the labels deciding the results of a run."""
         asked = {"labels": self.labels, "templates": self.templates}
         return {**self.checkpoint.fingerprint(), **asked}
 
@@ -79,7 +79,7 @@ class Classifier:
     def logits(self, vectors: np.ndarray) -> np.ndarray:
         """Logits (B, C) of image embeddings (B, E), normalised or not, in float64.
 
-        NaN where an embedding is zero or not finite.
+        NaN for an embedding of zeros or not finite.
         """
         rows = vectors.astype(np.float64)
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
@@ -97,7 +97,7 @@ def open_classifier(
 ) -> Classifier:
     """Load a checkpoint, encode the labels with it on `device`, and let its weights go again.
 
-    Raises CheckpointError, and UsageError where labels and checkpoint do not go together.
+    Raises CheckpointError, and UsageError if labels and checkpoint do not go together.
     """
     folder = fetch(name)
     labels, own = config.all_labels(), read_head_labels(folder)
@@ -150,7 +150,7 @@ def _head_function(folder: Path, config: dict[str, Any], labels: int) -> Functio
 
 
 def _describe_labels(opened: OpenModel[CLIP], labels: list[str], templates: list[str]) -> list[str]:
-    """Lines that the user should read. Raises UsageError for labels that are one to the model."""
+    """Lines for the user. Raises UsageError for different labels cut to the same tokens."""
     repeated = [label for label, count in Counter(labels).items() if count > 1]
     notes = name_texts(repeated, "label", "given more than once, each with a label_id of its own")
     return notes + opened.describe_texts(labels, "label", templates)
@@ -164,7 +164,7 @@ def encode_labels(
 ) -> np.ndarray:
     """Embeddings (C, E) of the labels, float64 of length 1: the mean over all templates.
 
-    Runs where the model is. Raises UsageError for a label that the model gives no direction.
+    Runs on the model's device. Raises UsageError for a label without a direction in the model.
     """
     step = max(1, TEXTS_AT_ONCE // len(templates))
     parts = []
@@ -193,9 +193,8 @@ def _loader(head: bool) -> Callable[[Path], tuple[ImageClassifier | ImageEncoder
 class ClassifyImages:
     """An actor of the classify stage: schema.PIXELS -> schema.RANKED.
 
-    It holds the vision tower, and either its projection or the head. An actor that finds other
-    weights under the model's name than the driver did refuses to start. `device` and `threads` as
-    in Device.
+    It holds the vision tower, and either its projection or the head. Refuses to start if the
+    weights under the model's name differ from the driver's. `device` and `threads` as in Device.
     """
 
     def __init__(self, classifier: Classifier, device: str | Device, threads: int | None = None):
@@ -226,7 +225,7 @@ class ClassifyImages:
 
 
 class ClassifyVectors:
-    """The classify stage where there are embeddings already: schema.VECTORS -> schema.RANKED."""
+    """The classify stage over existing embeddings: schema.VECTORS -> schema.RANKED."""
 
     def __init__(self, classifier: Classifier):
         self.classifier = classifier
@@ -249,8 +248,8 @@ def rank_labels(
 ) -> pa.Table:
     """Records with their best labels, schema.RANKED; those without usable logits fail.
 
-    `good` (N,) bool: which of the records the rows of `logits` (B, C) float64 belong to. Logits
-    that are equal as float32 are ranked by label_id.
+    `good` (N,) bool: the records with a row in `logits` (B, C) float64. Logits equal as float32 are
+    ranked by label_id.
     """
     usable = np.isfinite(logits).all(axis=1)
     failed = np.zeros(len(records), dtype=bool)

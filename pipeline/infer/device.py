@@ -1,6 +1,6 @@
 """Rows of a batch through a model on a device: the one way there, for pixels and for texts.
 
-Shapes: N records, B rows that the model takes at once, (H, W) image size, E embedding.
+Shapes: N records, B rows in one call of the model, (H, W) image size, E embedding.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Device:
     ):
         """Raises UsageError for "cuda" without a GPU, and for TF32 on a CPU.
 
-        `threads` by default as many as torch's; `precision` of the models that `place` puts here;
+        `threads` by default as many as torch's; `precision` of the models put here by `place`;
         `together`: whether it takes rows as a GPU does, by default if it is one.
         """
         if kind == "cuda" and not torch.cuda.is_available():
@@ -85,7 +85,7 @@ class Device:
 
     @classmethod
     def of(cls, device: str | Device, threads: int | None, precision: Precision) -> Device:
-        """The device of an actor: one that is there already, or that of a name."""
+        """The device of an actor: an existing one, or one by its name."""
         if isinstance(device, Device):
             return device
         return cls(device, threads, precision=precision)
@@ -97,7 +97,7 @@ class Device:
             _convert(model, self.dtype)
 
     def split(self, count: int, at_once: int) -> list[slice]:
-        """Slices of `count` rows that run at once: one row on a CPU, at most `at_once` on a GPU."""
+        """Slices of `count` rows to run at once: one row on a CPU, at most `at_once` on a GPU."""
         step = 1 if self.alone else at_once
         return [slice(i, min(i + step, count)) for i in range(0, count, step)]
 
@@ -159,7 +159,7 @@ class Device:
         return [result for part in parts for result in self._in_lane(function, part)]
 
     def fit(self, row_bytes: int, most: int) -> int:
-        """Rows of so many bytes that a lane computes at once: at least one, at most `most`."""
+        """Rows of so many bytes for a lane to compute at once: at least one, at most `most`."""
         if self.torch.type != "cuda":
             return most
         free, _ = torch.cuda.mem_get_info()
@@ -181,10 +181,9 @@ class Device:
 
 
 def _convert(part: nn.Module, dtype: torch.dtype) -> None:
-    """Convert attention and MLPs of images, where 99 % of the products are.
+    """Convert attention and MLPs of images: 99 % of the products.
 
-    Patch embedding, sums, norms, FiLM, projections and logits stay in float32, as do texts, which
-    are few.
+    Patch embedding, sums, norms, FiLM, projections and logits stay in float32, as do the few texts.
     """
     for name, child in part.named_children():
         if isinstance(child, Attention | MLP):
@@ -200,26 +199,26 @@ def pixel_rows(column: pa.ChunkedArray, processor: ImageProcessor) -> list[np.nd
 
 
 def has_pixels(batch: pa.Table) -> np.ndarray:
-    """Which records of schema.PIXELS hold an image: bool (N,)."""
+    """Whether each record of schema.PIXELS holds an image: bool (N,)."""
     return np.array([len(pixels.as_buffer()) > 0 for pixels in batch["pixels"]], dtype=bool)
 
 
 def scale_to_unit(vectors: Tensor) -> Tensor:
     """Rows (N, E) at length 1, float32: zeros stay, what is not finite becomes NaN.
 
-    In float64, where the length of a finite float32 vector is finite too.
+    In float64: there the length of a finite float32 vector is finite too.
     """
     return torch.nn.functional.normalize(vectors.double(), dim=-1).float()
 
 
 def fail_images(records: pa.Table, masked: np.ndarray, embedded: np.ndarray) -> pa.Table:
-    """The records, of which those fail whose logits or embedding are not finite: bool (N,)."""
+    """Fail records not `masked` (finite logits) or not `embedded` (finite embedding): bool (N,)."""
     failed = fail_rows(records, ~embedded, "embed", "the embedding is not finite")
     return fail_rows(failed, ~masked, "segment", "the model's logits are not finite")
 
 
 def fail_rows(records: pa.Table, failed: np.ndarray, stage: str, detail: str) -> pa.Table:
-    """The records, of which those where `failed` (N,) is true failed at `stage` by the model."""
+    """Fail the records marked in `failed` (N,): at `stage`, by the model."""
     for name, value in (("stage", stage), ("reason", "model_failed"), ("detail", detail)):
         column = pc.if_else(pa.array(failed), value, records[name])
         records = records.set_column(records.schema.get_field_index(name), name, column)

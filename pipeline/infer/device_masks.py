@@ -1,10 +1,10 @@
-"""Logits on a device -> masks as run lengths, without a copy of what is as large as the logits.
+"""Logits on a device -> masks as run lengths, without a copy of anything as large as the logits.
 
 Runs on any device of torch. The same masks as masks.masks_of_image, but for pixels at a float tie
 with the threshold: there the last bit of an interpolated logit decides, and kernels differ in it.
 
 Shapes: N pairs of image and prompt, (h, w) the model's grid, (H, W) the size of a mask. Grids and
-masks are transposed on the device, so that run lengths go down the columns.
+masks are transposed on the device: run lengths go down the columns.
 """
 
 from __future__ import annotations

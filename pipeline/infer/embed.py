@@ -1,4 +1,4 @@
-"""Pixels and texts -> CLIP embeddings, on the actors that hold the model."""
+"""Pixels and texts -> CLIP embeddings, on the actors with the model."""
 
 from __future__ import annotations
 
@@ -52,15 +52,15 @@ def open_embedder(
 
 
 def _loader(text: bool) -> Callable[[Path], tuple[CLIP | ImageEncoder, str]]:
-    """Loads a text tower only where texts are embedded."""
+    """Loads a text tower only to embed texts."""
     return CLIP.from_folder if text else ImageEncoder.from_folder
 
 
 class EmbedImages:
     """An actor of the embed stage: schema.PIXELS -> schema.VECTORS.
 
-    An actor that finds other weights under the model's name than the driver did refuses to start.
-    `device` and `threads` as in Device.
+    Refuses to start if the weights under the model's name differ from the driver's. `device` and
+    `threads` as in Device.
     """
 
     def __init__(self, spec: EmbedSpec, device: str | Device, threads: int | None = None):
@@ -102,6 +102,6 @@ class EmbedImages:
 
 
 def _spread(vectors: np.ndarray, good: np.ndarray) -> pa.Array:
-    """The bytes of the vectors at the places that are good, nothing at the others."""
+    """The bytes of the vectors at the good places, nothing at the others."""
     rest = iter(vectors)
     return pa.array([next(rest).tobytes() if g else b"" for g in good], pa.large_binary())

@@ -63,7 +63,7 @@ def fetch(model: str) -> Path:
     `demo` is the bundled model, in whatever folder a process stands; a folder of that name is
     written ./demo. Else what exists here is taken for a folder; what looks like a path (begins
     with . / ~ or has more than one slash) is never looked up on the hub. Of a remote checkpoint
-    only what is needed is downloaded, a .bin only where there are no safetensors, and kept: in the
+    only the needed files are downloaded, a .bin only if there are no safetensors, and kept: in the
     hub's own cache, or for S3 below $CLIPSEG_RAY_CACHE (default ~/.cache/clipseg-ray).
     CheckpointError says what is wrong in one line.
     """
@@ -114,12 +114,12 @@ def _check_folder(folder: Path, model: str) -> Path:
 
 
 def _list_names(folder: Path) -> list[str]:
-    """The plain files of a folder; the client makes none where it has nothing to download."""
+    """The plain files of a folder; the client makes none if there is nothing to download."""
     return [file.name for file in folder.iterdir() if file.is_file()] if folder.is_dir() else []
 
 
 def _fetch_hub(repo: str, revision: str | None) -> Path:
-    """A snapshot of the needed files, from the hub or, where that is out of reach, its cache."""
+    """A snapshot of the needed files: from the hub, or its cache if the hub is out of reach."""
     from huggingface_hub import errors, snapshot_download  # 0.4 s, which local folders do not need
 
     # Read now, where the client would have read it when it was imported.
@@ -160,7 +160,7 @@ def _fetch_hub(repo: str, revision: str | None) -> Path:
 
 
 def _count_bytes() -> Any:
-    """A bar that draws nothing and tells the phase that lasts how much is downloaded."""
+    """A progress bar drawing nothing; it tells the running phase how much is downloaded."""
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
     class Bytes(tqdm):  # type: ignore[misc]  # the client wants a subclass
@@ -219,7 +219,7 @@ def _fetch_s3(uri: str) -> Path:
 
 
 def _select(files: dict[str, FileInfo], folder: str) -> dict[str, FileInfo]:
-    """The files that are needed of a folder, sorted by name."""
+    """The needed files of a folder, sorted by name."""
     found = find_weights(files, folder) or ""
     form = next((form for form in _FORMS if _matches(found, form)), ())
     return {name: files[name] for name in sorted(files) if _matches(name, NEEDED + form)}

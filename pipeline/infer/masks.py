@@ -2,7 +2,7 @@
 
 A mask is where sigmoid(bilinear(logits)) > threshold. It is decided on the logits, against the
 threshold's own logit: the same pixels up to float ties, without a sigmoid per pixel. Bilinear
-interpolation never exceeds the cells it lies between, so only pixels that touch a cell above the
+interpolation never exceeds the cells it lies between, so only pixels touching a cell above the
 threshold are computed, and an empty mask costs one look at the grid.
 
 Shapes: P prompts, h and w the model's grid, H and W the image. Sizes are (height, width). Run on
@@ -67,7 +67,7 @@ def masks_of_image(
 
 
 def finish_logits(batch: pa.Table, rule: MaskRule) -> pa.Table:
-    """schema.LOGITS -> schema.RUNS, of records that did not fail."""
+    """schema.LOGITS -> schema.RUNS, of records without a failure."""
     found = []
     sizes = zip(batch["height"].to_pylist(), batch["width"].to_pylist(), strict=True)
     shapes = zip(batch["logits_height"].to_pylist(), batch["logits_width"].to_pylist(), strict=True)
@@ -105,7 +105,7 @@ def with_runs(
 def mask_from_logits(
     logits: torch.Tensor | np.ndarray, size: tuple[int, int] | None, threshold: float
 ) -> np.ndarray:
-    """Where the probability exceeds the threshold: (H, W) uint8, 0 or 1, column-major.
+    """The pixels with a probability above the threshold: (H, W) uint8, 0 or 1, column-major.
 
     logits: (h, w) float32, finite; size: (H, W), or None for the grid's own. At threshold 0 every
     pixel is in the mask, at 1 none.
@@ -119,19 +119,19 @@ def mask_from_logits(
 
 
 def probability_map(logits: torch.Tensor | np.ndarray, side: int) -> np.ndarray:
-    """An 8-bit map to keep, so that thresholds can be changed without the model.
+    """An 8-bit map to keep, for other thresholds without the model.
 
     logits: (h, w) float32. Returns (h', w') uint8 = round(255 * probability), its longer side
-    `side` cells, or the model's own grid where that is smaller. Logits are averaged over the cells
-    that fall together: averaged probabilities agree less with the masks (mean IoU .987 against
-    .990 at 88 of 352 cells and threshold 0.1, .958 against .974 at 0.8).
+    `side` cells, or the model's own grid if smaller. Logits are averaged over merged cells:
+    averaged probabilities agree less with the masks (mean IoU .987 against .990 at 88 of 352 cells
+    and threshold 0.1, .958 against .974 at 0.8).
     """
     grid = torch.tensor(np.asarray(logits), dtype=torch.float32)  # a copy: bytes may be read-only
     return shrink_maps(grid[None], side)[0].numpy()
 
 
 def shrink_maps(grids: torch.Tensor, side: int) -> torch.Tensor:
-    """The probability_map of each of N grids (N, h, w) float32, where these are."""
+    """The probability_map of each of N grids (N, h, w) float32, on their device."""
     height, width = grids.shape[1:]
     scale = min(1.0, side / max(height, width))
     target = (max(1, round(height * scale)), max(1, round(width * scale)))
@@ -142,7 +142,7 @@ def shrink_maps(grids: torch.Tensor, side: int) -> torch.Tensor:
 def mask_from_probabilities(
     probabilities: np.ndarray, size: tuple[int, int] | None, threshold: float
 ) -> np.ndarray:
-    """The mask that `mask_from_logits` would give, from a map kept by `probability_map`.
+    """The mask of `mask_from_logits`, from a map kept by `probability_map`.
 
     probabilities: (h', w') uint8. Returns (H, W) uint8, column-major. It interpolates logits, as
     the mask itself did; 0 and 255 stand for half a step from the end. From the full grid the mean
@@ -182,8 +182,8 @@ def _masked_columns(
 
 
 def _run_lengths(columns: np.ndarray, start: int, size: tuple[int, int]) -> np.ndarray:
-    """COCO's run lengths of a mask that is empty but for some columns, without a walk over the
-    rest of the image."""
+    """COCO's run lengths of a mask empty but for some columns, without a walk over the rest of
+    the image."""
     height, width = size
     flat = np.zeros(columns.size + 2, np.bool_)
     flat[1:-1] = columns.reshape(-1)
@@ -204,8 +204,8 @@ def _axis(cells: int, outputs: int) -> Axis:
     """The whole axis, exactly as F.interpolate(mode="bilinear", align_corners=False) has it.
 
     The weights are asked of it, as their last bits depend on how torch was compiled: the three
-    channels of the probe mark the cells 0, 1, 2, 0, 1, 2, ..., so that the two neighbours of an
-    output never share a channel, nor does the cell before them.
+    channels of the probe mark the cells 0, 1, 2, 0, 1, 2, ..., so the two neighbours of an output
+    never share a channel, nor does the cell before them.
     """
     probe = (torch.arange(cells) % 3 == torch.arange(3)[:, None]).to(torch.float32)
     resized = F.interpolate(probe[None, :, :, None], size=(outputs, 1), mode="bilinear")

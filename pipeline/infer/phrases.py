@@ -15,7 +15,7 @@ KEPT_PHRASES = 16_384  # of 512 numbers each: 32 MB
 
 
 class PhraseVectors:
-    """Embeddings of phrases; the last `kept` that were asked for are remembered."""
+    """Embeddings of phrases; the `kept` most recently used are remembered."""
 
     def __init__(self, opened: OpenModel[CLIPSeg], kept: int = KEPT_PHRASES):
         self.opened, self.kept = opened, kept

@@ -39,7 +39,7 @@ class Masks(NamedTuple):
 
 
 class CLIPSeg:
-    """A checkpoint that segments pictures: `from_pretrained`, then a call."""
+    """A checkpoint for segmenting pictures: `from_pretrained`, then a call."""
 
     def __init__(self, opened: OpenModel[Model]):
         self.opened = opened
@@ -87,8 +87,8 @@ class CLIPSeg:
         """Segment a picture, or each of several, with every prompt.
 
         A picture is turned upright by its EXIF orientation; its mode may be any. `size`, `tile` and
-        `refine` as in FineOptions. Raises UsageError for no prompt, an empty one, one that is given
-        twice, a threshold outside 0..1, and a size that the model cannot take.
+        `refine` as in FineOptions. Raises UsageError for no prompt, an empty or repeated one, a
+        threshold outside 0..1, and an unsupported size.
         """
         asked = [prompts] if isinstance(prompts, str) else list(prompts)
         if not asked or not all(prompt.strip() for prompt in asked):

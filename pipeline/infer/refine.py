@@ -22,7 +22,7 @@ LEAST = 1e-4  # the filtered probability, and 1 minus it: keeps logits finite
 
 
 def refine(logits: Tensor, image: Tensor, radius: int) -> Tensor:
-    """Logits (B, h, w) float32 that follow the edges of images (B, h, w, 3) uint8.
+    """Logits (B, h, w) float32, following the edges of images (B, h, w, 3) uint8.
 
     `radius` in pixels, of the squares. NaN where `logits` are not finite.
     """

@@ -69,7 +69,7 @@ def _strings(lengths: np.ndarray, within: np.ndarray, offsets: np.ndarray) -> pa
 def _boxes(
     lengths: np.ndarray, within: np.ndarray, offsets: np.ndarray, heights: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(N, 4) x, y, width, height, zeros where a mask is empty, and (N,) areas: int64."""
+    """(N, 4) x, y, width, height, zeros for an empty mask, and (N,) areas: int64."""
     boxes, areas = np.zeros((len(heights), 4), np.int64), np.zeros(len(heights), np.int64)
     of = np.repeat(np.arange(len(heights)), np.diff(offsets))
     runs = within % 2 == 1

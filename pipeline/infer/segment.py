@@ -1,4 +1,4 @@
-"""Pixels x prompts -> mask logits, on the actors that hold the model.
+"""Pixels x prompts -> mask logits, on the actors with the model.
 
 Prompts, of text or of example images, are encoded once per job, by the driver; an actor gets their
 embeddings and runs only what masks need: the vision blocks up to the last extract layer, once per
@@ -81,8 +81,8 @@ def open_segmenter(
     """Load a checkpoint, encode phrases and other prompts with it, and let its weights go again.
 
     `per_row`: see SegmentSpec; `max_pixels` of an example image; `precision` of the actors. Raises
-    CheckpointError naming the file, field or tensor that is wrong, and UsageError for prompts that
-    are one to the model and naming an example that cannot be used.
+    CheckpointError naming the wrong file, field or tensor, and UsageError for prompts cut to the
+    same tokens and naming an unusable example.
     """
     opened = OpenModel(name, CLIPSeg.from_folder, Device("cpu"))
     asked = [Prompt(name=p, texts=(p,)) if isinstance(p, str) else p for p in prompts]
@@ -107,8 +107,8 @@ class SegmentImages:
     From a CPU logits go on, and tasks make the masks, on other threads than the model's. From a GPU
     they would be 0.5 MB a prompt, as much to copy as ten times its work: masks are made there.
 
-    An actor that finds other weights under the model's name than the driver did refuses to start.
-    `device` and `threads` as in Device. About `block_bytes` of logits are handed on at once.
+    Refuses to start if the weights under the model's name differ from the driver's. `device` and
+    `threads` as in Device. About `block_bytes` of logits are handed on at once.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class SegmentImages:
             )
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
-        """Records that failed pass first, then images in their order, prompts in runs."""
+        """Failed records pass first, then images in their order, prompts in runs."""
         good = has_pixels(batch)
         if self.together:
             yield from self.together(batch, good)

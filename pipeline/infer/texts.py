@@ -1,8 +1,8 @@
-"""Texts -> embeddings that do not depend on the texts beside them.
+"""Texts -> embeddings independent of the texts beside them.
 
-Prompts, labels and queries are encoded here. The last bits of a row depend on the shape of the
-product that it stands in. On a CPU every text runs alone (see device.Device); on a GPU a slice has
-SLICE_ROWS rows, repeated if texts are missing, and a length that the text's own tokens decide.
+Prompts, labels and queries are encoded here. The last bits of a row depend on the shape of its
+matrix product. On a CPU every text runs alone (see device.Device); on a GPU a slice has SLICE_ROWS
+rows, repeated if texts are missing, and a length set by the text's own tokens.
 
 Shapes: P texts, U different ones, L tokens, E projection.
 """
@@ -40,9 +40,9 @@ def encode_texts(
 ) -> Tensor:
     """Projected embeddings (P, E) of at least one text, float32 on the CPU, not normalised.
 
-    `encode` is the encode_text of the model that `tower` belongs to, on `device`. A text has the
-    same embedding bit for bit whatever texts stand beside it, and texts of the same tokens are
-    encoded once. Progress counts different texts.
+    `encode` is the encode_text of `tower`'s model, on `device`. A text has the same embedding bit
+    for bit whatever texts stand beside it, and texts of the same tokens are encoded once. Progress
+    counts different texts.
     """
     longest = longest_text(tower)
     rows = [tuple(ids) for ids in tokenizer.frame(texts, longest)[0]]
@@ -65,9 +65,9 @@ def encode_texts(
 def _slices(
     rows: Sequence[Row], longest: int, device: Device
 ) -> Iterator[tuple[list[Row], int, int]]:
-    """(rows that run at once, the length to pad them to, how many of them count), in order.
+    """(rows to run at once, the length to pad them to, how many of them count), in order.
 
-    A row that runs alone is not padded.
+    A row running alone is not padded.
     """
     if device.alone:
         yield from (([row], len(row), 1) for row in rows)
@@ -84,7 +84,7 @@ def _padded_length(tokens: int, longest: int) -> int:
 
 
 def longest_text(tower: TextTower) -> int:
-    """Tokens that a model reads of a text, bos and eos among them."""
+    """Maximum number of tokens in a text, bos and eos among them."""
     return tower.embeddings.position_embedding.num_embeddings
 
 
@@ -95,10 +95,10 @@ def find_cut(
     what: str,
     templates: Sequence[str] = ("{}",),
 ) -> list[str]:
-    """The names of which the model reads only the beginning, in some of the templates.
+    """The names too long for the model in some of the templates: only their beginning is read.
 
-    Raises UsageError for two different names that are one to the model for that reason; `what` they
-    are there: "prompt".
+    Raises UsageError for two different names cut to the same tokens; `what` they are there:
+    "prompt".
     """
     longest = longest_text(tower)
     found: dict[str, None] = {}
@@ -122,7 +122,7 @@ def find_cut(
 
 
 def describe_cut(texts: Sequence[str], what: str, longest: int) -> list[str]:
-    """A line that names texts of which the model reads only the beginning; none without any."""
+    """A line naming texts longer than the model reads; none without any."""
     return name_texts(texts, what, f"longer than the {longest - 2} tokens that the model reads")
 
 
@@ -136,9 +136,9 @@ def name_texts(texts: Sequence[str], what: str, says: str) -> list[str]:
 
 
 def describe_vocabulary(tower: TextTower, tokenizer: Tokenizer) -> list[str]:
-    """A line where the tokenizer has fewer tokens than the model; none where it has not.
+    """A line if the tokenizer has fewer tokens than the model; else none.
 
-    Harmless where the table was only rounded up; else a file with added tokens is missing.
+    Harmless if the table was only rounded up; else a file with added tokens is missing.
     """
     has, rows = tokenizer.vocab_size, tower.embeddings.token_embedding.num_embeddings
     if has >= rows:

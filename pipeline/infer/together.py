@@ -46,7 +46,7 @@ class _Asked(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentTogether:
-    """The route of SegmentImages where rows are computed together."""
+    """The route of SegmentImages for rows computed together."""
 
     device: Device
     model: CLIPSeg
@@ -68,7 +68,7 @@ class SegmentTogether:
 
     @cached_property
     def pairs(self) -> int:
-        """Pairs that the decoder computes at once."""
+        """Pairs in one call of the decoder."""
         config, (rows, columns) = self.model.config, self.grid
         width = config.decoder_intermediate_size + 8 * config.reduce_dim
         # The hidden layer, before and after; logits, and a copy of those above the threshold.
@@ -82,7 +82,7 @@ class SegmentTogether:
         return self.device.fit(PIXEL_BYTES, PIXELS_AT_ONCE)
 
     def __call__(self, batch: pa.Table, good: np.ndarray) -> Iterator[pa.Table]:
-        """Records that failed pass first, then images (bool `good`) in their order."""
+        """Failed records pass first, then images (bool `good`) in their order."""
         if not good.all():
             failed = batch.filter(pa.array(~good)).drop_columns(["pixels"])
             yield _table(failed, [_NOTHING] * len(failed), [b""] * len(failed))
@@ -150,7 +150,7 @@ class SegmentTogether:
                 yield decoder(some, prompts[None], grid).flatten(0, 1)
 
     def _of_own(self, steps: list[Tensor], conditional: Tensor, of: np.ndarray) -> Iterator[Tensor]:
-        """Logits (N, h, w) of N pairs: prompts (N, E) and the images that they are `of`."""
+        """Logits (N, h, w) of N pairs: prompts (N, E) and the images they are `of`."""
         image = torch.from_numpy(of).to(self.device.torch)
         for some in range(0, len(of), self.pairs):
             part = slice(some, some + self.pairs)
@@ -165,7 +165,7 @@ class SegmentTogether:
         counts: np.ndarray,
         vectors: np.ndarray,
     ) -> pa.Table:
-        """schema.RUNS of images, of their pairs and vectors; one that is not finite fails whole."""
+        """schema.RUNS of images, of their pairs and vectors; a non-finite one fails whole."""
         ends = counts.cumsum()
         of_image = [pairs[end - n : end] for end, n in zip(ends, counts, strict=True)]
         masked = np.array([all(pair.finite for pair in some) for some in of_image], bool)

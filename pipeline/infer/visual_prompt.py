@@ -1,7 +1,7 @@
 """Example images as prompts, prepared as CLIPSeg was trained with them, and mixed with texts.
 
-The original's preparation (its `crop_blur_highlight352`) works on the normalised image, so that
-dark means near the mean colour. Of an example and its mask, at the scale of the model's input:
+The original's preparation (its `crop_blur_highlight352`) works on the normalised image: dark means
+near the mean colour. Of an example and its mask, at the scale of the model's input:
 
 1. normalise; outside the mask, blur by 15 x 15 (sigma 3) and multiply by 0.1
 2. crop to the mask's box, wider by a tenth of its width and height on each side
@@ -64,8 +64,8 @@ def prepare_example(
     """The visual prompt (3, H, W) float32, normalised, of an RGB image.
 
     mask: (h, w) bool of the image's size, with at least one pixel set; mode: one of
-    config.prompt.VISUAL_MODES. The image comes to the scale at which its shorter side is the
-    model's input, as in the original's square crops.
+    config.prompt.VISUAL_MODES. The image is scaled to the model's input by its shorter side, as in
+    the original's square crops.
     """
     how = _MODES[mode]
     target = processor.image_size
@@ -94,8 +94,8 @@ def encode_prompts(
 ) -> np.ndarray:
     """Conditional embeddings (P, E) float32, not normalised.
 
-    A prompt's is the weighted mean of its text, which is the mean of its texts and counts 1, and of
-    its examples. Raises UsageError for an example that cannot be used, naming its file.
+    A prompt's is the weighted mean of its text (the mean of its texts, with weight 1) and of its
+    examples. Raises UsageError for an unusable example, naming its file.
     """
     texts = list(dict.fromkeys(text for prompt in prompts for text in prompt.texts))
     found: dict[str, np.ndarray] = {}
@@ -128,10 +128,10 @@ def _encode_example(opened: OpenModel[CLIPSeg], example: Example, max_pixels: in
 
 
 def open_example(example: Example, max_pixels: int) -> tuple[Image.Image, np.ndarray]:
-    """The upright RGB image of an example, and where it shows it: (h, w) bool.
+    """The upright RGB image of an example, and the pixels showing it: (h, w) bool.
 
-    Raises UsageError, naming the file, for one that cannot be read, a mask or box that does not
-    fit the image, and one without a pixel.
+    Raises UsageError, naming the file, for an unreadable one, a mask or box not fitting the image,
+    and one without a pixel.
     """
     image = _decode(example.file, max_pixels)
     inside: np.ndarray = np.ones((image.height, image.width), np.bool_)

@@ -1,1 +1,1 @@
-"""One run from open to close; the only room that imports Ray."""
+"""One run from open to close; the only room importing Ray."""

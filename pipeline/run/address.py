@@ -15,13 +15,13 @@ def ray_address() -> str:
 
 
 def starting_ray() -> str:
-    """The phase in which Ray is started, or its cluster joined."""
+    """The phase of starting Ray, or of joining its cluster."""
     address = ray_address()
     return f"joining the Ray cluster at {one_line(address, 200)}" if address else "starting Ray"
 
 
 def refuse_nobody(address: str, *, timeout_s: float = 10) -> None:
-    """Raise JobError where nothing listens at `host:port`, of a cluster or behind ray://.
+    """Raise JobError if nothing listens at `host:port`, of a cluster or behind ray://.
 
     ray.init tries for minutes. Other forms of an address (auto) are left to it.
     """

@@ -1,7 +1,7 @@
-"""Whether Python has compiled the large packages: where it has not, every process does it anew.
+"""Whether Python has compiled the large packages: if not, every process does it anew.
 
-Installers that leave it out (uv by default) cost 10 s a process on first use, and on every use
-where nothing can be written beside the packages.
+Installers leaving it out (uv by default) cost 10 s a process on first use, and on every use if
+nothing can be written beside the packages.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def describe_uncompiled(
     find: Callable[[str], ModuleSpec | None] = find_spec,
     writes: bool | None = None,
 ) -> list[str]:
-    """A line with the remedy where bytecode of packages is missing; none is imported.
+    """A line with the remedy if bytecode of packages is missing; none is imported.
 
     `writes`: whether Python writes bytecode; None: as this process does.
     """

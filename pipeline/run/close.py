@@ -41,8 +41,8 @@ def close_run(
     """Check that the receipts equal the shards, write the counts into _run.json, and _SUCCESS.
 
     `seconds`: duration of the passes. `lost`: by the name of a shard, what of it the storage did
-    not give. `stages`: seconds that each was busy. Returns the counts over all shards. Raises
-    JobError if a shard has no receipt, or if meanwhile prompts were added or the run started over.
+    not give. `stages`: busy seconds of each. Returns the counts over all shards. Raises JobError if
+    a shard has no receipt, or if meanwhile prompts were added or the run started over.
     """
     refuse_another_start(run.output, run.record)
     listed = [list_receipts(each.ledger) for each in run.passes]
@@ -90,9 +90,9 @@ def close_run(
 def _count_pass(
     of_pass: Pass, receipts: Receipts, first: Pass, of_first: Receipts, parts: Parts
 ) -> tuple[Counter[str], set[str]]:
-    """(sums over the receipts that count, the names of shards without one).
+    """(sums over the valid receipts, the names of shards without one).
 
-    One counts if its parts are of its size and, in an addition, if it covers the first pass.
+    One is valid if its parts are of its size and, in an addition, if it covers the first pass.
     """
     counts: Counter[str] = Counter()
     missing = set()
@@ -143,7 +143,7 @@ def _refuse_unfinished(run: Run, missing: set[str], lost: dict[str, str]) -> Non
 
 
 def note_missing(run: Run, missing: dict[str, str]) -> None:
-    """Write down for `status` that the run is not complete: the names of shards, and why."""
+    """Note an incomplete run for `status`: the names of shards, and why."""
     run.record["status"] = "incomplete"
     run.record["missing"] = dict(list(missing.items())[:100])
     replace_run(run.output, run.record)

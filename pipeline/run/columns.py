@@ -26,8 +26,8 @@ _SHARD = "the dataset"
 class PrepareRecords:
     """The decode stage: a user's table -> schema.PIXELS, the user's columns beside it.
 
-    `prepare` is PrepareImages. Raises UsageError for columns that are missing, of another type, or
-    named as one of `results` is.
+    `prepare` is PrepareImages. Raises UsageError for missing columns, and for ones of another type
+    or with the name of one of `results`.
     """
 
     def __init__(self, prepare: Stage, image: str, key: str | None, results: pa.Schema):
@@ -83,12 +83,12 @@ def result_schema(table: pa.Schema, *, key: bool) -> pa.Schema:
 
 
 def kept_columns(names: Iterable[str], image: str, key: str | None) -> list[str]:
-    """The user's columns that stand beside the results; `key` does so under its own name."""
+    """The user's columns beside the results; `key` stands there under its own name."""
     return [n for n in names if n != image and (n != "key" or key != "key")]
 
 
 def check_columns(names: list[str], image: str, key: str | None, results: pa.Schema) -> None:
-    """Raise UsageError for columns that are missing, or named as a result is."""
+    """Raise UsageError for missing columns, and for ones with the name of a result."""
     for option, name in (("image", image), ("key", key)):
         if name is not None and name not in names:
             known = ", ".join(names)
@@ -155,13 +155,13 @@ def _side_by_side(own: pa.Table, theirs: pa.Table) -> pa.Table:
 
 
 def _failures(records: pa.Table) -> pa.Table:
-    """`row`, `key`, `stage`, `reason` and `detail` of the records that failed."""
+    """`row`, `key`, `stage`, `reason` and `detail` of the failed records."""
     failed = records.filter(pc.not_equal(records["reason"], ""))
     return failed.select(["row", "key", *_FAILURE])
 
 
 def _column(table: pa.Table, field: pa.Field) -> pa.Array | pa.ChunkedArray:
-    """A column of a table; nulls where it has none."""
+    """A column of a table; nulls if it has none."""
     if field.name in table.column_names:
         return table[field.name]
     return pa.nulls(len(table), field.type)

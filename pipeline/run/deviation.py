@@ -27,7 +27,7 @@ LIMIT_S = 5.0
 def measure_decode(run: Run, options: ImageOptions, processor: ImageProcessor) -> None:
     """Note in _run.json, and for the user, by how much prepared pixels differ from exact ones.
 
-    Once a run, and not where images are decoded exactly. At most IMAGES are decoded both ways, in a
+    Once a run, and not if images are decoded exactly. At most IMAGES are decoded both ways, in a
     process of their own, for LIMIT_S and one image at most.
     """
     if options.decode == "exact" or run.is_done or "decode" in run.record:

@@ -61,7 +61,7 @@ _UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 def stage_seconds(stream: Dataset) -> dict[str, float]:
     """Busy seconds of each stage of a stream on Ray, over all processes, in the stages' order.
 
-    From the text of Dataset.stats(), which may leave stages out. Stages in one task are one:
+    From the text of Dataset.stats(): it may leave stages out. Stages in one task are one:
     "read_batches + PrepareImages". Empty for a stream in this process: see Engine.spent.
     """
     found: dict[str, float] = {}

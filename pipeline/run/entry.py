@@ -72,13 +72,13 @@ def segment(
 
     `image` names the column of encoded bytes, or of uint8 pixels (H, W, 3), (H, W) or (H, W, 4);
     `key`, if given, a column that becomes the text column `key`. The other columns stand beside
-    every row that comes of theirs. Columns that are added: prompt_id, prompt, height, width, rle,
-    bbox, area, score_max, score_mean, threshold, as in the table `masks`; stage, reason, detail. An
-    image that fails is one row with these three and nulls for the mask; they are null elsewhere.
+    every row made from theirs. Added columns: prompt_id, prompt, height, width, rle, bbox, area,
+    score_max, score_mean, threshold, as in the table `masks`; stage, reason, detail. A failed image
+    is one row with these three and nulls for the mask; they are null elsewhere.
 
     `size`, `tile` and `refine` as in FineOptions; `precision` as in SegmentConfig; `device`,
     `actors` and `batch_size` as in WorkerOptions. Loads the model once, to encode the prompts.
-    Raises UsageError for arguments, CheckpointError for a model, that cannot be used.
+    Raises UsageError for unusable arguments, CheckpointError for an unusable model.
     """
     config = SegmentConfig(
         input="",
@@ -167,11 +167,11 @@ def classify(
     actors: int | None = None,
     batch_size: int | None = None,
 ) -> ray.data.Dataset:
-    """Tell the labels that fit every image best: one row per image and label, the best first.
+    """Find the best labels of every image: one row per image and label, the best first.
 
     `labels` are needed unless the model has labels of its own; a template has {} in their place.
-    Columns that are added: rank, label_id, label, probability, logit, as in the table `labels`.
-    Failures, the other arguments and the errors as in `segment`.
+    Added columns: rank, label_id, label, probability, logit, as in the table `labels`. Failures,
+    the other arguments and the errors as in `segment`.
     """
     config = ClassifyConfig(
         input="",
@@ -221,7 +221,7 @@ def _compose(
     results: tuple[str, pa.Schema, Callable[..., Any]],
     looks: Looks | None = None,
 ) -> ray.data.Dataset:
-    """Decode and resize -> infer -> rows of the table that is asked for.
+    """Decode and resize -> infer -> rows of the wanted table.
 
     `columns`: image and key; `infer`: the actor and what it is asked; `results`: the name of the
     table, its columns, the maker of its rows.

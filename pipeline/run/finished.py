@@ -35,8 +35,8 @@ def list_finished(output: str, table: str) -> list[Shard]:
     """List the shards of a table in the output of a run, sorted by name.
 
     A shard's `files` are its parts, of all passes, and its part of the errors, relative to
-    `output`. Reads the first row of one part of each. Raises UsageError where two are of one
-    shard, JobError for a damaged part and one that a receipt tells of and is gone, StorageError.
+    `output`. Reads the first row of one part of each. Raises UsageError if two are of one shard,
+    JobError for a damaged part and for a missing one with a receipt, StorageError.
     """
     parts: dict[str, list[FileInfo]] = {}
     for name in (table, ERRORS):
@@ -62,7 +62,7 @@ def list_finished(output: str, table: str) -> list[Shard]:
 
 
 def _refuse_lost_parts(output: str, table: str, parts: dict[str, list[FileInfo]]) -> None:
-    """Raise JobError where a finished shard of the run's first pass lacks a part with rows."""
+    """Raise JobError if a finished shard of the run's first pass lacks a part with rows."""
     for id_, receipts in list_receipts(Ledger(output=output)).items():
         there = {storage.relative(output, file.uri) for file in parts.get(id_, [])}
         wanted = {
@@ -103,10 +103,10 @@ def read_finished(
 ) -> Iterator[pa.Table]:
     """Records of a shard of a finished table: those of `read`, failed ones, the end record.
 
-    `read` makes tables of schema `columns`, which hold a record's columns (schema.RECORDS without
-    `image`), from the URIs of the shard's parts. A row that has neither fails with the reason
-    `lost`; rows of Shard.skip are left out. Damage and faults of storage become a reason of the
-    shard. Raises CredentialsError, and UsageError as `read` does.
+    `read` makes tables of schema `columns`, with a record's columns (schema.RECORDS without
+    `image`) among them, from the URIs of the shard's parts. A row with neither fails with the
+    reason `lost`; rows of Shard.skip are left out. Damage and faults of storage become a reason of
+    the shard. Raises CredentialsError, and UsageError as `read` does.
     """
     done = set(iter_rows(shard.skip))
     seen = set(done)

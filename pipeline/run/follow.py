@@ -35,9 +35,9 @@ def follow_run(
 ) -> dict[str, int]:
     """Run the stream of each of the run's passes to its end, and close the run.
 
-    `stream` makes the stream of a pass over its shards to do; it is not called where there are
-    none, and with none at all no engine started. `engine` may put another one in its place. Returns
-    the counts over all shards. Raises JobError when a shard or a row is missing.
+    `stream` makes the stream of a pass over its shards to do; it is not called if there are none,
+    and with none at all no engine started. `engine` may put another one in its place. Returns the
+    counts over all shards. Raises JobError when a shard or a row is missing.
     """
     started = time.monotonic()
     lost: dict[str, str] = {}
@@ -71,7 +71,7 @@ def follow_run(
 
 
 def _open_display(run: Run, options: WorkerOptions) -> ProgressDisplay:
-    """The display of the passes that have something left to do."""
+    """The display of the passes with something left to do."""
     passes = [each for each in run.passes if each.todo]
     todo: dict[Hashable, Shard] = {
         (each.ledger.first_prompt, shard.name): shard for each in passes for shard in each.todo
@@ -161,7 +161,7 @@ class _Follower:
     def _finish(self) -> None:
         """Take in finished shards, and begin to finish others; waits for none of them.
 
-        A stream whose accounts are not read stops.
+        A stream stops if its accounts are not read.
         """
         for future in [future for future in self.finishing if future.done()]:
             self.finishing.remove(future)
@@ -206,12 +206,12 @@ class ErrorRate:
         self.closed_bytes += size_bytes
 
     def cut(self, size_bytes: int, rows: int) -> None:
-        """Count the rows that damage took from a shard, of which so many came."""
+        """Count the rows lost to damage in a shard, after the `rows` it gave."""
         self.cut_bytes += max(size_bytes - int(rows / max(self.rows_per_byte, 1e-12)), 0)
         self._check()
 
     def lose(self, size_bytes: int, fault: str) -> None:
-        """Count a shard that the storage did not give; one that was never there has no size."""
+        """Count a shard not given by the storage; one never there has no size."""
         self.lost_bytes += size_bytes or self.usual_bytes
         self.silent += fault.startswith("shard_unreadable")
         if self.silent >= SILENT_SHARDS and not self.images and not self.reasons:

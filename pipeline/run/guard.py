@@ -22,7 +22,7 @@ Stage = Callable[[pa.Table], "pa.Table | Iterator[pa.Table]"]
 
 
 class OnCrash(Protocol):
-    """Output in the place of a row that ended its process."""
+    """Output in the place of a row fatal to its process."""
 
     def __call__(
         self, row: pa.Table, last: pa.Table | None, how: str, /, *, killed: bool
@@ -41,8 +41,8 @@ def guarded(
     """Wrap a stage of tasks so that no batch kills workers for ever.
 
     With `on_crash`, a batch is run again after the death of a worker, row by row in processes of
-    its own, and `on_crash` answers for a row that ends one. `alone` replaces the stage there, to
-    hand on output sooner. After `max_crashes` deaths over one batch the stage raises JobError.
+    its own, and `on_crash` answers for a row ending one. `alone` replaces the stage there, to hand
+    on output sooner. After `max_crashes` deaths over one batch the stage raises JobError.
     """
     name = getattr(stage, "__name__", type(stage).__name__)
 

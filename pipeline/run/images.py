@@ -1,4 +1,4 @@
-"""Where the images of a finished run are, for what looks at them again."""
+"""The source of a finished run's images, for any later look at them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _DEEPEST = 8  # runs made from runs
 
 @dataclass(frozen=True, kw_only=True)
 class Images:
-    """Where the images of a table come from."""
+    """The source of a table's images."""
 
     output: str
     """The folder of the run that read them."""
@@ -36,9 +36,9 @@ class Images:
 
 
 def find_images(output: str) -> Images:
-    """The images of the run in the folder `output`, or of the run that it was made from.
+    """The images of the run in the folder `output`, or of the run it was made from.
 
-    Raises UsageError where a record does not tell, StorageError.
+    Raises UsageError if a record does not tell, StorageError.
     """
     for _ in range(_DEEPEST):
         uri = storage.join(output, RUN)
@@ -72,7 +72,7 @@ def _text_column(options: dict[str, Any]) -> str | None:
 
 
 def find_shards(images: Images, *, texts: bool = False) -> dict[str, Shard]:
-    """The shards that are there now, by name; with `texts` such as read texts beside the images.
+    """The shards there now, by name; with `texts` such as read texts beside the images.
 
     Raises UsageError, StorageError as list_shards.
     """

@@ -1,4 +1,4 @@
-"""Run a generator in a process of its own, to survive and report the end of that process.
+"""Run a generator in a process of its own, to survive and report the end of the process.
 
 Decoders and pyarrow are C: crafted bytes may end their process, and nothing can be caught. After
 the death of a worker its work is done again like this, to find the row at fault.

@@ -1,4 +1,4 @@
-"""The engine that a job asks for, started beside the loading of its model."""
+"""The engine of a job, started beside the loading of its model."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ Progress = Callable[[int, int], None]
 
 @contextmanager
 def open_engine(options: WorkerOptions, *, sample_s: float = 0.0) -> Iterator[Engine]:
-    """The engine that the options ask for: Ray, or with `local` this process.
+    """The engine asked for in the options: Ray, or with `local` this process.
 
     `sample_s`: seconds for a sample of the images, in this process; see run.sample.
 
     Errors of stages come out as the PipelineError they were, or as a JobError. Raises UsageError
-    for GPUs that are not there.
+    for missing GPUs.
     """
     if sample_s:
         from pipeline.run.sample import open_sampler
@@ -46,8 +46,8 @@ def load_beside(options: WorkerOptions, output: str, load: Callable[[Progress], 
 
     `load` is given a function to be told how many texts are encoded, and of how many.
 
-    Ray, which must start in the main thread, is left alone with `local`, and where the run in
-    `output` is complete: then there may be nothing to do.
+    Ray must start in the main thread. It is left alone with `local`, and if the run in `output` is
+    complete: then there may be nothing to do.
     """
     starts = not options.local and is_unfinished(output, new=True)
     if starts:

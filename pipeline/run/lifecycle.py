@@ -106,10 +106,10 @@ def open_run(
 ) -> Run:
     """Start a run in the config's output, or continue the one there.
 
-    The config and `model` decide the results and are the run's fingerprint; only that there may be
-    more prompts than before. Shards are discarded here and not earlier: by now it is known that
-    they can be made again. `left_out`: files of the input that are no shard's. Raises UsageError if
-    the output holds another run, or files of no run.
+    The config and `model` decide the results and are the run's fingerprint; more prompts than
+    before are allowed. Shards are discarded here and not earlier: only now are they known to be
+    reproducible. `left_out`: files of the input in no shard. Raises UsageError if the output holds
+    another run, or files of no run.
     """
     source, output = storage.check_uri(config.input), storage.check_uri(config.output)
     if f"{output}/".startswith(f"{source}/"):

@@ -26,7 +26,7 @@ Spent = dict[str, dict[str, float]]
 
 
 class LocalDataset:
-    """The methods of ray.data.Dataset that jobs use, over blocks made in this process.
+    """The methods of ray.data.Dataset used by jobs, over blocks made in this process.
 
     The time of each stage is added to `spent`, see Engine.
     """
@@ -109,8 +109,8 @@ def _batches(blocks: Iterator[pa.Table], size: int | None) -> Iterator[pa.Table]
 def open_local(options: WorkerOptions) -> Iterator[Engine]:
     """The engine for a job in this process; see engine.open_engine.
 
-    With $CLIPSEG_RAY_ISOLATE, which config.command sets after a crash, stages that decode run row
-    by row in processes of their own.
+    With $CLIPSEG_RAY_ISOLATE, set by config.command after a crash, decoding stages run row by row
+    in processes of their own.
     """
     task = {"batch_size": None}
     spent: Spent = {}

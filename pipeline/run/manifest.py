@@ -53,7 +53,7 @@ class JobConfig(Protocol):
         ...
 
     def fingerprint(self) -> dict[str, Any]:
-        """Options that decide the results."""
+        """Options deciding the results."""
         ...
 
 
@@ -87,7 +87,7 @@ def new_record(
 
 
 def read_run(output: str) -> dict[str, Any] | None:
-    """The content of _run.json; None where there is none. Raises UsageError if it is damaged."""
+    """The content of _run.json; None if there is none. Raises UsageError if it is damaged."""
     uri = storage.join(output, RUN)
     try:
         record = json.loads(storage.read_bytes(uri))
@@ -111,15 +111,15 @@ def is_free(output: str, source: str, tables: Iterable[str]) -> bool:
 
 
 def write_run(output: str, record: dict[str, Any]) -> None:
-    """Write _run.json, or replace that of any run."""
+    """Write _run.json, or replace any run's."""
     storage.write_bytes(storage.join(output, RUN), to_json(record))
 
 
 def replace_run(output: str, record: dict[str, Any]) -> None:
     """Replace the _run.json of the same run.
 
-    Raises JobError if another command has started it over or is deleting it: the record of that
-    command is never overwritten.
+    Raises JobError if another command has started it over or is deleting it: the other's record is
+    never overwritten.
     """
     uri = storage.join(output, RUN)
     for _ in range(_TRIES):
@@ -140,7 +140,7 @@ def refuse_another_start(output: str, record: dict[str, Any]) -> None:
 
 
 def is_complete(output: str, record: dict[str, Any]) -> bool:
-    """Whether _SUCCESS is there, of this run and of all prompts that were added to it.
+    """Whether _SUCCESS is there, of this run and of all prompts added to it.
 
     One of an earlier start says nothing, nor one from before an addition whose driver was killed.
     """

@@ -17,7 +17,7 @@ _LOCAL = re.compile(r"(\d+)-(-?\d+)-(-?\d+)")  # storage.local.local_version
 
 
 def compare_moved(images: Images, shard: Shard) -> tuple[str, bool]:
-    """Why a shard is not the one that the run read, or ""; and whether it is proved to be that one.
+    """Why a shard is not the one read by the run, or ""; and whether it is proved to be the same.
 
     Recorded are the size of a local file and its times, the ETag of an object, and the number of
     loose images. Equal times or ETags prove it; other ones prove nothing: copies have them, too.

@@ -1,7 +1,7 @@
 """This package as Ray's workers find it: from its own folder, whatever else has its name.
 
-`pipeline` is a common name. A file of that name in the folder where a command is started must reach
-no worker, which could be ended by importing it, and then again, for ever.
+`pipeline` is a common name. A file of this name in a command's current folder must reach no worker:
+importing it could end the worker, and every one after it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _FILE = Path(pipeline.__file__)
 
 
 def worker_path(package: Path = _FILE.parent) -> list[str]:
-    """The folders in which workers must look for `package`: none where Python's own do.
+    """The folders for workers to find `package` in: none if Python's own do.
 
     Always searched are PYTHONPATH and the folders of installed packages.
     """

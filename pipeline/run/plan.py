@@ -1,8 +1,8 @@
 """The estimate of a job, from its stages over a sample: rate, limit, time, size, price, balance.
 
-Everything on the CPUs counts in seconds of one CPU an image. Where the model runs on the CPUs, too,
-the rate is that of all stages together; beside GPUs it is the least of three: the GPUs, the CPUs
-for the other stages, and the driver.
+Everything on the CPUs counts in seconds of one CPU an image. If the model runs on the CPUs, too,
+the rate is of all stages together; beside GPUs it is the least of three: the GPUs, the CPUs for the
+other stages, and the driver.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ RAY_BLOCK_S = 0.05  # of one CPU, for each of them, in all processes
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """CPUs and GPUs that a job has."""
+    """CPUs and GPUs of a job."""
 
     cpus: int
     gpus: int
@@ -92,7 +92,7 @@ class Sample:
     def cpu(self) -> float:
         """Of one CPU, for everything but the model, and for Ray.
 
-        A task that reads has half the CPU of another, so that it may wait as long as it works.
+        A reading task has half the CPU of another, so it may wait as long as it works.
         """
         waits = max(0.0, (self.wait - self.tasks["read"]) / 2)
         return sum(self.tasks.values()) + waits + RAY_BLOCK_S / BATCH_ROWS
@@ -112,7 +112,7 @@ class Estimate:
 
 
 def read_sample(output: str) -> Sample:
-    """The sample that a job left in a local folder. Raises JobError for one without an image."""
+    """The sample left by a job in a local folder. Raises JobError for one without an image."""
     record = read_run(output) or {}
     counts, whole = record["counts"], record["input"]["whole"]
     images, good = counts["rows_in"], counts["rows_ok"]

@@ -73,7 +73,7 @@ def _describe_balance(sample: Sample, tflops: float) -> Iterator[str]:
 
 
 def _settings(machine: Machine, options: WorkerOptions) -> str:
-    """The options that the job takes by itself."""
+    """The options chosen by the job itself."""
     device = "cuda" if machine.gpus else "cpu"
     actor = divide(options, device, cpus=machine.cpus, gpus=machine.gpus)["actor"]
     found = ["--device", device, "--actors", actor["actors"], "--batch-size", actor["batch_size"]]

@@ -25,7 +25,7 @@ def attempts_before() -> int:
 
 
 def job_with_path(folders: list[str]) -> ray.job_config.JobConfig:
-    """A job whose workers look for modules in `folders`, beside those that are Python's own.
+    """A job whose workers look for modules in `folders`, beside Python's own.
 
     ray.init would add the driver's current folder, before all others, and its script's.
     """
@@ -36,7 +36,7 @@ def job_with_path(folders: list[str]) -> ray.job_config.JobConfig:
 
 
 class _Fixed:
-    """Folders to which nothing can be added."""
+    """Folders closed to additions."""
 
     def __init__(self, folders: list[str]):
         self.folders = folders
@@ -104,9 +104,9 @@ _HELPERS: tuple[tuple[tuple[str, ...], str, str, Callable[..., Any]], ...] = (
 def fewer_actors() -> Iterator[None]:
     """Let Ray Data's executions in this block start no helper actors of their own.
 
-    Each is a process that imports Ray Data: one keeps statistics for a dashboard, one knows the
-    nodes of actors, one divides the cluster among executions. On one machine, with one execution
-    and no dashboard, the answers are known here. Another version of Ray than was tried starts them.
+    Each is a process importing Ray Data: one keeps statistics for a dashboard, one knows the nodes
+    of actors, one divides the cluster among executions. On one machine, with one execution and no
+    dashboard, the answers are known here. Another version of Ray than was tried starts them.
     """
     known: list[tuple[Any, str, Any]] = []
     for modules, name, asked, answer in _HELPERS if ray.__version__.startswith(_HELPERS_OF) else ():
@@ -142,7 +142,7 @@ class _Call:
         self.answer = answer
 
     def remote(self, *arguments: Any, **options: Any) -> Any:
-        """A reference to the answer; None where nobody waits for one."""
+        """A reference to the answer; None if nobody waits for one."""
         return ray.put(self.answer(*arguments)) if self.answer else None
 
 
@@ -150,7 +150,8 @@ class _Call:
 def no_sigterm_handler() -> Iterator[None]:
     """Let ray.init set no handler for SIGTERM in this block: its own ends the process in silence.
 
-    The job has one that ends it as Ctrl-C does. A version of Ray without this name sets its own.
+    The job has one of its own, ending it as Ctrl-C does. A version of Ray without this name sets
+    its own.
     """
     utils: Any = getattr(getattr(ray, "_private", None), "utils", None)
     known = getattr(utils, "set_sigterm_handler", None)

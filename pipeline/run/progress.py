@@ -1,6 +1,6 @@
 """Lines on the terminal while a job runs: the phase, images done of how many, rate, time left.
 
-On a terminal one line that is redrawn; elsewhere, and as JSON, a line every 30 s.
+On a terminal one line, redrawn; elsewhere, and as JSON, a line every 30 s.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ Clock = Callable[[], float]
 
 
 class Amount:
-    """Images of the shards that are left to do: how many are done, and of how many.
+    """Images of the shards left to do: how many are done, and of how many.
 
-    Where a shard's own listing or footer does not tell its images, they are estimated: by the bytes
-    of shards that are whole, and before there is one, by the encoded bytes of images that came out.
+    If a shard's own listing or footer does not tell its images, they are estimated: by the bytes of
+    whole shards, and before there is one, by the encoded bytes of good images.
     """
 
     def __init__(self, todo: Mapping[Hashable, Shard], before: int = 0):
-        """`before`: images that earlier commands finished, which are done and in the total."""
+        """`before`: images finished by earlier commands, counted as done and in the total."""
         self._open = dict(todo)
         self._known = before + sum(max(shard.rows, 0) for shard in todo.values())
         self._unknown_bytes = sum(s.size_bytes for s in todo.values() if s.rows < 0)
@@ -46,7 +46,7 @@ class Amount:
         self.done = before
 
     def add(self, images: int, size_bytes: int) -> None:
-        """Count images that are done, and the encoded bytes of those that came out well."""
+        """Count finished images, and the encoded bytes of the good ones."""
         self.done += images
         if size_bytes:
             self._came = [self._came[0] + images, self._came[1] + size_bytes]
@@ -69,7 +69,7 @@ class Amount:
 
     @property
     def total(self) -> int | None:
-        """Images in all; None where there is nothing yet to estimate them by."""
+        """Images in all; None before there is anything to estimate them by."""
         images, size_bytes = self._whole if self._whole[1] and self._whole[0] else self._came
         if self._unknown and not (images and size_bytes):
             return None
@@ -123,7 +123,7 @@ class ProgressDisplay:
         self.bar.stop()
 
     def rows(self, images: int, errors: int, size_bytes: int) -> None:
-        """Count images that were written to a fragment, and those that failed."""
+        """Count images written to a fragment, and failed ones."""
         self.amount.add(images + errors, size_bytes)
         self.errors += errors
         now = self.clock()
@@ -137,7 +137,7 @@ class ProgressDisplay:
         self.amount.close(key, images)
 
     def shard(self) -> None:
-        """Count a shard that is finished."""
+        """Count a finished shard."""
         self.shards += 1
         self._show()
 
@@ -148,7 +148,7 @@ class ProgressDisplay:
         return (self.seen[-1][1] - self.seen[0][1]) / seconds if seconds else 0.0
 
     def facts(self) -> dict[str, Any]:
-        """Where the job stands, as numbers."""
+        """The state of the job, as numbers."""
         total, rate = self.amount.total, self.rate
         left = (total - self.amount.done) / rate if total and rate else None
         return {
@@ -163,7 +163,7 @@ class ProgressDisplay:
         }
 
     def line(self) -> str:
-        """Where the job stands, in words."""
+        """The state of the job, in words."""
         facts = self.facts()
         if not self.seen:
             return f"{WAITING}: {self.clock() - self.started:.0f} s"
@@ -178,7 +178,7 @@ class ProgressDisplay:
         )
 
     def tell(self) -> None:
-        """Write a line, where nothing is redrawn."""
+        """Write a line, not to be redrawn."""
         self.logged = self.clock()
         log.say("progress", self.line(), **self.facts())
 
@@ -194,7 +194,7 @@ class ProgressDisplay:
             self.tell()
 
     def _keep_telling(self) -> None:
-        """Say from another thread that a batch is waited for, and for how long."""
+        """Report from another thread the wait for a batch, and its length."""
         if self.ended.wait(SHORT_PHASE_S) or self.seen:
             return
         log.say("phase", f"{WAITING} ...", phase=WAITING)

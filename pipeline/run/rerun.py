@@ -30,8 +30,7 @@ def config_of_run(
 ) -> tuple[str, JobConfig]:
     """The name of the job of a run, and its config with every prompt.
 
-    `added`: also the prompts that were added to it. Raises UsageError for a record of another
-    version.
+    `added`: also the prompts added to it. Raises UsageError for a record of another version.
     """
     name = record.get("fingerprint", {}).get("job")
     if name not in JOBS:
@@ -46,7 +45,7 @@ def config_of_run(
 def with_all_phrases(
     job: SegmentConfig, fingerprint: dict[str, Any], added: Iterable[str]
 ) -> SegmentConfig:
-    """The config with every phrase of its run; other prompts come from where they came before."""
+    """The config with every phrase of its run; other prompts keep their sources."""
     prompts = [*fingerprint["prompts"], *added]
     phrases = [prompt for prompt in prompts if prompt not in fingerprint.get("recipes", {})]
     return replace(job, prompt=tuple(phrases), prompts=None)

@@ -11,8 +11,8 @@ from pipeline.errors import UsageError
 def share_cluster(options: WorkerOptions, *, spare: float = 0.0) -> dict[str, Any]:
     """Divide the cluster: device, threads, read, task and actor of an Engine.
 
-    Actors leave `spare` CPUs to tasks that are not ours. Raises UsageError if GPUs are asked for
-    that the cluster does not have.
+    Actors leave `spare` CPUs to tasks of others. Raises UsageError if the cluster lacks the wanted
+    GPUs.
     """
     import ray
     import ray.data
@@ -35,8 +35,8 @@ def divide(
 ) -> dict[str, Any]:
     """Divide so many CPUs and GPUs; `actors` of `actor` is the number of workers with the model.
 
-    Read, decode and write tasks take `task` CPUs each, so that one of every kind fits beside the
-    actors even on one CPU; without that a streaming job waits for itself for ever.
+    Read, decode and write tasks take `task` CPUs each, so one of every kind fits beside the actors
+    even on one CPU; else a streaming job waits for itself for ever.
     """
     actors = options.actors
     task = min(1.0, cpus / 8)

@@ -94,7 +94,7 @@ def find_left(
 ) -> Left:
     """Find the shards without a receipt, or with parts of another size than in their receipt.
 
-    `listed`: the files of this pass and of the first (see list_passes), all that is looked at,
+    `listed`: the files of this pass and of the first (see list_passes), the only ones looked at,
     whatever the number of shards. `forget`: ids of shards to process again in spite of their
     receipts.
     """

@@ -1,7 +1,7 @@
 """A sample of an input: the first images of a few shards, through the stages of a job, timed.
 
-The job itself runs, in this process: its shards merely end early. So a plan measures the code that
-will do the work, and the parts that it writes.
+The job itself runs, in this process: its shards merely end early. So a plan measures the very code
+of the work, and the parts it writes.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def choose_sample(shards: Sequence[Shard]) -> list[Shard]:
 
 
 def describe_whole(shards: Sequence[Shard]) -> dict[str, Any]:
-    """Of all shards: how many, their bytes, their rows as far as they are known, and the bytes of
-    those of which they are not."""
+    """Of all shards: how many, their bytes, their known rows, and the bytes of those with unknown
+    rows."""
     return {
         "shards": len(shards),
         "bytes": sum(shard.size_bytes for shard in shards),
@@ -47,7 +47,7 @@ def describe_whole(shards: Sequence[Shard]) -> dict[str, Any]:
 
 @contextmanager
 def open_sampler(seconds: float, options: WorkerOptions) -> Iterator[Engine]:
-    """The engine of a sample that no image is added to after so many seconds.
+    """The engine of a sample; no image is added to it after so many seconds.
 
     On a GPU if there is one here, unless the options say otherwise.
     """
@@ -66,9 +66,9 @@ def open_sampler(seconds: float, options: WorkerOptions) -> Iterator[Engine]:
 
 
 class ShardsCutShort:
-    """The dataset of some shards: the first stage over it, which reads, is ended early.
+    """The dataset of some shards: the first stage over it, the reading one, is ended early.
 
-    A shard that is cut ends with a record that counts its rows so far, as if it had no more.
+    A cut shard ends with a record counting its rows so far, as if it had no more.
     """
 
     def __init__(self, shards: list[Shard], spent: Spent, seconds: float, most: int):

@@ -80,7 +80,7 @@ def _submit_task(function: Any, *arguments: Any) -> Future[Any]:
 
 @contextmanager
 def ray_session(*, quiet: bool = False) -> Iterator[None]:
-    """Ray, started or joined if need be, and ended where it was started here.
+    """Ray, started or joined if need be, and ended if it was started here.
 
     Errors of tasks come out as the PipelineError they were, or as a JobError.
     """
@@ -106,7 +106,7 @@ def _end_ray() -> None:
 def start_ray() -> None:
     """Attach to the cluster at RAY_ADDRESS, or start Ray on this machine.
 
-    Called in the main thread. Raises JobError, one line, if that fails.
+    Called in the main thread. Raises JobError, one line, if it fails.
     """
     if not ray.is_initialized():
         _start()
@@ -152,11 +152,11 @@ def _start() -> None:
 
 
 def _require_token() -> None:
-    """Make the Ray that starts here require a token, known to this process and its children.
+    """Make the Ray started here require a token, known to this process and its children.
 
     Without one, anybody with access to its ports can run code. The token lives in the environment
     of these processes; no file is written or read. RAY_AUTH_MODE and a named token have the last
-    word where they are set.
+    word if they are set.
     """
     if "RAY_AUTH_MODE" in os.environ:
         return

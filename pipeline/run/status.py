@@ -20,7 +20,7 @@ SHARDS = 1000  # with failures, whose reasons are counted
 
 
 def open_output(output: str) -> tuple[str, dict[str, Any]]:
-    """The URI of a run's output and its record. Raises UsageError where there is no run."""
+    """The URI of a run's output and its record. Raises UsageError if there is no run."""
     uri = storage.check_uri(output)
     record = read_run(uri)
     if record is None:
@@ -121,7 +121,7 @@ def describe(output: str, record: dict[str, Any], *, shards: int = SHARDS) -> st
 def _count_lost(
     output: str, record: dict[str, Any], passes: Mapping[int, Mapping[str, list[Receipt]]]
 ) -> int:
-    """Number of finished shards whose parts have not the bytes that their receipts say.
+    """Number of finished shards with parts of another size than in their receipts.
 
     `passes`: the receipts of each, by its first prompt, listed before the parts are.
     """
@@ -137,7 +137,7 @@ def _count_lost(
 
 
 def describe_errors(output: str) -> list[str]:
-    """Lines with the reasons for which images failed, and the first names of each."""
+    """Lines with the reasons of failed images, and the first names of each."""
     sample = sample_failures(output, names=NAMES)
     lines = []
     for reason, count in sample.reasons.most_common():

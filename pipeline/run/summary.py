@@ -1,4 +1,4 @@
-"""The screen at the end of a run: images, failures, masks that are not empty, and what comes next.
+"""The screen at the end of a run: images, failures, non-empty masks, and what comes next.
 
 Whatever the size of the run, a bounded number of small files is read for it.
 """
@@ -110,7 +110,7 @@ class Found(NamedTuple):
 def count_found(run: Run, shards: int) -> Found | None:
     """Count in the first so many shards.
 
-    None where a receipt does not tell, as those of earlier versions.
+    None if a receipt does not tell, like one of an earlier version.
     """
     found: Counter[int] = Counter()
     masks = images = prompted = 0

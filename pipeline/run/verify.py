@@ -37,7 +37,7 @@ def verify_run(
     """Read the parts of a share of the finished shards, and compare size and hash.
 
     Shards with a difference count as not done from now on: their receipts are deleted, and
-    _SUCCESS, so that the command of the run makes them again. Shards are chosen by a hash of
+    _SUCCESS, for the command of the run to make them again. Shards are chosen by a hash of
     their names: the same share is the same shards. Raises StorageError.
     """
     found = Verified()

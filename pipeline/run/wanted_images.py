@@ -26,7 +26,7 @@ Place = tuple[str, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Moved:
-    """The place of an input that is not where the run read it."""
+    """The new place of an input moved since the run."""
 
     to: str
     known: Mapping[Place, tuple[str, int]] | None = None
@@ -43,11 +43,11 @@ def read_wanted(
     moved: Moved | None = None,
     shards: Mapping[str, Shard] | None = None,
 ) -> dict[Place, T | str]:
-    """`draw` of each wanted image; for each that cannot be had, the reason.
+    """`draw` of each wanted image, or the reason why there is none.
 
     Only shards with wanted images are read, each once and no further than its last. `moved`: the
     input is elsewhere now, and is held against what is known of it. `shards`: those of the input by
-    name, if known already. Raises CredentialsError: that is no fault of an image.
+    name, if known already. Raises CredentialsError: no fault of an image.
     """
     if shards is None:
         shards = list_there(images, moved.to if moved else None)
@@ -77,7 +77,7 @@ def read_wanted(
 
 
 def list_there(images: Images, moved_to: str | None = None) -> dict[str, Shard]:
-    """The shards that are there now, by name; none where the input is gone.
+    """The shards there now, by name; none if the input is gone.
 
     Raises CredentialsError.
     """
@@ -90,7 +90,7 @@ def list_there(images: Images, moved_to: str | None = None) -> dict[str, Shard]:
 
 
 def _why_not(images: Images, shard: Shard, moved: Moved | None) -> str:
-    """Why the shard is not the one that the run read; "" where it is."""
+    """Why the shard is not the one read by the run; "" if it is."""
     if moved is None:
         return "" if is_unchanged(images, shard) else "the shard has changed since"
     why, proved = compare_moved(images, shard)
@@ -112,7 +112,7 @@ def _decode(sample: Sample, max_pixels: int) -> Image.Image | str:
 def read_captions(
     images: Images, wanted: set[Place], column: str, moved_to: str | None = None
 ) -> dict[Place, str]:
-    """The texts of the wanted images, of those that have one: see list_shards' text_column."""
+    """The texts of the wanted images, of those with one: see list_shards' text_column."""
     source = replace(images, source=moved_to or images.source, text_column=column)
     rows: dict[str, set[int]] = {}
     for shard, row in wanted:

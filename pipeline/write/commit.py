@@ -1,13 +1,13 @@
 """Commit a shard once all its rows are there: decision, parts, receipt.
 
-    _staging/<id>/<version>.decision     the fragments that the shard is made of; create-only
+    _staging/<id>/<version>.decision     the fragments chosen for the shard; create-only
     <table>/<id>.parquet                 the parts, made of these fragments and of no others
     _receipts/<id>/...json               the shard is finished (see receipts); create-only
 
-An attempt after a kill, or beside another one, follows the decision that is there. So every attempt
-writes the same parts, and their number does not matter. A
-decision is deleted only after its receipt exists, so look for a receipt again after creating one;
-if there is one, delete your decision.
+An attempt after a kill, or beside another one, follows the decision already there. So every attempt
+writes the same parts, and their number does not matter. A decision is deleted only after its
+receipt exists, so look for a receipt again after creating one; if there is one, delete your
+decision.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ def _write_parts(
 def _receipt_there(ledger: Ledger, shard: Shard) -> dict[str, Any]:
     """Read the receipt of another attempt.
 
-    Without one, delete the decision, whose fragments are gone, and raise JobError.
+    Without one, delete the decision, as its fragments are gone, and raise JobError.
     """
     for receipt in receipts_of(ledger, shard):
         return read_receipt(ledger, shard_id(shard.name), receipt)

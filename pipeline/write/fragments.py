@@ -1,8 +1,8 @@
 """Rows of the tables -> fragments in the staging folder: the last stage of every stream.
 
 A batch mixes rows of several shards, so a worker writes its rows of each shard as a fragment and
-hands on an account row. A fragment's name says which rows it holds and hashes its bytes: listings
-alone tell what of a shard is there, and the same rows give the same file however often a task runs.
+hands on an account row. A fragment's name tells its rows and hashes its bytes: listings alone tell
+what of a shard is there, and the same rows give the same file however often a task runs.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ class WriteFragments:
     """Write the results of each shard in a batch: records -> schema.ACCOUNTS.
 
     `make_rows` makes the tables of a job from the records of one shard. Failed records become rows
-    of `errors` here. Those that the storage failed to give are told in the account row and written
-    nowhere, so that the shard stays open. `uncounted`: tables of any number of rows an image.
+    of `errors` here. Those not given by the storage are told in the account row and written
+    nowhere: the shard stays open. `uncounted`: tables of any number of rows an image.
     """
 
     def __init__(self, ledger: Ledger, make_rows: MakeRows, uncounted: Collection[str] = ()):
@@ -151,9 +151,9 @@ def _split(batch: pa.Table) -> Iterator[pa.Table]:
 
 
 def _split_runs(records: pa.Table) -> Iterator[pa.Table]:
-    """The records of each run of prompts, apart by the runs of the same row that are there.
+    """The records of each run of prompts, apart by the runs at hand of the same row.
 
-    So fragments of one row hold the same rows, also where a block ends between two of its runs.
+    So fragments of one row hold the same rows, also if a block ends between two of its runs.
     """
     runs_of: dict[int, list[int]] = defaultdict(list)
     pairs = zip(records["row"].to_pylist(), records["first_prompt"].to_pylist(), strict=True)
@@ -222,7 +222,7 @@ def unpack_tables(data: bytes) -> dict[str, pa.Table]:
 
 
 def choose_fragments(found: list[Fragment], outputs_per_image: int) -> list[Fragment]:
-    """Fragments that hold whole images, none of them twice: their rows need not be made again.
+    """Fragments of whole images, none of them twice: their rows need not be made again.
 
     The prompts of an image may have come in several runs; an incomplete set is left out. So are
     fragments without rows, of a shard's own failure.
@@ -248,7 +248,7 @@ def choose_fragments(found: list[Fragment], outputs_per_image: int) -> list[Frag
 def read_fragment(ledger: Ledger, id_: str, fragment: Fragment) -> dict[str, pa.Table]:
     """The tables of a fragment.
 
-    Raises NotFoundError for one that is gone. A damaged one is deleted and counts as gone.
+    Raises NotFoundError for a missing one. A damaged one is deleted and counts as gone.
     """
     uri = storage.join(ledger.staging, id_, fragment.name)
     data = storage.read_bytes(uri)

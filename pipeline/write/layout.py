@@ -5,10 +5,10 @@
     <table>/_schema.parquet                 a part without rows, there from the start
     <table>/<id>.parquet                    the part of one shard
     _receipts/<id>/<receipt>.json           the shard is finished; written last, never overwritten
-    _staging/<id>/<fragment>.arrows         rows of a shard that is in work
-    _staging/<id>/<version>.decision        the fragments that the shard is made of; create-only
+    _staging/<id>/<fragment>.arrows         rows of a shard in work
+    _staging/<id>/<version>.decision        the fragments chosen for the shard; create-only
     _prompts.npy                            embeddings of the prompts of segment, (P, E) float32
-    _prompts/<first>.json                   prompts that were added, from number <first> on
+    _prompts/<first>.json                   prompts added, from number <first> on
     _prompts/<first>/{_receipts,_staging}/  the ledger of their pass over the shards
     <table>/<id>.from-<first>.parquet       and its parts
     report/index.html                       a page about the run; may go at any time

@@ -1,6 +1,6 @@
 """The fragments of a shard -> its rows in order, with bounded memory.
 
-In memory are the fragments whose rows overlap and a few that are read ahead, whatever the shard.
+In memory are the fragments with overlapping rows and a few read ahead, whatever the shard.
 """
 
 from __future__ import annotations

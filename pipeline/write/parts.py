@@ -1,7 +1,7 @@
 """The parts of an output's tables: Parquet files, written whole and read without the scanner.
 
-Never read by pq.read_table: a thread of its scanner may still hold the file when Python ends, which
-then aborts a process that was done (https://github.com/apache/arrow/issues/34314).
+Never read by pq.read_table: a thread of its scanner may still hold the file when Python ends, and
+abort a finished process (https://github.com/apache/arrow/issues/34314).
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _opened(
 
 @contextlib.contextmanager
 def damage_named(uri: str) -> Iterator[None]:
-    """Errors of Arrow's reader as a JobError that names the part."""
+    """Errors of Arrow's reader as a JobError naming the part."""
     try:
         yield
     except (OSError, pa.ArrowException) as error:

@@ -1,6 +1,6 @@
 """Prompts added to a run: one more pass over the shards, with a ledger of its own.
 
-An addition covers the images of the run's first pass; rows that failed there are accounted for.
+An addition covers the images of the run's first pass; rows failed there are accounted for.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def write_prompt_vectors(output: str, vectors: np.ndarray) -> None:
 
 
 def read_prompt_vectors(output: str) -> np.ndarray:
-    """Vectors that write_prompt_vectors kept. Raises JobError if they are gone or damaged."""
+    """Vectors kept by write_prompt_vectors. Raises JobError if they are gone or damaged."""
     uri = storage.join(output, PROMPT_VECTORS)
     try:
         vectors: np.ndarray = np.load(io.BytesIO(storage.read_bytes(uri)), allow_pickle=False)
@@ -76,10 +76,10 @@ def tables_of_pass(tables: dict[str, Table], ledger: Ledger, prompts: int) -> di
 def keep_known_rows(
     ledger: Ledger, shard: Shard, merged: Iterable[tuple[str, pa.Table]]
 ) -> Iterator[tuple[str, pa.Table]]:
-    """Rows of an added pass (see merge), exactly those that the first pass has images of.
+    """Rows of an added pass (see merge), exactly those with images in the first pass.
 
-    Such a row that is missing now, since the shard could not be read to its end, is an error with
-    the shard's reason. Raises JobError where there is no reason.
+    Such a row, if missing now since the shard could not be read to its end, is an error with the
+    shard's reason. Raises JobError if there is no reason.
     """
     images = _first_images(ledger, shard)
     failed = [schema.ERRORS.empty_table()]

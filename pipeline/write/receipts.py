@@ -1,10 +1,9 @@
 """Receipts, the commit markers of shards: the name of each closes an account.
 
-A receipt's name, `<version>.<ok>-<error>-<skipped>-<bytes>[.cut].json`, tells which content and run
-of the shard it is of, how many rows came out well and how many failed (`.cut` where damage in the
-shard ended it early), how many samples had no image, and how many bytes its parts have together.
-So listings alone close the account of a million shards, and show where a part is gone or of another
-attempt.
+A receipt's name, `<version>.<ok>-<error>-<skipped>-<bytes>[.cut].json`, tells the content and run
+of the shard, how many rows came out well and how many failed (`.cut` if damage in the shard ended
+it early), how many samples had no image, and how many bytes its parts have together. So listings
+alone close the account of a million shards, and show parts gone or of another attempt.
 """
 
 from __future__ import annotations
@@ -58,8 +57,8 @@ def covers(added: Receipt, first: list[Receipt]) -> bool:
 def is_borne_out(found: list[Receipt], version: str, size_bytes: int) -> bool:
     """Whether a pass has one receipt, of this version, and the bytes of its parts are as it says.
 
-    They are not where a driver was killed while it discarded the pass, or where one that did not
-    know of another's input wrote parts over the other's.
+    They are not if a driver was killed while discarding the pass, or wrote parts over another's
+    without knowing of the other's input.
     """
     return [(receipt.version, receipt.size_bytes) for receipt in found] == [(version, size_bytes)]
 
@@ -141,11 +140,11 @@ def read_receipt(ledger: Ledger, id_: str, receipt: Receipt) -> dict[str, Any]:
 
 
 def find_replaced(ledger: Ledger, shards: list[Shard], gone: dict[str, list[Receipt]]) -> set[str]:
-    """The ids of finished shards that hold rows of the input under a name it no longer has.
+    """The ids of finished shards with rows of the input under a name it no longer has.
 
-    `gone`: the receipts of shards that are not among these.
-    They are of a large Parquet file that changed and is split in another way now, or of images of
-    a folder that has fewer groups of them now. Reads the receipts of such shards alone.
+    `gone`: the receipts of shards not among these.
+    They are of a large Parquet file changed and split in another way now, or of images of a folder
+    with fewer groups of them now. Reads the receipts of such shards alone.
     """
     if not gone:
         return set()

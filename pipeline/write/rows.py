@@ -1,7 +1,7 @@
 """Records from a model -> rows of the output's tables.
 
-Each maker is called with records of one shard (see fragments.WriteFragments). Records that failed
-have no rows here.
+Each maker is called with records of one shard (see fragments.WriteFragments). Failed records have
+no rows here.
 """
 
 from __future__ import annotations
