@@ -372,6 +372,7 @@ def write_large(folder: Path, shards: int, classes: int, images: int) -> Path:
     content = {"rows_ok": images, "rows_error": 0, "samples_without_image": 0}
     content |= {"shard_error": None, "parts": []}
     for there in shards_of(str(folder / "in")):
+        content["version"] = there.version
         write_receipt(Ledger(output=str(output), run=name_run(record)), there, content)
     for table in ("masks", "images", "errors"):
         (output / table).mkdir()

@@ -27,7 +27,9 @@ def compare_moved(images: Images, shard: Shard) -> tuple[str, bool]:
     receipts = list_receipts_of(ledger, shard.name)
     contents = [(receipt, read_receipt(ledger, id_, receipt)) for receipt in receipts]
     # Of this run, and not of one before it in the same folder.
-    known = [c for receipt, c in contents if receipt.version == ledger.version(c["version"])]
+    known = [
+        c for receipt, c in contents if receipt.version == ledger.version(c.get("version", ""))
+    ]
     if not known:
         return "the run has not finished this shard", False
     version = str(known[0]["version"])

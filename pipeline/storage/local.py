@@ -44,7 +44,7 @@ def walk_local(folder: str, recursive: bool) -> Iterator[FileInfo]:
 
 
 def scan_local(
-    folder: str, recursive: bool, above: tuple[str, ...] = ()
+    folder: str, recursive: bool, above: tuple[str, ...] = (), linked: bool = False
 ) -> Iterator[os.DirEntry[str]]:
     """The entries below a folder that are no folders; without a look at any of them.
 
@@ -54,8 +54,10 @@ def scan_local(
         for entry in entries:
             if not _is_folder(entry):
                 yield entry
-            elif recursive and not (entry.is_symlink() and _is_one_of(entry, (*above, folder))):
-                yield from scan_local(entry.path, recursive, (*above, folder))
+            elif recursive:
+                behind_link = linked or entry.is_symlink()  # and so perhaps above itself
+                if not (behind_link and _is_one_of(entry, (*above, folder))):
+                    yield from scan_local(entry.path, recursive, (*above, folder), behind_link)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
