@@ -25,10 +25,9 @@ from pathlib import Path
 
 from benchmarks.watch import descendants
 from pipeline.demo import MODEL, SHARDS
-from pipeline.read.records import BATCH_ROWS
-from pipeline.run.plan import RAY_BLOCK_S
+from pipeline.run.plan import RAY_BLOCK_S, RAY_SHARD_S
 
-IMAGES = 72  # of a copy
+IMAGES, SHARDS_OF_A_COPY = 72, 2
 ENGINES: dict[str, list[str]] = {"Ray": [], "local": ["--local"]}
 JOBS = {
     "segment": ["--prompt", "star", "--prompt", "blue"],
@@ -75,7 +74,7 @@ def foretold(job: str, source: Path, options: list[str]) -> tuple[float, float, 
     (stages,) = re.findall(r"in ms of one CPU: (.*)", said)
     ms = sum(map(float, re.findall(r" ([\d.e+-]+)(?=[,;]|$)", stages)))
     if "--local" not in options:
-        ms += 1000 * RAY_BLOCK_S / BATCH_ROWS
+        ms += 1000 * (RAY_BLOCK_S + RAY_SHARD_S) * SHARDS_OF_A_COPY / IMAGES
     return float(rate.replace(",", "")), ms, time.perf_counter() - start
 
 

@@ -24,6 +24,7 @@ from pipeline.run.local import LocalDataset
 from pipeline.run.plan import (
     DRIVER_BLOCK_S,
     RAY_BLOCK_S,
+    RAY_SHARD_S,
     Machine,
     Sample,
     count_flop,
@@ -50,7 +51,7 @@ SAMPLE = Sample(
     output_bytes=2_000,
     shard_bytes=5_000,
 )
-RAY = RAY_BLOCK_S / 64
+RAY = RAY_BLOCK_S / 64 + RAY_SHARD_S / 100
 
 
 def say(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
@@ -146,7 +147,7 @@ def test_embeddings_are_nothing_to_plan(tmp_path: Path, capsys: pytest.CaptureFi
         # An actor takes a CPU beside its GPU: 15 of 16 are left.
         (Machine(cpus=16, gpus=1), 48e12 / 50e9, "the GPUs"),
         (Machine(cpus=4, gpus=1), 3.5 / (0.01 + RAY), "the CPUs (decode and resize, 60% of"),
-        (Machine(cpus=512, gpus=8), 64 / DRIVER_BLOCK_S, "the driver, which follows every block"),
+        (Machine(cpus=4096, gpus=64), 64 / DRIVER_BLOCK_S, "the driver, which follows every block"),
     ],
 )
 def test_the_rate_is_that_of_the_narrowest_place(machine: Machine, rate: float, limit: str) -> None:

@@ -35,8 +35,9 @@ STAGES = {
 """Names of the stages beside the model's, and what they are called."""
 TAR_BYTES = 768  # of a member beside its data: a header, and half a block
 # Of Ray itself, beside the stages: from measurements of jobs, see benchmarks/NOTES.md.
-DRIVER_BLOCK_S = 0.023  # of the driver, for each block of up to BATCH_ROWS images
+DRIVER_BLOCK_S = 0.0026  # of the driver, for each block of up to BATCH_ROWS images
 RAY_BLOCK_S = 0.05  # of one CPU, for each of them, in all processes
+RAY_SHARD_S = 0.15  # of one CPU, for each shard, in all processes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +96,13 @@ class Sample:
         A reading task has half the CPU of another, so it may wait as long as it works.
         """
         waits = max(0.0, (self.wait - self.tasks["read"]) / 2)
-        return sum(self.tasks.values()) + waits + RAY_BLOCK_S / BATCH_ROWS
+        return sum(self.tasks.values()) + waits + self.ray
+
+    @property
+    def ray(self) -> float:
+        """Of one CPU, for Ray."""
+        shards = self.shards / max(self.total, 1)
+        return RAY_BLOCK_S * max(1 / BATCH_ROWS, shards) + RAY_SHARD_S * shards
 
     @property
     def output(self) -> float:
