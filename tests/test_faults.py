@@ -292,10 +292,14 @@ def test_what_does_not_pass_ends_with_the_timeout(
     monkeypatch.setenv(TIMEOUT, "0.6")
     client()  # made anew, which should not count
     proxy.add(Fault(kind, operation=request_name, times=None))
-    started = time.monotonic()
-    with pytest.raises(TransientError, match=r"tried \d+ times in \d\.\d s") as caught:
-        operate(folder)
-    assert 0.6 <= time.monotonic() - started < 20  # not the 300 s of the default
+    for _ in range(5):  # a busy machine may get no further than one try in 0.6 s
+        started = time.monotonic()
+        with pytest.raises(TransientError) as caught:
+            operate(folder)
+        assert 0.6 <= time.monotonic() - started < 20  # not the 300 s of the default
+        if "tried once" not in str(caught.value):
+            break
+    assert re.search(r"tried \d+ times in \d+\.\d s", str(caught.value))
     assert proxy.count(request_name) >= 2
     assert_one_line_without_secrets(caught.value)
 
