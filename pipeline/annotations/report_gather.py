@@ -27,7 +27,7 @@ from pipeline.run.failures import sample_failures
 from pipeline.run.images import Images, find_images
 from pipeline.run.manifest import is_complete
 from pipeline.run.status import count_shards
-from pipeline.run.wanted_images import list_there
+from pipeline.run.wanted_images import Moved, list_there
 from pipeline.write.layout import shard_id
 from pipeline.write.passes import read_added
 
@@ -91,7 +91,8 @@ class _Reader:
     """Reader of tables, and of pictures of `budget` bytes."""
 
     def __init__(self, source: Images | None, shards: Shards, moved_to: str | None, budget: int):
-        self.source, self.shards, self.moved_to, self.budget = source, shards, moved_to, budget
+        self.source, self.shards, self.budget = source, shards, budget
+        self.moved = Moved(to=moved_to) if moved_to else None
         gone = "no pictures: the images of the run are not there any more"
         self.notes = [] if source and shards else [gone]
 
@@ -115,9 +116,7 @@ class _Reader:
         report = replace(report, sample=sample, chosen=chosen, rows=rows, colors=colors)
         if self.source is None:
             return report
-        pictures = draw_pictures(
-            self.source, shards, rows, colors, self.budget, moved_to=self.moved_to
-        )
+        pictures = draw_pictures(self.source, shards, rows, colors, self.budget, moved=self.moved)
         return replace(report, pictures=pictures)
 
     def vectors(self, report: Report) -> Report:
@@ -129,9 +128,7 @@ class _Reader:
             return replace(report, vectors=vectors)
         groups = (*vectors.neighbours, *vectors.closest)
         wanted = [(one.shard, one.row) for group in groups for one in group]
-        thumbnails = draw_thumbnails(
-            self.source, shards, wanted, self.budget, moved_to=self.moved_to
-        )
+        thumbnails = draw_thumbnails(self.source, shards, wanted, self.budget, moved=self.moved)
         return replace(report, vectors=vectors, thumbnails=thumbnails)
 
 

@@ -80,7 +80,7 @@ def choose_pictures(classes: Sequence[Class]) -> dict[str, dict[str, list[Candid
 def read_rows(
     parts: Parts, kind: Kind, wanted: Mapping[str, Mapping[str, Sequence[Candidate]]]
 ) -> dict[Shown, Row]:
-    """What the table says of the chosen images. Raises JobError, StorageError."""
+    """The table's rows of the chosen images. Raises JobError, StorageError."""
     rows: dict[str, set[int]] = {}
     names: dict[tuple[str, int], set[str]] = {}
     for name, orders in wanted.items():
@@ -111,7 +111,7 @@ def draw_pictures(
     colors: Mapping[str, str],
     budget_bytes: int,
     *,
-    moved_to: str | None = None,
+    moved: Moved | None = None,
 ) -> dict[Shown, bytes | str]:
     """JPEG files with the masks over the images, or why there is none.
 
@@ -128,7 +128,7 @@ def draw_pictures(
             for shown in by_place[place]
         }
 
-    drawn = read_wanted(source, set(by_place), draw, moved=_moved(moved_to), shards=shards)
+    drawn = read_wanted(source, set(by_place), draw, moved=moved, shards=shards)
     found: dict[Shown, bytes | str] = {}
     for place, some in drawn.items():
         found |= dict.fromkeys(by_place[place], some) if isinstance(some, str) else some
@@ -141,7 +141,7 @@ def draw_thumbnails(
     wanted: Sequence[Place],
     budget_bytes: int,
     *,
-    moved_to: str | None = None,
+    moved: Moved | None = None,
 ) -> dict[Place, bytes | str]:
     """As draw_pictures, of plain images, some of them `wanted` several times."""
     room = budget_bytes // max(len(wanted), 1)
@@ -150,13 +150,9 @@ def draw_thumbnails(
         source,
         set(wanted),
         lambda _, image: _draw(image, plain, ACCENT, room),
-        moved=_moved(moved_to),
+        moved=moved,
         shards=shards,
     )
-
-
-def _moved(to: str | None) -> Moved | None:
-    return Moved(to=to) if to else None
 
 
 def _draw(image: Image.Image, row: Row, color: str, room: int) -> bytes | str:

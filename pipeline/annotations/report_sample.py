@@ -83,7 +83,7 @@ class Class:
 
 @dataclass(kw_only=True)
 class Sample:
-    """What was read."""
+    """Rows read from a bounded number of parts, as figures of each class."""
 
     kind: Kind
     images: int

@@ -37,7 +37,7 @@ class Neighbour(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class VectorSample:
-    """What was read."""
+    """Figures of the embeddings read from a bounded number of parts."""
 
     vectors: int
     dimension: int
